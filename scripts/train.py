@@ -1,0 +1,18 @@
+"""Trains a linear regression, once or in a sweep; `--help` shows what can be chosen."""
+
+import hydra
+from omegaconf import DictConfig
+
+from downslope.console import command
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(config: DictConfig) -> float:
+    """Trains as configured; torch is imported only here, so that `--help` answers at once."""
+    from downslope.training import train
+
+    return train(config)
+
+
+if __name__ == "__main__":
+    command(main)

@@ -1,0 +1,7 @@
+"""Observers: each watches one thing, under any Trainer and any LightningModule, and never changes training."""
+
+from downslope.callbacks.checkpoints import Checkpoints
+from downslope.callbacks.gradient_monitor import GradientMonitor
+from downslope.callbacks.progress import Progress
+
+__all__ = ["Checkpoints", "GradientMonitor", "Progress"]

@@ -1,0 +1,1 @@
+"""Pure maths over tensors: neither Lightning nor Hydra is imported here."""

@@ -1,0 +1,76 @@
+"""Linear regression y = Wx + b under the mean squared error: what both ways of training share."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import MeanMetric
+
+from downslope.data.batches import Batch
+from downslope.evaluation import regression_metrics
+
+
+class LinearRegression(LightningModule):
+    """Predicts a number as a weighted sum of features plus a bias.
+
+    Args:
+        num_features: Columns of the input.
+        optimizer: Makes the optimizer, given the parameters.
+        scheduler: `scheduler` makes the learning-rate scheduler, given the optimizer (None keeps the rate);
+            `interval` is when it steps, `epoch` or `step`; `monitor` is the metric that a plateau is seen in.
+    """
+
+    def __init__(
+        self,
+        num_features: int,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.linear = nn.Linear(num_features, 1)
+        self.make_optimizer = optimizer
+        self.scheduler = scheduler
+        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.val_metrics = regression_metrics("val/")
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Maps features (rows, columns) to predictions (rows)."""
+        prediction: Tensor = self.linear(features).squeeze(-1)
+        return prediction
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Returns the mean squared error over the rows of a batch, (1/N) Σ (prediction − target)²."""
+        features, target = batch
+        loss = nn.functional.mse_loss(self(features), target)
+        self.train_loss.update(loss.detach(), len(target))
+        return loss
+
+    def configure_optimizers(self) -> OptimizerLRSchedulerConfig | Optimizer:
+        """Makes the optimizer, and the scheduler if there is one."""
+        optimizer = self.make_optimizer(self.parameters())
+        make_scheduler = self.scheduler["scheduler"]
+        if make_scheduler is None:
+            return optimizer
+        return {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": make_scheduler(optimizer)}}
+
+    def on_train_epoch_end(self) -> None:
+        """Logs the mean loss over the rows of the epoch."""
+        self._log({"train/loss": self.train_loss.compute()})
+        self.train_loss.reset()
+
+    def validation_step(self, batch: Batch) -> None:
+        """Adds a batch to the validation metrics."""
+        self.val_metrics.update(self(batch[0]), batch[1])
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs `val/loss`, `val/mae` and `val/r2`."""
+        self._log(self.val_metrics.compute())
+        self.val_metrics.reset()
+
+    def _log(self, values: dict[str, Tensor]) -> None:
+        # `step` puts them on the x-axis of optimizer steps; Lightning's own counts batches.
+        self.log_dict({**values, "step": torch.tensor(float(self.global_step))})

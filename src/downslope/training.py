@@ -1,0 +1,136 @@
+"""Training: compose → build → fit → result."""
+
+import logging
+import math
+import platform
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from omegaconf import DictConfig
+
+from downslope.console import explain, print_header, print_result
+from downslope.data import DataModule
+from downslope.evaluation import evaluate
+from downslope.gradients.least_squares import least_squares
+from downslope.result import EXIT_CODES, Result
+
+log = logging.getLogger(__name__)
+
+DIVERGED_BEYOND = 1e6
+SIGTERM_EXIT_CODE = 143
+
+
+def check_device(config: DictConfig) -> None:
+    """Refuses a device that is not there.
+
+    Raises:
+        ValueError: What was asked for, what is there, and the way out.
+    """
+    available = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
+    asked = config.trainer.accelerator
+    there = available.get(asked, True) if asked != "gpu" else available["cuda"] or available["mps"]
+    if not there:
+        names = ", ".join(name for name, present in available.items() if present)
+        raise ValueError(
+            f"`device={asked}` must be a device that PyTorch {torch.__version__} finds on this machine ({names}), "
+            f"got none: device=auto takes the best there is."
+        )
+
+
+def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
+    """Makes what trains out of its configuration: reads the data, writes nothing.
+
+    Raises:
+        ValueError: A part of it cannot be.
+    """
+    datamodule = instantiate(config.data, _convert_="all")
+    seed_everything(config.seed, workers=True, verbose=False)
+    module = instantiate(config.model, num_features=datamodule.num_features, _convert_="all")
+    module.configure_optimizers()  # an impossible optimizer or schedule shows here, before the fit
+    callbacks = [instantiate(node) for node in config.callbacks.values()]
+    if config.trainer.get("enable_checkpointing") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
+    if config.trainer.get("enable_progress_bar") is False:
+        callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
+    loggers = [instantiate(node) for node in config.logger.values()]
+    trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks, _convert_="all")
+    return datamodule, module, trainer
+
+
+def train(config: DictConfig) -> float:
+    """Trains as configured, and leaves the run's folder as README describes it.
+
+    Returns:
+        The validation loss of the last weights: what a sweeper minimises.
+    """
+    hydra = HydraConfig.get()
+    folder = Path(hydra.runtime.output_dir)
+    logging.captureWarnings(True)
+    result = Result(
+        status="failed",
+        learning_rate=config.lr,
+        overrides=list(hydra.overrides.task),
+        seed=config.seed,
+        versions={
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("downslope", "torch", "lightning", "hydra-core", "numpy")},
+        },
+    )
+    try:
+        check_device(config)
+        datamodule, module, trainer = build(config)
+        if trainer.is_global_zero:
+            print_header(config, datamodule, trainer)
+        _fit(result, datamodule, module, trainer)
+    except Exception as error:
+        result.error = {"type": type(error).__name__, "message": explain(error)}
+        log.info("failed", exc_info=True)
+        result.write(folder)
+        raise
+    except SystemExit as signal:  # how Lightning leaves on SIGTERM and on SIGINT
+        result.status = "interrupted"
+        result.write(folder)
+        sigterm = isinstance(signal, SIGTERMException)
+        raise SystemExit(SIGTERM_EXIT_CODE if sigterm else EXIT_CODES["interrupted"]) from None
+    if trainer.is_global_zero:
+        result.write(folder)
+        print_result(result, folder)
+    return result.metrics["val/loss"]
+
+
+def _fit(result: Result, datamodule: DataModule, module: LightningModule, trainer: Trainer) -> None:
+    """Trains, and fills in what came of it."""
+    datamodule.setup("fit")
+    line = least_squares(*datamodule.parts["train"])
+    result.least_squares_loss = line.loss
+    result.sharpness = line.sharpness
+    result.largest_stable_learning_rate = line.largest_stable_learning_rate
+    result.device = str(trainer.strategy.root_device)
+    first_loss = evaluate(module, *datamodule.parts["train"])["loss"]
+    started = time.perf_counter()
+    trainer.fit(module, datamodule=datamodule)
+    result.seconds = time.perf_counter() - started
+    result.num_optimizer_steps = trainer.global_step
+    result.metrics = {
+        f"{part}/{name}": value
+        for part, rows in datamodule.parts.items()
+        for name, value in evaluate(module, *rows).items()
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics(
+            {tag: value for tag, value in result.metrics.items() if tag.startswith("test/")}, trainer.global_step
+        )
+    loss = result.metrics["train/loss"]
+    result.excess_loss = loss - line.loss
+    result.status = "completed" if loss <= DIVERGED_BEYOND * first_loss else "diverged"  # NaN is no ≤ either
