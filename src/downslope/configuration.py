@@ -6,13 +6,18 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Override
 from hydra.utils import get_object
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+CONFIGURATION = Path(__file__).parents[2] / "conf"
 MAX_SEED = 2**32 - 1
 WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
 RESERVED = {"_target_", "_partial_", "_convert_", "_recursive_", "_args_"}
@@ -26,10 +31,10 @@ def check_values(config: DictConfig) -> None:
     """
     lr = config.get("lr")
     if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
-        raise ValueError(f"`lr` must be a finite number greater than 0, got {lr!r}.")
+        raise ValueError(f"`lr` must be a finite number greater than 0, got {show(lr)}.")
     seed = config.get("seed")
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise ValueError(f"`seed` must be a whole number from 0 to {MAX_SEED}, got {seed!r}.")
+        raise ValueError(f"`seed` must be a whole number from 0 to {MAX_SEED}, got {show(seed)}.")
 
 
 def check_additions(config: DictConfig, overrides: list[Override], groups: Callable[[str], bool]) -> None:
@@ -46,17 +51,25 @@ def check_additions(config: DictConfig, overrides: list[Override], groups: Calla
             continue
         parents = [key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)]
         if not any(_has_target(OmegaConf.select(config, parent)) for parent in parents):
-            raise ValueError(unknown_key(key, config))
+            raise ValueError(unknown_key(key))
 
 
 def _has_target(node: Any) -> bool:
     return isinstance(node, DictConfig) and "_target_" in node
 
 
-def unknown_key(key: str, config: DictConfig) -> str:
+def unknown_key(key: str, config_name: str = "train") -> str:
     """Returns the message for a key that nothing reads, with the nearest one that something does."""
-    nearest = difflib.get_close_matches(key, sorted(_keys(OmegaConf.to_container(config))), n=1)
-    way_out = f"Did you mean `{nearest[0]}`?" if nearest else "All keys: python scripts/train.py --cfg job"
+    running = GlobalHydra.instance().is_initialized()
+    with nullcontext() if running else initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
+        config = compose(config_name)
+    known = [*_keys(OmegaConf.to_container(config))]
+    parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else None
+    if _has_target(parent):
+        path = key.rpartition(".")[0]
+        known += [f"+{path}.{name}" for name in _parameters(parent._target_, path) if f"{path}.{name}" not in known]
+    nearest = difflib.get_close_matches(key, known, n=1)
+    way_out = f"Did you mean `{nearest[0]}`?" if nearest else "All keys: python scripts/train.py --cfg job."
     return f"`{key}` is not a key. {way_out}"
 
 
@@ -131,4 +144,9 @@ def _check_type(key: str, node: DictConfig, name: str, annotation: Any) -> None:
     if type(value) in allowed or (type(value) is int and float in allowed):
         return
     words = " or ".join(WORDS[kind] for kind in allowed)
-    raise ValueError(f"`{key}` must be {words}, got {value!r}.")
+    raise ValueError(f"`{key}` must be {words}, got {show(value)}.")
+
+
+def show(value: Any) -> str:
+    """Returns a value as it is written in YAML."""
+    return "null" if value is None else repr(value)

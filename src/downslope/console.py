@@ -1,12 +1,14 @@
 """What a person sees: errors in one line, a quiet log, the run in a few lines."""
 
 import atexit
+import contextlib
 import gc
 import logging
 import os
 import re
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,55 +21,72 @@ if TYPE_CHECKING:
     from downslope.data import DataModule
 
 FULL_ERROR = "HYDRA_FULL_ERROR"
+SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `command` borrows the variable
 
 
-def command(main: Callable[[], Any]) -> None:
+def command(main: Callable[[], Any], config_name: str) -> None:
     """Runs a script's main function: an error becomes one message and exit code 1.
 
-    `HYDRA_FULL_ERROR=1` shows the traceback instead. A process that ends need not be swept: freezing what is
-    alive keeps the garbage collector out of the exit, which takes a quarter of a second with torch loaded.
+    A process that ends need not be swept: freezing what is alive keeps the garbage collector out of the exit,
+    which takes a quarter of a second with torch loaded.
+
+    Args:
+        main: What `hydra.main` made of the function.
+        config_name: The script's primary configuration.
     """
     atexit.register(gc.freeze)
-    if wants_traceback():
-        main()
-        return
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing
-    try:
+    with refusing(config_name):
         main()
+
+
+@contextlib.contextmanager
+def refusing(config_name: str) -> Iterator[None]:
+    """Turns an exception into one message (or its traceback, with `HYDRA_FULL_ERROR=1`) and exit code 1."""
+    try:
+        yield
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
-        refuse(error)
-    finally:
-        del os.environ[FULL_ERROR]
+        if SHOW_TRACEBACK:
+            traceback.print_exception(error)
+        else:
+            print(f"error: {explain(error, config_name)}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
-def wants_traceback() -> bool:
-    """Tells whether the person asked for tracebacks."""
-    return os.environ.get(FULL_ERROR) == "1"
-
-
-def refuse(error: Exception) -> None:
-    """Prints what is wrong and leaves with exit code 1."""
-    print(f"error: {explain(error)}", file=sys.stderr)
-    raise SystemExit(1)
-
-
-def explain(error: Exception) -> str:
+def explain(error: BaseException, config_name: str = "train") -> str:
     """Returns what is wrong, in words for the person who typed the command."""
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    cause = error.__cause__
-    if isinstance(error, InstantiationException) and isinstance(cause, Exception):
+    if isinstance(error, InstantiationException) and error.__cause__:
         key = re.search(r"full_key: (\S+)", str(error))
-        message = explain(cause)
-        return message if not key or "`" in message else f"`{key[1]}`: {message}"
+        message = explain(error.__cause__)
+        if not key:
+            return message
+        named = re.sub(r"^`(\w+)`", rf"`{key[1]}.\1`", message)  # the class knows its argument, not where it stands
+        return named if "`" in named else f"`{key[1]}`: {named}"
     if isinstance(error, MissingMandatoryValue):
         return f"`{error.full_key}` must be given, there is no default: {error.full_key}=…"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return "\n".join(line for line in str(error).splitlines() if line.strip())
-    if isinstance(error, ValueError | OSError):
+        return _explain_composition(str(error), config_name)
+    if isinstance(error, ValueError | OSError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def _explain_composition(message: str, config_name: str) -> str:
+    """Hydra's message, shorter; for an unknown key the nearest known one."""
+    from downslope.configuration import unknown_key
+
+    if unknown := re.search(r"Could not override '(.+)'", message):
+        return unknown_key(unknown[1], config_name)
+    message = message.partition("Config search path:")[0].partition("See https://hydra.cc")[0]
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    if lines[1:] and lines[1].startswith("Available options"):
+        return f"{lines[0]}. {lines[1]} {', '.join(lines[2:])}."
+    return " ".join(lines)
 
 
 class Quiet(logging.Filter):
@@ -96,12 +115,13 @@ def print_header(config: "DictConfig", datamodule: "DataModule", trainer: "Train
 def print_result(result: Result, folder: Path) -> None:
     """Prints what came of a run, and where to look next."""
     say("")
-    losses = _parts(result, "loss", "{:.4f}")
+    loss, *others = metric_lines(result.metrics)
     if result.least_squares_loss and result.excess_loss is not None:
         share = result.excess_loss / result.least_squares_loss
-        losses += f"   (least squares {result.least_squares_loss:.4f}: {share:.2%} above)"
-    say(f"  loss      {losses}")
-    say(f"  R²        {_parts(result, 'r2', '{:.2f}')}")
+        loss += f"   (least squares {result.least_squares_loss:.4f}: {share:.2%} above)"
+    say(loss)
+    for line in others:
+        say(line)
     if result.learning_rate and result.largest_stable_learning_rate and result.sharpness:
         say(
             f"  rate      {result.learning_rate:g} is "
@@ -115,9 +135,14 @@ def print_result(result: Result, folder: Path) -> None:
     say("  look      make dashboard")
 
 
-def _parts(result: Result, metric: str, form: str) -> str:
-    names = {"train": "train", "val": "validation", "test": "test"}
-    return "   ".join(f"{name} {form.format(result.metrics[f'{part}/{metric}'])}" for part, name in names.items())
+def metric_lines(metrics: dict[str, float]) -> list[str]:
+    """Returns a line for the loss, for the mean absolute error and for R², each over the three parts."""
+    parts = {"train": "train", "val": "validation", "test": "test"}
+    rows = {"loss": "loss", "mae": "MAE", "r2": "R²"}
+    return [
+        f"  {title:<10}" + "   ".join(f"{name} {metrics[f'{part}/{metric}']:.4f}" for part, name in parts.items())
+        for metric, title in rows.items()
+    ]
 
 
 def _shortest(folder: Path) -> Path:

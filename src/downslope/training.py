@@ -11,10 +11,11 @@ import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
+from downslope.callbacks.scalars import write_scalars
 from downslope.console import explain, print_header, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
@@ -57,7 +58,11 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
     datamodule = instantiate(config.data, _convert_="all")
     seed_everything(config.seed, workers=True, verbose=False)
     module = instantiate(config.model, num_features=datamodule.num_features, _convert_="all")
-    module.configure_optimizers()  # an impossible optimizer or schedule shows here, before the fit
+    try:
+        module.configure_optimizers()
+    except (TypeError, ValueError) as error:
+        prefix = "" if "`" in str(error) else "`optimizer` or `scheduler`: "
+        raise ValueError(f"{prefix}{error}") from error
     callbacks = [instantiate(node) for node in config.callbacks.values()]
     if config.trainer.get("enable_checkpointing") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
@@ -118,19 +123,21 @@ def _fit(result: Result, datamodule: DataModule, module: LightningModule, traine
     result.largest_stable_learning_rate = line.largest_stable_learning_rate
     result.device = str(trainer.strategy.root_device)
     first_loss = evaluate(module, *datamodule.parts["train"])["loss"]
+
+    def on_train_end(trainer: Trainer, module: LightningModule) -> None:
+        result.metrics = {
+            f"{part}/{name}": value
+            for part, rows in datamodule.parts.items()
+            for name, value in evaluate(module, *rows).items()
+        }
+        test = {tag: value for tag, value in result.metrics.items() if tag.startswith("test/")}
+        write_scalars(trainer, test, trainer.global_step)
+
+    trainer.callbacks.append(LambdaCallback(on_train_end=on_train_end))  # the loggers close before fit returns
     started = time.perf_counter()
     trainer.fit(module, datamodule=datamodule)
     result.seconds = time.perf_counter() - started
     result.num_optimizer_steps = trainer.global_step
-    result.metrics = {
-        f"{part}/{name}": value
-        for part, rows in datamodule.parts.items()
-        for name, value in evaluate(module, *rows).items()
-    }
-    for logger in trainer.loggers:
-        logger.log_metrics(
-            {tag: value for tag, value in result.metrics.items() if tag.startswith("test/")}, trainer.global_step
-        )
     loss = result.metrics["train/loss"]
     result.excess_loss = loss - line.loss
     result.status = "completed" if loss <= DIVERGED_BEYOND * first_loss else "diverged"  # NaN is no ≤ either

@@ -45,10 +45,10 @@ class DataModule(LightningDataModule):
     ) -> None:
         super().__init__()
         if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"`data.batch_size` must be a whole number of at least 1, got {batch_size!r}.")
+            raise ValueError(f"`batch_size` must be a whole number of at least 1, got {batch_size!r}.")
         for name, fraction in (("validation", validation_fraction), ("test", test_fraction)):
             if not 0 < fraction < 1:
-                raise ValueError(f"`data.{name}_fraction` must be between 0 and 1, got {fraction!r}.")
+                raise ValueError(f"`{name}_fraction` must be between 0 and 1, got {fraction!r}.")
         num_validation = max(MIN_ROWS_PER_PART, round(len(table) * validation_fraction))
         num_test = max(MIN_ROWS_PER_PART, round(len(table) * test_fraction))
         num_training = len(table) - num_validation - num_test

@@ -42,16 +42,16 @@ def synthetic_table(
         ValueError: A number is out of its range.
     """
     if num_features < 1:
-        raise ValueError(f"`data.num_features` must be a whole number of at least 1, got {num_features}.")
+        raise ValueError(f"`num_features` must be a whole number of at least 1, got {num_features}.")
     if num_rows <= num_features + 1:
         raise ValueError(
-            f"`data.num_rows` must be at least {num_features + 2} with {num_features} features, got {num_rows}. "
+            f"`num_rows` must be at least {num_features + 2} with {num_features} features, got {num_rows}. "
             "This is because fewer rows leave some direction of the weights undetermined."
         )
     if not 0 <= noise < np.inf:
-        raise ValueError(f"`data.noise` must be a finite number of at least 0, got {noise}.")
+        raise ValueError(f"`noise` must be a finite number of at least 0, got {noise}.")
     if not 1 <= condition_number <= 1e12:
-        raise ValueError(f"`data.condition_number` must be between 1 and 1e12, got {condition_number}.")
+        raise ValueError(f"`condition_number` must be between 1 and 1e12, got {condition_number}.")
     random = generator(Stream.SYNTHETIC, seed)
     directions = random.standard_normal((num_rows, num_features))
     directions -= directions.mean(axis=0)

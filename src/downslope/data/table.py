@@ -68,14 +68,14 @@ def read_table(path: str, target: str, features: Sequence[str] | None = None) ->
 def _read_table(path: str, target: str, features: tuple[str, ...] | None, _modified: int, _size: int) -> Table:
     header = column_names(path)
     if target not in header:
-        raise ValueError(f"`data.target` must be a column of {path} ({', '.join(header)}), got {target!r}.")
+        raise ValueError(f"`target` must be a column of {path} ({', '.join(header)}), got {target!r}.")
     if features is None:
         features = tuple(name for name in header if name != target)
     for name in features:
         if name not in header:
-            raise ValueError(f"`data.features` must be columns of {path} ({', '.join(header)}), got {name!r}.")
+            raise ValueError(f"`features` must be columns of {path} ({', '.join(header)}), got {name!r}.")
         if name == target or features.count(name) > 1:
-            raise ValueError(f"`data.features` must hold each column once and not the target, got {name!r} again.")
+            raise ValueError(f"`features` must hold each column once and not the target, got {name!r} again.")
     if not features:
         raise ValueError(f"{path} must hold a column beside the target {target!r} to predict it from, got none.")
     values = read_columns(path, [*features, target])
@@ -122,14 +122,14 @@ def read_columns(path: str, names: Sequence[str]) -> Array:
 
 def _resolve(path: str) -> Path:
     if not isinstance(path, str) or not path:
-        raise ValueError(f"`data.path` must name a CSV or Parquet file, got {path!r}.")
+        raise ValueError(f"`path` must name a CSV or Parquet file, got {path!r}.")
     if path.startswith(PACKAGE_PREFIX):
         package, _, name = path.removeprefix(PACKAGE_PREFIX).partition("/")
         return Path(str(importlib.resources.files(package) / name))
     file = Path(path).expanduser()
     if not file.is_file():
         what = "a folder" if file.is_dir() else "there is no such file"
-        raise ValueError(f"`data.path` must name a CSV or Parquet file, got {path!r}: {what}.")
+        raise ValueError(f"`path` must name a CSV or Parquet file, got {path!r}: {what}.")
     return file
 
 

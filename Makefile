@@ -1,0 +1,81 @@
+# Two commands: `make train` and `make test`. Both set up .venv first, and again only when what is installed changes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+UV := $(shell command -v uv 2>/dev/null)
+# uv does not read pip's settings; this lets it see the same local wheels.
+export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## Show every target
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+# $(call install,extras): a fresh environment, then the exact versions of constraints.txt.
+define install
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Downslope needs Python 3.11 or newer, got $$($(PYTHON) --version). Another one: PYTHON=python3.12 make …"; exit 1; }
+	$(if $(UV),$(UV) venv --quiet --allow-existing --python "$$(command -v $(PYTHON))" $(VENV),$(PYTHON) -m venv $(VENV))
+	$(if $(UV),$(UV) pip install --quiet --python $(BIN)/python,$(BIN)/python -m pip install --quiet --disable-pip-version-check) -c constraints.txt -e '.$(1)'
+	@touch $@
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call install,)
+
+$(VENV)/.installed-dev: pyproject.toml constraints.txt
+	$(call install,[dev])
+	@touch $(VENV)/.installed
+
+$(VENV)/.installed-benchmark: pyproject.toml constraints.txt
+	$(call install,[benchmark])
+	@touch $(VENV)/.installed
+
+.PHONY: install
+install: $(VENV)/.installed ## Set up .venv
+
+.PHONY: train
+train: install ## Train on real data, and print what was seen
+	$(BIN)/python scripts/train.py
+
+.PHONY: sweep
+sweep: install ## Train at several learning rates
+	$(BIN)/python scripts/train.py -m experiment=learning_rate_sweep
+
+.PHONY: dashboard
+dashboard: install ## Open TensorBoard on http://127.0.0.1:6006 over outputs/
+	$(BIN)/tensorboard --logdir outputs --host 127.0.0.1
+
+.PHONY: test
+test: $(VENV)/.installed-dev ## Run the tests
+	$(BIN)/python -m pytest
+
+.PHONY: lint
+lint: $(VENV)/.installed-dev ## Check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(VENV)/.installed-dev ## Mend style and formatting
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: typecheck
+typecheck: $(VENV)/.installed-dev ## Check types
+	$(BIN)/mypy
+
+.PHONY: check
+check: lint typecheck test ## Everything that CI runs
+
+.PHONY: benchmark
+benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README claims
+	$(BIN)/python scripts/benchmark.py
+
+.PHONY: lock
+lock: ## Renew constraints.txt (UPGRADE=--upgrade takes the newest versions); needs uv
+	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate $(UPGRADE) -o constraints.txt
+
+.PHONY: clean
+clean: ## Remove .venv and caches; outputs/ stays
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis src/*.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
