@@ -8,7 +8,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -54,7 +54,7 @@ def check_additions(config: DictConfig, overrides: list[Override], groups: Calla
             raise ValueError(unknown_key(key))
 
 
-def _has_target(node: Any) -> bool:
+def _has_target(node: Any) -> TypeGuard[DictConfig]:
     return isinstance(node, DictConfig) and "_target_" in node
 
 
@@ -67,7 +67,8 @@ def unknown_key(key: str, config_name: str = "train") -> str:
     parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else None
     if _has_target(parent):
         path = key.rpartition(".")[0]
-        known += [f"+{path}.{name}" for name in _parameters(parent._target_, path) if f"{path}.{name}" not in known]
+        arguments = _parameters(str(parent["_target_"]), path)
+        known += [f"+{path}.{name}" for name in arguments if f"{path}.{name}" not in known]
     nearest = difflib.get_close_matches(key, known, n=1)
     way_out = f"Did you mean `{nearest[0]}`?" if nearest else "All keys: python scripts/train.py --cfg job."
     return f"`{key}` is not a key. {way_out}"

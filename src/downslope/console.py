@@ -107,7 +107,7 @@ def print_header(config: "DictConfig", datamodule: "DataModule", trainer: "Train
     columns = f"{datamodule.num_features} feature{'s' * (datamodule.num_features != 1)}"
     say(
         f'{table.name}: {len(table):,} rows, {columns}, target "{table.target_name}" · '
-        f"linear regression ({choices.model}) · {choices.optimizer}, lr {config.lr:g} · "
+        f"linear regression ({choices['model']}) · {choices['optimizer']}, lr {config.lr:g} · "
         f"{trainer.strategy.root_device}"
     )
 

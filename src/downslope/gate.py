@@ -24,7 +24,6 @@ from downslope.configuration import check_additions, check_nodes, check_values
 from downslope.console import explain, refusing
 from downslope.result import EXIT_CODES, read_result
 
-
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
 
 
@@ -43,14 +42,14 @@ class Gate(Callback):
     Hydra swallows every `Exception` of a callback, so that a refusal leaves by `SystemExit`.
     """
 
-    def on_run_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
+    def on_run_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a single run."""
         with refusing(config_name):
             folder = Path(config.hydra.run.dir).absolute()
             check_folder(folder, "hydra.run.dir")
             check(config, folder)
 
-    def on_multirun_start(self, config: DictConfig, config_name: str, **kwargs: Any) -> None:
+    def on_multirun_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a sweep if one of its values is impossible, whatever the others are."""
         with refusing(config_name):
             folder = Path(config.hydra.sweep.dir).absolute()
@@ -81,181 +80,84 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     loader = GlobalHydra.instance().config_loader()
     check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
-    with _heavy_imports():
-        from downslope.training import build, check_device
+    config = config.copy()
+    with read_write(config), open_dict(config):
+        config.hydra.runtime.output_dir = str(folder)
+        if not devices:
+            config.device = {"accelerator": "cpu", "devices": 1}
+    with _heavy_imports(), _hydra_config(config):
+        from downslope.training import build
 
         check_nodes(config)
-        if devices:
-            check_device(config)
-        config = config.copy()
-        with read_write(config), open_dict(config):
-            config.hydra.runtime.output_dir = str(folder)
-            if not devices:
-                config.device = {"accelerator": "cpu", "devices": 1}
-        before = HydraConfig.instance().cfg
-        HydraConfig.instance().set_config(config)
-        try:
-            build(config)
-        finally:
-            HydraConfig.instance().cfg = before
+        build(config)
 
 
 @contextlib.contextmanager
-def _heavy_imports() -> Iterator[None]:
-    """Imports torch and Lightning without the garbage collector, which would walk every object they make.
-
-    Logging is not configured yet: what they have to say now would land in the terminal.
-    """
-    gc.disable()
-    logging.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        gc.freeze()
-        gc.enable()
-
-
-def check_folder(folder: Path, key: str) -> None:
-    """Raises where a folder could not be made or written."""
-    parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        what = "is not writable" if parent.is_dir() else "is not a folder"
-        raise ValueError(f"`{key}` must be a folder that can be written, got {str(folder)!r}: {parent} {what}.")
-
-
-def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str]]:
-    """Yields configurations that show each value of a sweep once, not each combination, with what was typed.
-
-    Args:
-        config: As Hydra's multirun has it: the swept keys still at their defaults.
-        config_name: The primary configuration's name.
-    """
-    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*config.hydra.overrides.task, *swept])
-    choices = [_choices(override) for override in overrides]
-    loader = GlobalHydra.instance().config_loader()
-    first = [each[0] for each in choices]
-    base = compose(config_name, first, return_hydra_config=True)
-    yield base, " ".join(override.input_line or "" for override in overrides)
-    for index, override in enumerate(overrides):
-        for choice in choices[index][1:]:
-            if loader.get_group_options(override.key_or_group):
-                others = [*first[:index], choice, *first[index + 1 :]]
-                yield compose(config_name, others, return_hydra_config=True), override.input_line or ""
-            else:
-                variant = base.copy()
-                value = OverridesParser.create().parse_override(choice).value()
-                OmegaConf.update(variant, override.key_or_group, value, merge=False, force_add=True)
-                yield variant, override.input_line or ""
-
-
-def _choices(override: Override) -> list[str]:
-    """Every value of a swept override, as overrides; ranges that a sweeper samples from are its own affair."""
-    if not override.is_discrete_sweep():
-        assert override.input_line is not None
-        return [override.input_line]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
-def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
-    """Raises for whatever would stop the run: the check of its parts is to build them.
-
-    Args:
-        config: As composed, with Hydra's own node.
-        folder: Where the run would write.
-        devices: Whether a device that is not there counts; a sweep goes on without the jobs that need it.
-    """
-    check_values(config)
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
-    loader = GlobalHydra.instance().config_loader()
-    check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
-    with _heavy_imports():
-        from downslope.training import build, check_device
-
-        check_nodes(config)
-        if devices:
-            check_device(config)
-        config = config.copy()
-        with read_write(config), open_dict(config):
-            config.hydra.runtime.output_dir = str(folder)
-            if not devices:
-                config.device = {"accelerator": "cpu", "devices": 1}
-        before = HydraConfig.instance().cfg
-        HydraConfig.instance().set_config(config)
-        try:
-            build(config)
-        finally:
-            HydraConfig.instance().cfg = before
-
-
-@contextlib.contextmanager
-def _heavy_imports() -> Iterator[None]:
-    """Imports torch and Lightning without the garbage collector, which would walk every object they make.
-
-    Logging is not configured yet: what they have to say now would land in the terminal.
-    """
-    gc.disable()
-    logging.disable()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
-        gc.freeze()
-        gc.enable()
-
-
-def check_folder(folder: Path, key: str) -> None:
-    """Raises where a folder could not be made or written."""
-    parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        what = "is not writable" if parent.is_dir() else "is not a folder"
-        raise ValueError(f"`{key}` must be a folder that can be written, got {str(folder)!r}: {parent} {what}.")
-
-
-def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str]]:
-    """Yields configurations that show each value of a sweep once, not each combination, with what was typed.
-
-    Args:
-        config: As Hydra's multirun has it: the swept keys still at their defaults.
-        config_name: The primary configuration's name.
-    """
-    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*config.hydra.overrides.task, *swept])
-    choices = [_choices(override) for override in overrides]
-    loader = GlobalHydra.instance().config_loader()
-    first = [each[0] for each in choices]
-    base = compose(config_name, first, return_hydra_config=True)
-    yield base, " ".join(override.input_line or "" for override in overrides)
-    for index, override in enumerate(overrides):
-        for choice in choices[index][1:]:
-            if loader.get_group_options(override.key_or_group):
-                others = [*first[:index], choice, *first[index + 1 :]]
-                yield compose(config_name, others, return_hydra_config=True), override.input_line or ""
-            else:
-                variant = base.copy()
-                value = OverridesParser.create().parse_override(choice).value()
-                OmegaConf.update(variant, override.key_or_group, value, merge=False, force_add=True)
-                yield variant, override.input_line or ""
-
-
-def _choices(override: Override) -> list[str]:
-    """Every value of a swept override, as overrides; ranges that a sweeper samples from are its own affair."""
-    if not override.is_discrete_sweep():
-        assert override.input_line is not None
-        return [override.input_line]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-
-
-@contextlib.contextmanager
-def _refusing() -> Iterator[None]:
+def _hydra_config(config: DictConfig) -> Iterator[None]:
+    """Resolves `${hydra:…}` by a configuration, which Hydra itself does only inside a job."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
     try:
         yield
-    except Exception as error:
-        if wants_traceback():
-            raise SystemExit(1) from error
-        refuse(error)
+    finally:
+        HydraConfig.instance().cfg = before
+
+
+@contextlib.contextmanager
+def _heavy_imports() -> Iterator[None]:
+    """Imports torch and Lightning without the garbage collector, which would walk every object they make.
+
+    Logging is not configured yet: what they have to say now would land in the terminal.
+    """
+    gc.disable()
+    logging.disable()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+        gc.freeze()
+        gc.enable()
+
+
+def check_folder(folder: Path, key: str) -> None:
+    """Raises where a folder could not be made or written."""
+    parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
+        what = "is not writable" if parent.is_dir() else "is not a folder"
+        raise ValueError(f"`{key}` must be a folder that can be written, got {str(folder)!r}: {parent} {what}.")
+
+
+def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str]]:
+    """Yields configurations that show each value of a sweep once, not each combination, with what was typed.
+
+    Args:
+        config: As Hydra's multirun has it: the swept keys still at their defaults.
+        config_name: The primary configuration's name.
+    """
+    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
+    parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
+    overrides = parser.parse_overrides([*config.hydra.overrides.task, *swept])
+    choices = [_choices(override) for override in overrides]
+    first = [each[0] for each in choices]
+    base = compose(config_name, first, return_hydra_config=True)
+    yield base, " ".join(override.input_line or "" for override in overrides)
+    for index, override in enumerate(overrides):
+        for choice in choices[index][1:]:
+            if loader.get_group_options(override.key_or_group):
+                others = [*first[:index], choice, *first[index + 1 :]]
+                variant = compose(config_name, others, return_hydra_config=True)
+            else:  # a thousand learning rates are checked in the time that a dozen are composed in
+                variant = base.copy()
+                value = parser.parse_override(choice).value()
+                OmegaConf.update(variant, override.key_or_group, value, merge=False, force_add=True)
+            yield variant, override.input_line or ""
+
+
+def _choices(override: Override) -> list[str]:
+    """Every value of a swept override, as overrides; ranges that a sweeper samples from are its own affair."""
+    if not override.is_discrete_sweep():
+        assert override.input_line is not None
+        return [override.input_line]
+    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

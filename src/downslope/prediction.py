@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-
 from hydra.utils import instantiate
 
 from downslope.checkpoints import load_module, read_checkpoint, read_configuration

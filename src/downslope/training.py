@@ -1,7 +1,6 @@
 """Training: compose → build → fit → result."""
 
 import logging
-import math
 import platform
 import time
 from importlib.metadata import version
@@ -133,7 +132,8 @@ def _fit(result: Result, datamodule: DataModule, module: LightningModule, traine
         test = {tag: value for tag, value in result.metrics.items() if tag.startswith("test/")}
         write_scalars(trainer, test, trainer.global_step)
 
-    trainer.callbacks.append(LambdaCallback(on_train_end=on_train_end))  # the loggers close before fit returns
+    # The loggers close before fit returns. Lightning does not declare the attribute.
+    trainer.callbacks.append(LambdaCallback(on_train_end=on_train_end))  # type: ignore[attr-defined]
     started = time.perf_counter()
     trainer.fit(module, datamodule=datamodule)
     result.seconds = time.perf_counter() - started

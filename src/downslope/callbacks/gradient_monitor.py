@@ -31,7 +31,10 @@ class GradientMonitor(Callback):
     def __init__(
         self, every_n_steps: int = 50, histogram_every_n_steps: int = 500, max_scalar_elements: int = 16
     ) -> None:
-        for name, value in (("every_n_steps", every_n_steps), ("histogram_every_n_steps", histogram_every_n_steps)):
+        for name, value in (
+            ("every_n_steps", every_n_steps),
+            ("histogram_every_n_steps", histogram_every_n_steps),
+        ):
             if value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
         self.every_n_steps = every_n_steps

@@ -6,7 +6,8 @@ from typing import Any
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
-from rich.progress import BarColumn, Progress as Bar, TextColumn
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 from torch.optim import Optimizer
 
 from downslope.gradients.norms import norms, total_norm
@@ -53,9 +54,7 @@ class Progress(ProgressBar):
             self._task = self._bar.add_task("", total=_num_steps(trainer), epoch="", steps="", state="")
             self._bar.start()
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._due = self._enabled and time.monotonic() - self._shown_at >= self.every_n_seconds
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -77,9 +77,7 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         if self.sampler is None and self.num_processes == 1:
-            yield from zip(
-                self.features.split(self.batch_size), self.target.split(self.batch_size), strict=True
-            )
+            yield from zip(self.features.split(self.batch_size), self.target.split(self.batch_size), strict=True)
             return
         order = self.sampler.rows() if self.sampler else torch.arange(len(self.target))
         mine = order[self.rank : self.num_rows * self.num_processes : self.num_processes]

@@ -70,9 +70,7 @@ class DataModule(LightningDataModule):
         self.parts: dict[str, tuple[Tensor, Tensor]] = {}
 
     @classmethod
-    def from_file(
-        cls, path: str, target: str, features: Sequence[str] | None = None, **settings: Any
-    ) -> "DataModule":
+    def from_file(cls, path: str, target: str, features: Sequence[str] | None = None, **settings: Any) -> "DataModule":
         """Reads a CSV or Parquet file; see `read_table` and the class for the arguments."""
         return cls(read_table(path, target, features), **settings)
 

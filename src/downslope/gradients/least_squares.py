@@ -40,9 +40,7 @@ class LeastSquares:
         return 2.0 / self.sharpness
 
 
-def least_squares(
-    features: Float[Tensor, "num_rows num_features"], target: Float[Tensor, " num_rows"]
-) -> LeastSquares:
+def least_squares(features: Float[Tensor, "num_rows num_features"], target: Float[Tensor, " num_rows"]) -> LeastSquares:
     """Solves y = Wx + b for the least mean squared error, in float64 on the CPU.
 
     From the normal equations Hθ = (2/N)Zᵀy by the eigenvalues of H, which are of interest themselves. An
@@ -78,9 +76,7 @@ def least_squares(
         eigenvalues > num_parameters * torch.finfo(torch.float64).eps * eigenvalues[-1], 1 / eigenvalues, 0.0
     )
     parameters = eigenvectors @ (inverse * (eigenvectors.T @ (2 * correlation)))
-    loss = sum(
-        float((inputs @ parameters - outputs).square().sum()) for inputs, outputs in _chunks(features, target)
-    )
+    loss = sum(float((inputs @ parameters - outputs).square().sum()) for inputs, outputs in _chunks(features, target))
     return LeastSquares(parameters, loss / num_rows, eigenvalues, eigenvectors)
 
 

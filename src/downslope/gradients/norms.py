@@ -34,4 +34,4 @@ def total_norm(parameter_norms: Float[Tensor, " num_tensors"]) -> Float[Tensor, 
         >>> total_norm(torch.tensor([3.0, 4.0]))
         tensor(5.)
     """
-    return torch.linalg.vector_norm(parameter_norms)
+    return parameter_norms.norm()

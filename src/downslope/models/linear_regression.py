@@ -5,10 +5,11 @@ from typing import Any
 
 import torch
 from lightning import LightningModule
-from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
+from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import MeanSquaredError
 
 from downslope.data.batches import Batch
 from downslope.evaluation import regression_metrics
@@ -34,7 +35,7 @@ class LinearRegression(LightningModule):
         self.linear = nn.Linear(num_features, 1)
         self.make_optimizer = optimizer
         self.scheduler = scheduler
-        self.train_loss = MeanMetric(nan_strategy="disable")
+        self.train_loss = MeanSquaredError()  # a MeanMetric would pass over NaN
         self.val_metrics = regression_metrics("val/")
 
     def forward(self, features: Tensor) -> Tensor:
@@ -45,17 +46,19 @@ class LinearRegression(LightningModule):
     def loss(self, batch: Batch) -> Tensor:
         """Returns the mean squared error over the rows of a batch, (1/N) Σ (prediction − target)²."""
         features, target = batch
-        loss = nn.functional.mse_loss(self(features), target)
-        self.train_loss.update(loss.detach(), len(target))
-        return loss
+        prediction = self(features)
+        self.train_loss.update(prediction.detach(), target)
+        return nn.functional.mse_loss(prediction, target)
 
-    def configure_optimizers(self) -> OptimizerLRSchedulerConfig | Optimizer:
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         """Makes the optimizer, and the scheduler if there is one."""
         optimizer = self.make_optimizer(self.parameters())
         make_scheduler = self.scheduler["scheduler"]
-        if make_scheduler is None:
-            return optimizer
-        return {"optimizer": optimizer, "lr_scheduler": {**self.scheduler, "scheduler": make_scheduler(optimizer)}}
+        return [optimizer], [] if make_scheduler is None else [self.schedule(make_scheduler(optimizer))]
+
+    def schedule(self, scheduler: LRScheduler) -> LRScheduler | LRSchedulerConfigType:
+        """Returns what Lightning is to know of the scheduler: when to step it, and by which metric."""
+        return {"scheduler": scheduler, "interval": self.scheduler["interval"], "monitor": self.scheduler["monitor"]}
 
     def on_train_epoch_end(self) -> None:
         """Logs the mean loss over the rows of the epoch."""

@@ -46,7 +46,7 @@ class ManualLinearRegression(LinearRegression):
         self.manual_backward(loss)
         # 4. Shorten a gradient that is too long, if asked to.
         if self.gradient_clip_val is not None:
-            self.clip_gradients(optimizer, gradient_clip_val=self.gradient_clip_val)
+            self.clip_gradients(optimizer.optimizer, gradient_clip_val=self.gradient_clip_val)
         # 5. Step downhill: parameter(t+1) = parameter(t) − learning rate × gradient(t), for plain SGD.
         optimizer.step()
         # 6. Let the schedule choose the next learning rate.
@@ -68,13 +68,16 @@ class ManualLinearRegression(LinearRegression):
             assert isinstance(scheduler, LRScheduler)
             scheduler.step()
 
-    def configure_optimizers(self) -> Any:
+    def schedule(self, scheduler: LRScheduler) -> LRScheduler:
+        """Returns the bare scheduler: the cycle above steps it."""
+        return scheduler
+
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         """Refuses an optimizer that the cycle above cannot drive."""
-        optimizers = super().configure_optimizers()
-        optimizer = optimizers["optimizer"] if isinstance(optimizers, dict) else optimizers
-        if isinstance(optimizer, LBFGS):
+        optimizers, schedulers = super().configure_optimizers()
+        if isinstance(optimizers[0], LBFGS):
             raise ValueError(
                 "Cannot train `model=manual` with `optimizer=lbfgs`. This is because LBFGS takes many gradients a "
                 "step, and the cycle that is written out takes one: use `model=automatic`."
             )
-        return optimizers
+        return optimizers, schedulers

@@ -13,9 +13,7 @@ def warmup_cosine(optimizer: Optimizer, num_warmup: int, num_total: int) -> Sequ
         num_total: Intervals until 0; more than `num_warmup`.
     """
     if not 0 < num_warmup < num_total:
-        raise ValueError(
-            f"`num_warmup` must be between 0 and the {num_total} epochs, got {num_warmup}."
-        )
+        raise ValueError(f"`num_warmup` must be between 0 and the {num_total} epochs, got {num_warmup}.")
     warmup = LinearLR(optimizer, start_factor=0.01, total_iters=num_warmup)
     cosine = CosineAnnealingLR(optimizer, T_max=num_total - num_warmup)
     return SequentialLR(optimizer, [warmup, cosine], milestones=[num_warmup])

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from downslope.gradients import least_squares as module
+from downslope.gradients.least_squares import least_squares
+
+
+def problem(num_rows: int, num_features: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(num_rows, num_features, generator=generator), torch.randn(num_rows, generator=generator)
+
+
+@settings(max_examples=50, deadline=None)
+@given(num_rows=st.integers(10, 60), num_features=st.integers(1, 6), seed=st.integers(0, 2**31))
+def test_the_optimum_is_that_of_lstsq(num_rows: int, num_features: int, seed: int) -> None:
+    features, target = problem(num_rows, num_features, seed)
+    line = least_squares(features, target)
+    inputs = torch.cat([features, torch.ones(num_rows, 1)], dim=1).double()
+    solution = torch.linalg.lstsq(inputs, target.double()).solution
+    torch.testing.assert_close(line.parameters, solution, rtol=1e-8, atol=1e-10)
+    assert line.loss == pytest.approx(float((inputs @ solution - target).square().mean()), rel=1e-12)
+
+
+def test_the_sharpness_is_that_of_autograds_hessian() -> None:
+    features, target = problem(30, 4, seed=1)
+    inputs = torch.cat([features, torch.ones(30, 1)], dim=1).double()
+
+    def loss(parameters: torch.Tensor) -> torch.Tensor:
+        return (inputs @ parameters - target).square().mean()
+
+    hessian = torch.func.hessian(loss)(torch.zeros(5, dtype=torch.float64))
+    line = least_squares(features, target)
+    assert line.sharpness == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-12)
+    torch.testing.assert_close(line.eigenvectors @ line.eigenvalues.diag() @ line.eigenvectors.T, hessian)
+
+
+def test_gradient_descent_turns_at_the_largest_stable_learning_rate() -> None:
+    features, target = problem(30, 3, seed=2)
+    line = least_squares(features, target)
+    inputs = torch.cat([features, torch.ones(30, 1)], dim=1).double()
+
+    def distance_after(factor: float) -> float:
+        parameters = line.parameters + line.eigenvectors[:, -1]
+        for _ in range(50):
+            gradient = 2 / 30 * inputs.T @ (inputs @ parameters - target)
+            parameters = parameters - factor * line.largest_stable_learning_rate * gradient
+        return float((parameters - line.parameters).norm())
+
+    assert distance_after(0.99) == pytest.approx(0.98**50, rel=1e-6)
+    assert distance_after(1.01) == pytest.approx(1.02**50, rel=1e-6)
+
+
+def test_a_constant_feature_leaves_the_optimum_finite() -> None:
+    features, target = problem(20, 2, seed=3)
+    features[:, 1] = 0.0
+    line = least_squares(features, target)
+    assert line.loss == pytest.approx(least_squares(features[:, :1], target).loss, rel=1e-12)
+    assert torch.isfinite(line.parameters).all()
+
+
+def test_many_rows_are_added_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    features, target = problem(50, 2, seed=4)
+    whole = least_squares(features, target)
+    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    parts = least_squares(features, target)
+    torch.testing.assert_close(parts.parameters, whole.parameters)
+    assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
