@@ -34,6 +34,7 @@ def script(
 ) -> Iterator[Callable[..., Outcome]]:
     """Runs `scripts/<name>.py` inside this process, in an empty folder: as a command does, without the imports."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored after the test, whatever the script makes of it
     handlers, show = logging.getLogger().handlers[:], warnings.showwarning
 
     def run(name: str, *arguments: str) -> Outcome:

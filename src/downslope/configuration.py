@@ -50,7 +50,7 @@ def check_additions(config: DictConfig, overrides: list[Override], groups: Calla
         if not (override.is_add() or override.is_force_add()) or key.startswith("hydra.") or groups(key):
             continue
         parents = [key.rsplit(".", depth)[0] for depth in range(key.count(".") + 1)]
-        if not any(_has_target(OmegaConf.select(config, parent)) for parent in parents):
+        if not any(_has_target(OmegaConf.select(config, parent)) for parent in parents) and key not in known_keys():
             raise ValueError(unknown_key(key))
 
 
@@ -60,10 +60,8 @@ def _has_target(node: Any) -> TypeGuard[DictConfig]:
 
 def unknown_key(key: str, config_name: str = "train") -> str:
     """Returns the message for a key that nothing reads, with the nearest one that something does."""
-    running = GlobalHydra.instance().is_initialized()
-    with nullcontext() if running else initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
-        config = compose(config_name)
-    known = [*_keys(OmegaConf.to_container(config))]
+    config = _defaults(config_name)
+    known = known_keys(config_name)
     parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else None
     if _has_target(parent):
         path = key.rpartition(".")[0]
@@ -72,6 +70,17 @@ def unknown_key(key: str, config_name: str = "train") -> str:
     nearest = difflib.get_close_matches(key, known, n=1)
     way_out = f"Did you mean `{nearest[0]}`?" if nearest else "All keys: python scripts/train.py --cfg job."
     return f"`{key}` is not a key. {way_out}"
+
+
+def known_keys(config_name: str = "train") -> list[str]:
+    """Returns every key that the configuration has without anything added, dotted."""
+    return list(_keys(OmegaConf.to_container(_defaults(config_name))))
+
+
+def _defaults(config_name: str) -> DictConfig:
+    running = GlobalHydra.instance().is_initialized()
+    with nullcontext() if running else initialize_config_dir(str(CONFIGURATION), version_base="1.3"):
+        return compose(config_name)
 
 
 def _keys(config: Any, prefix: str = "") -> Iterator[str]:
@@ -110,7 +119,7 @@ def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
         yield path, node
     for key in node:
         if key != "hydra" and isinstance(node._get_node(key), DictConfig):
-            yield from _nodes(node[key], f"{path}.{key}" if path else str(key))
+            yield from _nodes(node[key], f"{path}.{key!s}" if path else str(key))
 
 
 def _parameters(target: str, path: str) -> dict[str, inspect.Parameter]:

@@ -54,6 +54,7 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
     Raises:
         ValueError: A part of it cannot be.
     """
+    check_device(config)
     datamodule = instantiate(config.data, _convert_="all")
     seed_everything(config.seed, workers=True, verbose=False)
     module = instantiate(config.model, num_features=datamodule.num_features, _convert_="all")
@@ -69,7 +70,23 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     loggers = [instantiate(node) for node in config.logger.values()]
     trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks, _convert_="all")
+    if not module.automatic_optimization:
+        _check_manual(trainer)
     return datamodule, module, trainer
+
+
+def _check_manual(trainer: Trainer) -> None:
+    """Refuses what Lightning does for automatic optimization alone."""
+    if trainer.gradient_clip_val is not None:
+        raise ValueError(
+            "Cannot set `trainer.gradient_clip_val` with `model=manual`. This is because the cycle that is written "
+            f"out clips for itself: use model.gradient_clip_val={trainer.gradient_clip_val}."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            "Cannot set `trainer.accumulate_grad_batches` with `model=manual`. This is because the cycle that is "
+            "written out steps after every batch: use a larger data.batch_size, or model=automatic."
+        )
 
 
 def train(config: DictConfig) -> float:
@@ -92,7 +109,6 @@ def train(config: DictConfig) -> float:
         },
     )
     try:
-        check_device(config)
         datamodule, module, trainer = build(config)
         if trainer.is_global_zero:
             print_header(config, datamodule, trainer)

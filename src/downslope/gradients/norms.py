@@ -34,4 +34,5 @@ def total_norm(parameter_norms: Float[Tensor, " num_tensors"]) -> Float[Tensor, 
         >>> total_norm(torch.tensor([3.0, 4.0]))
         tensor(5.)
     """
-    return parameter_norms.norm()
+    total: Tensor = torch.linalg.vector_norm(parameter_norms)
+    return total
