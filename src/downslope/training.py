@@ -14,12 +14,12 @@ from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
-from downslope.callbacks.scalars import write_scalars
 from downslope.console import explain, print_header, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
 from downslope.gradients.least_squares import least_squares
 from downslope.result import EXIT_CODES, Result
+from downslope.tensorboard import write_scalars
 
 log = logging.getLogger(__name__)
 

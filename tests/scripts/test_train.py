@@ -37,7 +37,8 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
 
 
 def test_the_trained_line_is_the_one_of_lstsq(script: Script, tmp_path: Path) -> None:
-    assert script("train", "trainer.max_epochs=1500", "data.batch_size=1000", "lr=0.2").code == 0
+    whole_batches = ("data.batch_size=1000", "optimizer=lbfgs", "lr=1", "trainer.max_epochs=10")
+    assert script("train", *whole_batches).code == 0
     run = only_run(tmp_path)
     table = np.loadtxt(ROOT / "src/downslope/data/diabetes.csv", delimiter=",", skiprows=1)
     units = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["DataModule"]
@@ -49,7 +50,7 @@ def test_the_trained_line_is_the_one_of_lstsq(script: Script, tmp_path: Path) ->
     inputs = torch.from_numpy(np.column_stack([features[rows], np.ones(len(rows))]))
     solution = torch.linalg.lstsq(inputs, torch.from_numpy(target[rows])).solution
     trained = torch.cat([value.flatten() for value in weights(run).values()]).double()
-    torch.testing.assert_close(trained, solution, atol=2e-3, rtol=0)  # e^(−0.2·0.0157·1500) of the flattest direction
+    torch.testing.assert_close(trained, solution, atol=1e-3, rtol=0)  # float32's gradient over λ's least
     result = read_json(run)
     loss = float((inputs @ solution - torch.from_numpy(target[rows])).square().mean())
     assert result["least_squares_loss"] == pytest.approx(loss, rel=1e-5)  # the rows as float32
@@ -173,7 +174,6 @@ def test_every_option_trains(script: Script, tmp_path: Path, overrides: list[str
 
 
 def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    ended = run_process(tmp_path, "train", "trainer=ddp", "data.batch_size=32", "+trainer.strategy=ddp", *FAST)
     ended = run_process(tmp_path, "train", "trainer=ddp", "device=cpu", "data.batch_size=32", *FAST)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("diabetes: 442 rows") == 1

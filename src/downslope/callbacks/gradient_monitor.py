@@ -9,8 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from downslope.callbacks.scalars import write_scalars
 from downslope.gradients.norms import norms, total_norm
+from downslope.tensorboard import write_scalars
 
 
 class GradientMonitor(Callback):
@@ -43,7 +43,7 @@ class GradientMonitor(Callback):
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         step = trainer.global_step
-        if step % self.every_n_steps or not trainer.loggers:
+        if step % self.every_n_steps or not trainer.loggers or not trainer.is_global_zero:
             return
         named = list(_with_gradient(pl_module, optimizer))
         if not named:

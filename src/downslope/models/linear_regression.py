@@ -3,7 +3,6 @@
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from lightning import LightningModule
 from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torchmetrics import MeanSquaredError
 
 from downslope.data.batches import Batch
 from downslope.evaluation import regression_metrics
+from downslope.tensorboard import write_scalars
 
 
 class LinearRegression(LightningModule):
@@ -75,5 +75,7 @@ class LinearRegression(LightningModule):
         self.val_metrics.reset()
 
     def _log(self, values: dict[str, Tensor]) -> None:
-        # `step` puts them on the x-axis of optimizer steps; Lightning's own counts batches.
-        self.log_dict({**values, "step": torch.tensor(float(self.global_step))})
+        # Callbacks and schedulers may monitor them. To the loggers they go on the x-axis of optimizer steps, which
+        # Lightning's own counts in batches.
+        self.log_dict(values, logger=False)
+        write_scalars(self.trainer, {tag: float(value) for tag, value in values.items()}, self.global_step)
