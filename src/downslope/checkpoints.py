@@ -39,7 +39,8 @@ def read_checkpoint(run: Path, name: str = BEST) -> dict[str, Any]:
     try:
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, ValueError) as error:
-        raise ValueError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{file} cannot be read as a checkpoint: {reason}") from error
     assert isinstance(checkpoint, dict)
     return checkpoint
 

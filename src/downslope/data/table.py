@@ -122,14 +122,14 @@ def read_columns(path: str, names: Sequence[str]) -> Array:
 
 def _resolve(path: str) -> Path:
     if not isinstance(path, str) or not path:
-        raise ValueError(f"`path` must name a CSV or Parquet file, got {path!r}.")
+        raise ValueError(f"`data.path` must name a CSV or Parquet file, got {path!r}.")
     if path.startswith(PACKAGE_PREFIX):
         package, _, name = path.removeprefix(PACKAGE_PREFIX).partition("/")
         return Path(str(importlib.resources.files(package) / name))
     file = Path(path).expanduser()
     if not file.is_file():
         what = "a folder" if file.is_dir() else "there is no such file"
-        raise ValueError(f"`path` must name a CSV or Parquet file, got {path!r}: {what}.")
+        raise ValueError(f"`data.path` must name a CSV or Parquet file, got {path!r}: {what}.")
     return file
 
 

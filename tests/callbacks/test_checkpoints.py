@@ -1,0 +1,78 @@
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.optim import SGD
+from torch.utils.data import DataLoader
+
+from downslope.callbacks import Checkpoints
+
+
+class Scripted(LightningModule):
+    """A module whose validation losses are given, and whose weight can be spoiled."""
+
+    def __init__(self, losses: list[float], spoiled_from: int | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+        self.losses = losses
+        self.spoiled_from = spoiled_from
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        if self.current_epoch == self.spoiled_from:
+            self.weight.data.fill_(float("nan"))
+        return (self.weight - batch).square().mean()
+
+    def validation_step(self, batch: Tensor) -> None:
+        self.log("val/loss", self.losses[self.current_epoch])
+
+    def configure_optimizers(self) -> SGD:
+        return SGD(self.parameters(), lr=0.1)
+
+
+def fit(folder: Path, module: Scripted, **settings: float) -> None:
+    loader = DataLoader(torch.ones(2, 1), batch_size=1)
+    Trainer(
+        max_epochs=len(module.losses),
+        accelerator="cpu",
+        logger=False,
+        callbacks=[Checkpoints(str(folder), **settings)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    ).fit(module, loader, loader)
+
+
+def epoch_of(file: Path) -> int:
+    epoch: int = torch.load(file, weights_only=True)["epoch"]
+    return epoch
+
+
+@pytest.mark.parametrize(
+    ("losses", "best"), [([3.0, 1.0, 2.0], 1), ([1.0, 2.0, 3.0], 0), ([1.0, float("nan"), 0.5, float("inf")], 2)]
+)
+def test_best_has_the_least_validation_loss_and_last_is_the_newest(
+    tmp_path: Path, losses: list[float], best: int
+) -> None:
+    fit(tmp_path, Scripted(losses))
+    assert epoch_of(tmp_path / "best.ckpt") == best
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 2 * len(losses)
+
+
+def test_neither_ever_holds_a_weight_that_is_not_finite(tmp_path: Path) -> None:
+    fit(tmp_path, Scripted([3.0, 2.0, 1.0, 0.5], spoiled_from=2), every_n_seconds=0.0)
+    assert epoch_of(tmp_path / "best.ckpt") == 1
+    assert torch.isfinite(torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]["weight"]).all()
+
+
+def test_last_is_written_on_the_way(tmp_path: Path) -> None:
+    module = Scripted([1.0, 1.0, 1.0])
+    seen = []
+    module.on_validation_epoch_start = lambda: seen.append((tmp_path / "last.ckpt").exists())  # type: ignore[method-assign]
+    fit(tmp_path, module, every_n_seconds=0.0)
+    assert seen[-1]
+    seen.clear()
+    (tmp_path / "last.ckpt").unlink()
+    fit(tmp_path, module, every_n_seconds=1e9)
+    assert not any(seen)
+    assert (tmp_path / "last.ckpt").exists()
