@@ -137,7 +137,7 @@ def test_unknown_and_doubled_features_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("path", ["missing.csv", "", "."])
 def test_a_path_that_is_no_file_is_refused(path: str) -> None:
-    with pytest.raises(ValueError, match="`data.path` must name a CSV or Parquet file"):
+    with pytest.raises(ValueError, match=r"`data.path` must name a CSV or Parquet file"):
         read_table(path, target="y")
 
 
