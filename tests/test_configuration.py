@@ -22,7 +22,7 @@ def test_the_configuration_is_the_documented_one() -> None:
     assert OmegaConf.to_container(config.optimizer, resolve=True) == {
         "_target_": "torch.optim.SGD",
         "_partial_": True,
-        "lr": 0.05,
+        "lr": 0.02,
     }
     assert OmegaConf.to_container(config.data, resolve=True) == {
         "_target_": "downslope.data.DataModule.from_file",

@@ -36,8 +36,22 @@ def command(main: Callable[[], Any], config_name: str) -> None:
     """
     atexit.register(gc.freeze)
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing
+    sys.argv[1:] = map(quoted, sys.argv[1:])
     with refusing(config_name):
         main()
+
+
+def quoted(argument: str) -> str:
+    """Quotes a value that holds an equals sign, which Hydra's grammar wants: a sweep's folders are named by overrides.
+
+    Example:
+        >>> quoted("run=outputs/sweeps/rates/lr=0.01,device=cpu")
+        "run='outputs/sweeps/rates/lr=0.01,device=cpu'"
+        >>> quoted("lr=range(start=1,stop=3)")
+        'lr=range(start=1,stop=3)'
+    """
+    key, _, value = argument.partition("=")
+    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"(${[") else argument
 
 
 @contextlib.contextmanager
@@ -82,6 +96,8 @@ def _explain_composition(message: str, config_name: str) -> str:
 
     if unknown := re.search(r"Could not override '(.+)'", message):
         return unknown_key(unknown[1], config_name)
+    if "input" in message:  # the grammar's: "mismatched input '='", "no viable alternative at input"
+        message = f"Cannot read an override: {message}"
     message = message.partition("Config search path:")[0].partition("See https://hydra.cc")[0]
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     if lines[1:] and lines[1].startswith("Available options"):

@@ -73,6 +73,13 @@ def test_evaluate_prints_the_metrics_of_the_best_checkpoint(script: Script, run:
     assert f"test {1 - share:.4f}" in r2
 
 
+def test_a_sweeps_job_is_named_by_its_folder(script: Script, tmp_path: Path) -> None:
+    assert script("train", "-m", "lr=0.1,0.01", "trainer.max_epochs=1", "hydra.sweep.dir=rates").code == 0
+    ended = script("evaluate", "run=rates/lr=0.1,trainer.max_epochs=1")
+    assert ended.code == 0, ended.err
+    assert ended.out.startswith("  loss      train ")
+
+
 def test_nothing_is_written_by_either(script: Script, run: Path, tmp_path: Path) -> None:
     before = sorted(tmp_path.rglob("*"))
     script("evaluate", f"run={run}")

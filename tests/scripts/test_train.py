@@ -30,7 +30,7 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     lines = ended.stdout.splitlines()
     assert lines[0] == (
-        'diabetes: 442 rows, 10 features, target "progression" · linear regression (automatic) · sgd, lr 0.05 · cpu'
+        'diabetes: 442 rows, 10 features, target "progression" · linear regression (automatic) · sgd, lr 0.02 · cpu'
     )
     assert f"  run       outputs/runs/{run.name}" in lines
     assert "  look      make dashboard" in lines

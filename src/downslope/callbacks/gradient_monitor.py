@@ -29,7 +29,7 @@ class GradientMonitor(Callback):
     """
 
     def __init__(
-        self, every_n_steps: int = 50, histogram_every_n_steps: int = 500, max_scalar_elements: int = 16
+        self, every_n_steps: int = 50, histogram_every_n_steps: int = 100, max_scalar_elements: int = 16
     ) -> None:
         for name, value in (
             ("every_n_steps", every_n_steps),
