@@ -1,0 +1,85 @@
+"""Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from lightning import Trainer
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+@dataclass
+class OptimizerStep:
+    """One optimizer's coming or just taken step.
+
+    Attributes:
+        optimizer: torch's own, also where Lightning wraps it.
+        name: Its class, with its place where several of one class are there: `Adam`, `Adam-1`.
+        step: t, the optimizer steps taken before this one by all optimizers together: the x-axis.
+        count: The steps taken before this one by this optimizer.
+    """
+
+    optimizer: Optimizer
+    name: str
+    step: int
+    count: int
+
+
+class OptimizerSteps:
+    """Calls a function before, and one after, each step that an optimizer of the trainer really takes.
+
+    torch's own hooks, because Lightning's differ by mode: with automatic optimization `before` runs before the closure,
+    so that gradients are still stale, and `after` when clipping and unscaling are done. With a raw torch optimizer
+    Lightning's are not called at all, and `global_step` stands still: then the steps are counted here. A step that a
+    GradScaler skips calls only Lightning's counter, neither function.
+
+    Args:
+        trainer: Its optimizers are set up: from `on_train_start` on.
+        before: Called with θₜ in place.
+        after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        before: Callable[[OptimizerStep], None] | None = None,
+        after: Callable[[OptimizerStep], None] | None = None,
+    ) -> None:
+        self._trainer = trainer
+        self._before = before
+        self._after = after
+        self._num_steps = trainer.global_step
+        self.handles: list[RemovableHandle] = []
+        for optimizer, name in zip(trainer.optimizers, optimizer_names(trainer.optimizers), strict=True):
+            self._attach(OptimizerStep(optimizer, name, 0, 0))
+
+    def _attach(self, state: OptimizerStep) -> None:
+        def before(*_: object) -> None:
+            state.step = max(self._trainer.global_step, self._num_steps)
+            if self._before:
+                self._before(state)
+
+        def after(*_: object) -> None:
+            if self._after:
+                self._after(state)
+            self._num_steps = state.step + 1
+            state.count += 1
+
+        self.handles.append(state.optimizer.register_step_pre_hook(before))
+        self.handles.append(state.optimizer.register_step_post_hook(after))
+
+    def detach(self) -> None:
+        """Leaves the optimizers as they were."""
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
+
+def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
+    """Returns each optimizer's class name, numbered from the second of a class on: `Adam`, `Adam-1`."""
+    names: list[str] = []
+    for optimizer in optimizers:
+        kind = type(optimizer).__name__
+        place = sum(type(other).__name__ == kind for other in optimizers[: len(names)])
+        names.append(f"{kind}-{place}" if place else kind)
+    return names
