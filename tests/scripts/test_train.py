@@ -11,6 +11,7 @@ from tests.conftest import ROOT, Outcome, only_run, read_events, read_json, run_
 
 Script = Callable[..., Outcome]
 FAST = ("trainer.max_epochs=3",)
+EVERY_5 = ("callbacks.gradient_monitor.every_n_steps=5", "callbacks.learning_rate_effects.every_n_steps=5")
 
 
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
@@ -77,14 +78,21 @@ def test_the_result_says_what_happened(script: Script, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model", ["automatic", "manual"])
 def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) -> None:
-    assert script("train", f"model={model}", "callbacks.gradient_monitor.every_n_steps=5", *FAST).code == 0
+    assert script("train", f"model={model}", *EVERY_5, *FAST).code == 0
     run = only_run(tmp_path)
     tags = read_events(run).Tags()
     elements = [f"linear.weight[0,{index}]" for index in range(10)] + ["linear.bias[0]"]
     assert set(tags["scalars"]) == {
         *("train/loss", "val/loss", "val/mae", "val/r2", "test/loss", "test/mae", "test/r2"),
         *("gradient_norm/total", "gradient_norm/linear.weight", "gradient_norm/linear.bias"),
+        "gradient_norm/applied",
         "learning_rate/SGD",
+        *(
+            "learning_rate_effect/effective",
+            "learning_rate_effect/gradient_cosine",
+            "learning_rate_effect/descent_ratio",
+        ),
+        *("update_ratio/total", "update_ratio/linear.weight", "update_ratio/linear.bias"),
         *(f"gradient_value/{element}" for element in elements),
         *(f"parameter_value/{element}" for element in elements),
     }

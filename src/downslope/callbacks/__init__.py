@@ -2,6 +2,7 @@
 
 from downslope.callbacks.checkpoints import Checkpoints
 from downslope.callbacks.gradient_monitor import GradientMonitor
+from downslope.callbacks.learning_rate_effects import LearningRateEffects
 from downslope.callbacks.progress import Progress
 
-__all__ = ["Checkpoints", "GradientMonitor", "Progress"]
+__all__ = ["Checkpoints", "GradientMonitor", "LearningRateEffects", "Progress"]

@@ -1,94 +1,144 @@
-"""What arrives at each optimizer step: gradient norms, gradients, parameters, learning rate."""
+"""What arrives at each optimizer step: gradient norms before and after clipping, gradients, parameters."""
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Sequence
+from fnmatch import fnmatch
+from itertools import product
+from math import inf
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.gradients.norms import norms, total_norm
-from downslope.tensorboard import write_scalars
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
+from downslope.callbacks.unclipped_gradients import UnclippedGradients
+from downslope.gradients.norms import dense, norms, total_norm
+from downslope.tensorboard import close_step_writer, step_writer
 
 
 class GradientMonitor(Callback):
-    """Logs the gradient that arrives at the optimizer step, before clipping by the Trainer.
+    """Logs the gradient of every optimizer step: what arrives at it, and what is left of that after clipping.
 
-    At step t (t optimizer steps taken before it) it writes, of the parameters θₜ that the optimizer holds and
-    of their accumulated gradient: `gradient_norm/total`, `gradient_norm/<parameter>`, the histogram
-    `gradient/<parameter>`, element by element `gradient_value/<parameter>[i,j]` and
-    `parameter_value/<parameter>[i,j]`, and `learning_rate/<optimizer>`. A parameter without a gradient is
-    passed over.
+    At step t (t optimizer steps taken before it) it writes `gradient_norm/total` and `gradient_norm/<parameter>`, of
+    the gradient that arrives: accumulated, unscaled, all-reduced, **before clipping**; `gradient_norm/applied`, **after
+    clipping**, what the optimizer consumed; the histogram `gradient/<parameter>`, and element by element
+    `gradient_value/<parameter>[i,j]` and `parameter_value/<parameter>[i,j]`, the latter of θₜ. Of several optimizers
+    each step shows the parameters of the one that takes it, and the tags without a parameter end in its name.
+
+    A parameter that has no gradient is passed over. A step that a GradScaler skips is none.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
         histogram_every_n_steps: The same for histograms, which are dearer; a multiple of `every_n_steps`.
+        parameters: Names, with * and ?, of those that get tags of their own; the total is always that of all.
+        norm_type: 2, or infinity for the largest element.
         max_scalar_elements: Parameters of at most so many elements are also written element by element.
+
+    Raises:
+        ValueError: A frequency is below 1, or the norm is another one.
     """
 
     def __init__(
-        self, every_n_steps: int = 50, histogram_every_n_steps: int = 100, max_scalar_elements: int = 16
+        self,
+        every_n_steps: int = 50,
+        histogram_every_n_steps: int = 100,
+        parameters: str = "*",
+        norm_type: float = 2.0,
+        max_scalar_elements: int = 16,
     ) -> None:
-        for name, value in (
-            ("every_n_steps", every_n_steps),
-            ("histogram_every_n_steps", histogram_every_n_steps),
-        ):
-            if value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
+        check_frequency("every_n_steps", every_n_steps)
+        check_frequency("histogram_every_n_steps", histogram_every_n_steps)
+        if norm_type not in (2, inf):
+            raise ValueError(f"`norm_type` must be 2 or inf, got {norm_type!r}.")
         self.every_n_steps = every_n_steps
         self.histogram_every_n_steps = histogram_every_n_steps
+        self.parameters = parameters
+        self.norm_type = float(norm_type)
         self.max_scalar_elements = max_scalar_elements
+        self._steps: OptimizerSteps | None = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._writer = step_writer(trainer)
+        if not self._writer.is_open:
+            return
+        self._names = parameter_names(pl_module)
+        self._plans: dict[tuple[Parameter, ...], tuple[list[str], list[int], list[int]]] = {}
+        self._steps = OptimizerSteps(trainer, before=self._before, after=self._after)
+        self._unclipped = UnclippedGradients(trainer, pl_module, self._steps, self._is_due)
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._steps:
+            self._unclipped.on_after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        step = trainer.global_step
-        if step % self.every_n_steps or not trainer.loggers or not trainer.is_global_zero:
+        if self._steps:
+            self._unclipped.on_before_optimizer_step(optimizer)
+
+    def _is_due(self, step: OptimizerStep) -> bool:
+        return step.count % self.every_n_steps == 0
+
+    def _before(self, step: OptimizerStep) -> None:
+        if self._is_due(step):
+            self._values = {
+                parameter: parameter.detach().clone()
+                for parameter in step.parameters
+                if parameter.numel() <= self.max_scalar_elements
+            }
+
+    def _after(self, step: OptimizerStep) -> None:
+        if not self._is_due(step):
             return
-        named = list(_with_gradient(pl_module, optimizer))
-        if not named:
-            return
-        values = _learning_rates(optimizer)
-        gradient_norms = norms([gradient for _, _, gradient in named])
-        total, *each = torch.cat([total_norm(gradient_norms)[None], gradient_norms]).tolist()
-        values["gradient_norm/total"] = total
-        for (name, parameter, gradient), norm in zip(named, each, strict=True):
-            values[f"gradient_norm/{name}"] = norm
-            if parameter.numel() <= self.max_scalar_elements:
-                values.update(_elements(f"gradient_value/{name}", gradient))
-                values.update(_elements(f"parameter_value/{name}", parameter))
-        write_scalars(trainer, values, step)
-        if step % self.histogram_every_n_steps == 0:
-            _write_histograms(trainer, {f"gradient/{name}": gradient for name, _, gradient in named}, step)
+        unclipped = self._unclipped.take(step)
+        if unclipped:
+            self._measure(step, unclipped)
+
+    def _measure(self, step: OptimizerStep, unclipped: dict[Parameter, Tensor]) -> None:
+        """Writes what is due at a step that has just been taken, given the gradients before clipping."""
+        parameters, gradients = tuple(unclipped), list(unclipped.values())
+        if parameters not in self._plans:
+            self._plans[parameters] = self._plan(parameters, step.suffix)
+        tags, shown, small = self._plans[parameters]
+        each = norms(gradients, self.norm_type)
+        applied = norms([parameter.grad for parameter in parameters if parameter.grad is not None], self.norm_type)
+        values = [total_norm(each, self.norm_type)[None], total_norm(applied, self.norm_type)[None]]
+        values.append(each if len(shown) == len(parameters) else each[shown])
+        for index in small:
+            gradient = gradients[index]
+            values.append((gradient.to_dense() if gradient.is_sparse else gradient).flatten())
+            values.append(self._values[parameters[index]].flatten())
+        self._writer.add(step.step, tags, torch.cat([value.to(each.device, torch.float64) for value in values]))
+        if step.count % self.histogram_every_n_steps == 0:
+            for index in shown:
+                name = self._names[id(parameters[index])]
+                self._writer.add_histogram(step.step, f"gradient/{name}", dense(gradients[index]))
+
+    def _plan(self, parameters: Sequence[Parameter], suffix: str) -> tuple[list[str], list[int], list[int]]:
+        """The tags in the order of the values, which parameters get tags, and which of those element by element."""
+        names = [self._names[id(parameter)] for parameter in parameters]
+        shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
+        small = [index for index in shown if parameters[index].numel() <= self.max_scalar_elements]
+        tags = [f"gradient_norm/total{suffix}", f"gradient_norm/applied{suffix}"]
+        tags += [f"gradient_norm/{names[index]}" for index in shown]
+        for index in small:
+            for kind in ("gradient_value", "parameter_value"):
+                tags += [f"{kind}/{names[index]}{place}" for place in _places(parameters[index])]
+        return tags, shown, small
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach(trainer)
+
+    def _detach(self, trainer: Trainer) -> None:
+        if self._steps:
+            self._steps.detach()
+            self._unclipped.detach()
+            self._steps = None
+        close_step_writer(trainer)
 
 
-def _with_gradient(module: LightningModule, optimizer: Optimizer) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
-    """The parameters that this optimizer will step, by name: another's may hold stale gradients."""
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in module.named_parameters():
-        if parameter.grad is not None and id(parameter) in held:
-            yield name, parameter, parameter.grad
-
-
-def _learning_rates(optimizer: Optimizer) -> dict[str, float]:
-    name = f"learning_rate/{type(optimizer).__name__}"
-    groups = optimizer.param_groups
-    if len(groups) == 1:
-        return {name: float(groups[0]["lr"])}
-    return {f"{name}/{index}": float(group["lr"]) for index, group in enumerate(groups)}
-
-
-def _elements(tag: str, tensor: Tensor) -> dict[str, float]:
-    """One value an element, named by its indices, [0,3]."""
-    indices = itertools.product(*map(range, tensor.shape))
-    values = tensor.detach().flatten().tolist()
-    return {f"{tag}[{','.join(map(str, index))}]": value for index, value in zip(indices, values, strict=True)}
-
-
-def _write_histograms(trainer: Trainer, tensors: dict[str, Tensor], step: int) -> None:
-    for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger):
-            for tag, tensor in tensors.items():
-                # TensorBoard refuses a histogram of nothing finite, and would end the training with it.
-                if bool(torch.isfinite(tensor).any()):
-                    logger.experiment.add_histogram(tag, tensor.detach().float().cpu(), step)
+def _places(tensor: Tensor) -> list[str]:
+    """The indices of each element, [0,3]; of a scalar []."""
+    return [f"[{','.join(map(str, index))}]" for index in product(*map(range, tensor.shape))]

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
@@ -17,12 +18,19 @@ class OptimizerStep:
         name: Its class, with its place where several of one class are there: `Adam`, `Adam-1`.
         step: t, the optimizer steps taken before this one by all optimizers together: the x-axis.
         count: The steps taken before this one by this optimizer.
+        suffix: What tells its tags from those of the other optimizers: `/Adam-1`, or nothing where it is alone.
     """
 
     optimizer: Optimizer
     name: str
     step: int
     count: int
+    suffix: str
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """What it steps, each once."""
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
 
 class OptimizerSteps:
@@ -49,9 +57,15 @@ class OptimizerSteps:
         self._before = before
         self._after = after
         self._num_steps = trainer.global_step
-        self.handles: list[RemovableHandle] = []
-        for optimizer, name in zip(trainer.optimizers, optimizer_names(trainer.optimizers), strict=True):
-            self._attach(OptimizerStep(optimizer, name, 0, 0))
+        self.on_next: Callable[[], None] | None = None
+        self._handles: list[RemovableHandle] = []
+        alone = len(trainer.optimizers) == 1
+        self.states = [
+            OptimizerStep(optimizer, name, 0, trainer.global_step if alone else 0, "" if alone else f"/{name}")
+            for optimizer, name in zip(trainer.optimizers, optimizer_names(trainer.optimizers), strict=True)
+        ]
+        for state in self.states:
+            self._attach(state)
 
     def _attach(self, state: OptimizerStep) -> None:
         def before(*_: object) -> None:
@@ -64,15 +78,17 @@ class OptimizerSteps:
                 self._after(state)
             self._num_steps = state.step + 1
             state.count += 1
+            if self.on_next:
+                self.on_next()
 
-        self.handles.append(state.optimizer.register_step_pre_hook(before))
-        self.handles.append(state.optimizer.register_step_post_hook(after))
+        self._handles.append(state.optimizer.register_step_pre_hook(before))
+        self._handles.append(state.optimizer.register_step_post_hook(after))
 
     def detach(self) -> None:
         """Leaves the optimizers as they were."""
-        for handle in self.handles:
+        for handle in self._handles:
             handle.remove()
-        self.handles.clear()
+        self._handles.clear()
 
 
 def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
@@ -83,3 +99,14 @@ def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
         place = sum(type(other).__name__ == kind for other in optimizers[: len(names)])
         names.append(f"{kind}-{place}" if place else kind)
     return names
+
+
+def check_frequency(name: str, value: int) -> None:
+    """Refuses a number of steps between two measurements that is none."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+
+
+def parameter_names(module: LightningModule) -> dict[int, str]:
+    """Returns the name of each parameter by its id, a tied one once, without what `torch.compile` puts in between."""
+    return {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}

@@ -1,38 +1,58 @@
-"""Gradient norms: L2 by parameter, and over all parameters as one vector."""
+"""Gradient norms: by parameter, and over all parameters as one vector."""
 
 from collections.abc import Sequence
+from math import inf
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+HALF = (torch.float16, torch.bfloat16)
 
-def norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_tensors"]:
-    """Returns the L2 norm of each tensor, in one fused call and without a synchronisation.
 
-    ‖x‖ = √(Σᵢ xᵢ²), a sum without 1/N.
+def dense(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """Returns a sparse gradient's values, duplicates added up, or a dense one as it is: the same norm, detached."""
+    tensor = tensor.detach()
+    return tensor.coalesce().values() if tensor.is_sparse else tensor
+
+
+def norms(tensors: Sequence[Float[Tensor, "..."]], norm_type: float = 2.0) -> Float[Tensor, " num_tensors"]:
+    """Returns the norm of each tensor, in one fused call and without a synchronisation.
+
+    ‖x‖₂ = √(Σᵢ xᵢ²), a sum without 1/N, or ‖x‖_∞ = maxᵢ |xᵢ|; of nothing 0. Half precision is added up in float32.
 
     Args:
-        tensors: At least one, of any shapes, dense, on one device.
+        tensors: At least one, of any shapes, dense or sparse.
+        norm_type: 2 or infinity.
 
     Returns:
-        One norm a tensor, on their device, detached.
+        One norm a tensor, on the device of the first, detached.
 
     Example:
-        >>> norms([torch.tensor([3.0, 4.0]), torch.tensor([[2.0]])])
+        >>> norms([torch.tensor([3.0, -4.0]), torch.tensor([[2.0]])])
         tensor([5., 2.])
+        >>> norms([torch.tensor([3.0, -4.0]), torch.tensor([[2.0]])], norm_type=inf)
+        tensor([4., 2.])
     """
-    return torch.stack(torch._foreach_norm([tensor.detach() for tensor in tensors]))
+    values = [dense(tensor) for tensor in tensors]
+    if norm_type == inf:  # the largest of nothing is no number
+        values = [value if value.numel() else value.new_zeros(1) for value in values]
+    dtype = torch.float32 if any(value.dtype in HALF for value in values) else None
+    each = torch._foreach_norm(values, norm_type, dtype=dtype)
+    first = each[0]
+    if any(norm.device != first.device or norm.dtype != first.dtype for norm in each):
+        each = tuple(norm.to(first.device, torch.float64) for norm in each)
+    return torch.stack(each)
 
 
-def total_norm(parameter_norms: Float[Tensor, " num_tensors"]) -> Float[Tensor, ""]:
-    """Returns the L2 norm of all parameters as one vector, given the norm of each.
+def total_norm(parameter_norms: Float[Tensor, " num_tensors"], norm_type: float = 2.0) -> Float[Tensor, ""]:
+    """Returns the norm of all parameters as one vector, given the norm of each.
 
-    ‖(x₁, x₂, …)‖ = √(‖x₁‖² + ‖x₂‖² + …)
+    ‖(x₁, x₂, …)‖₂ = √(‖x₁‖₂² + ‖x₂‖₂² + …), and ‖(x₁, x₂, …)‖_∞ = max(‖x₁‖_∞, ‖x₂‖_∞, …)
 
     Example:
         >>> total_norm(torch.tensor([3.0, 4.0]))
         tensor(5.)
     """
-    total: Tensor = torch.linalg.vector_norm(parameter_norms)
+    total: Tensor = torch.linalg.vector_norm(parameter_norms, norm_type)
     return total
