@@ -10,8 +10,8 @@ BENCHMARKS = {
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
 }
 EPILOG = """\
-Tables go to stdout as Markdown, progress to stderr. Everything that is compared is measured in turn, A B A B …,
-and summed up by medians: on a busy machine the seconds wander, the ratios hardly do.
+Tables go to stdout as Markdown, progress to stderr. What is compared is measured in turn, A B A B …, and summed
+up by medians: on a busy machine the seconds wander, the ratios far less.
 
 examples:
   python scripts/benchmark.py > figures.md
@@ -42,7 +42,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     names = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
     parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, metavar="NAME", help=names)
-    parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, measures little")
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round: shows that it works, measures little"
+    )
     parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each thing is measured")
     return parser
 

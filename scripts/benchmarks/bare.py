@@ -1,11 +1,16 @@
-"""The yardstick of `benchmark.py startup`: what `train.py` is asked for there, written by hand in plain PyTorch."""
+"""The yardstick of `benchmark.py startup`: the same training, by hand in plain PyTorch."""
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
-NUM_TRAINING_ROWS, NUM_VALIDATION_ROWS, NUM_FEATURES, BATCH_SIZE = 80, 10, 10, 64  # train.py's parts of 100 rows
+NUM_TRAINING_ROWS, NUM_VALIDATION_ROWS, NUM_FEATURES, BATCH_SIZE = (
+    80,
+    10,
+    10,
+    64,
+)  # train.py's parts of 100 rows
 
 torch.manual_seed(0)
 features = torch.randn(NUM_TRAINING_ROWS + NUM_VALIDATION_ROWS, NUM_FEATURES)
@@ -21,7 +26,8 @@ for step, (inputs, outputs) in enumerate(DataLoader(training_rows, BATCH_SIZE, s
     optimizer.zero_grad()
     loss = nn.functional.mse_loss(model(inputs).squeeze(-1), outputs)
     loss.backward()
-    gradient_norm = torch.cat([parameter.grad.flatten() for parameter in model.parameters()]).norm()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    gradient_norm = nn.utils.get_total_norm(gradients)
     optimizer.step()
     writer.add_scalar("train/loss", loss, step)
     writer.add_scalar("gradient_norm/total", gradient_norm, step)

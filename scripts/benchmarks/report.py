@@ -24,7 +24,16 @@ def print_report(header: Sequence[str], rows: Sequence[Sequence[str]], notes: Se
 
 def provenance() -> str:
     """Returns machine, versions and command, in one sentence."""
-    packages = ("torch", "lightning", "hydra-core", "tensorboard", "numpy", "scikit-learn", "scipy")
+    packages = (
+        "torch",
+        "lightning",
+        "hydra-core",
+        "tensorboard",
+        "numpy",
+        "scikit-learn",
+        "scipy",
+        "matplotlib",
+    )
     versions = [f"{name} {version(name)}" for name in packages if installed(name)]
     machine = f"{_processor()}, {os.cpu_count()} cores, {platform.system()}"
     command = shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]])

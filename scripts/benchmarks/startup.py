@@ -1,5 +1,6 @@
 """How long a tiny run takes as a whole process, from the command to the prompt."""
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -18,6 +19,8 @@ COMMANDS = {
     "`train.py --help`": (TRAIN, "--help"),
     "`train.py --cfg job`": (TRAIN, "--cfg", "job"),
 }
+# Both sides compile their modules once, in the round to warm up, as on anyone's machine.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
 HEADER = ("command", "median, s", "least, s", "ratio of medians", "median of the rounds' ratios")
 
 
@@ -27,17 +30,19 @@ def startup(rounds: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         for number in range(rounds + 1):
             for name, command in COMMANDS.items():
-                show_progress(f"startup, round {number or 'to warm up'} of {rounds}: {name}")
+                show_progress(f"startup, {f'round {number} of {rounds}' if number else 'warming up'}: {name}")
                 taken = _wall_time([sys.executable, *command], folder)
                 if number:  # the first run of a command reads it from the disk
                     seconds[name].append(taken)
     show_progress("")
-    print_report(HEADER, [_row(name, taken, seconds["bare script"]) for name, taken in seconds.items()], _notes())
+    print_report(
+        HEADER, [_row(name, taken, seconds["bare script"]) for name, taken in seconds.items()], _notes()
+    )
 
 
 def _wall_time(command: list[str], folder: str) -> float:
     started = time.perf_counter()
-    process = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    process = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
     taken = time.perf_counter() - started
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with exit code {process.returncode}:\n{process.stderr}")
@@ -52,9 +57,9 @@ def _row(name: str, seconds: list[float], bare: list[float]) -> list[str]:
 
 def _notes() -> list[str]:
     notes = [f"Whole processes, in turn. `train.py` is `python scripts/train.py {' '.join(TINY)}`."]
-    if installed("scipy"):
+    if extras := [name for name in ("matplotlib", "scipy") if installed(name)]:
         notes.append(
-            "scipy is installed here (scikit-learn brings it along): torchmetrics imports it, which makes `train.py` "
-            "slower, and the bare script not."
+            f"Installed here: {' and '.join(extras)}. torchmetrics imports each where it finds it, about half a "
+            "second that `train.py` pays and the bare script does not. `make install` alone brings neither."
         )
     return notes

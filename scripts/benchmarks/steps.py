@@ -57,7 +57,8 @@ def _case(num_features: int, batch_size: int, rounds: int, seconds: float) -> li
     rates = [median(column) for column in zip(*measured, strict=True)]
     bare, automatic, _, default, _ = zip(*measured, strict=True)
     ratios = [
-        median(ours / theirs for ours, theirs in zip(automatic, others, strict=True)) for others in (bare, default)
+        median(ours / theirs for ours, theirs in zip(automatic, others, strict=True))
+        for others in (bare, default)
     ]
     return [
         *(f"{rate:,.0f}" if rate > 0 else MISSING for rate in rates),
@@ -87,9 +88,11 @@ class Stopwatch(LightningModule):
     seconds: float
 
     def on_train_start(self) -> None:
+        """Starts the clock."""
         self.num_samples, self.started = 0, time.perf_counter()
 
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        """Counts, and stops when the time is up."""
         self.num_samples += len(batch[1])
         self.taken = time.perf_counter() - self.started
         if self.taken >= self.seconds:
@@ -112,9 +115,11 @@ class Plain(Stopwatch):
         self.linear = nn.Linear(num_features, 1)
 
     def training_step(self, batch: Batch) -> Tensor:
+        """Returns the mean squared error."""
         return nn.functional.mse_loss(self.linear(batch[0]).squeeze(-1), batch[1])
 
     def configure_optimizers(self) -> Optimizer:
+        """Returns plain gradient descent."""
         return SGD(self.parameters(), lr=LEARNING_RATE)
 
 
@@ -171,8 +176,8 @@ WAYS: dict[str, Measure] = {
 
 def _notes(rounds: int, seconds: float) -> list[str]:
     notes = [
-        f"Samples a second on {NUM_ROWS:,} rows on the CPU, {torch.get_num_threads()} threads; medians of {rounds} "
-        f"rounds of {seconds} s. All shuffle each epoch; no logger, no callbacks. "
+        f"Samples a second, {NUM_ROWS:,} rows on the CPU, {torch.get_num_threads()} threads; {seconds} s each in "
+        f"turn, median of {rounds}. All shuffle each epoch; no logger, no callbacks. "
         "`SGDRegressor` knows no batches: it steps at every row."
     ]
     if not installed("scikit-learn"):
