@@ -10,8 +10,8 @@ BENCHMARKS = {
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
 }
 EPILOG = """\
-Tables go to stdout as Markdown, progress to stderr. What is compared is measured in turn, A B A B …, and summed
-up by medians: on a busy machine the seconds wander, the ratios far less.
+Tables go to stdout as Markdown, progress to stderr. What is compared is measured in turn, A B A B …, and
+summed up by medians: on a busy machine the seconds wander, the ratios far less.
 
 examples:
   python scripts/benchmark.py > figures.md

@@ -34,6 +34,7 @@ def steps(rounds: int, seconds: float) -> None:
         rounds: Measurements of each, in turn; the median counts.
         seconds: How long each measurement trains.
     """
+    torch.set_num_threads(1)  # as SGDRegressor; several wait for each other wherever a core is busy elsewhere
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # Lightning's tips on loaders and loggers
     rows = []
@@ -176,8 +177,8 @@ WAYS: dict[str, Measure] = {
 
 def _notes(rounds: int, seconds: float) -> list[str]:
     notes = [
-        f"Samples a second, {NUM_ROWS:,} rows on the CPU, {torch.get_num_threads()} threads; {seconds} s each in "
-        f"turn, median of {rounds}. All shuffle each epoch; no logger, no callbacks. "
+        f"Samples a second, {NUM_ROWS:,} rows, one thread; {seconds} s each in turn, median of {rounds}. "
+        "All shuffle each epoch; no logger, no callbacks. "
         "`SGDRegressor` knows no batches: it steps at every row."
     ]
     if not installed("scikit-learn"):
