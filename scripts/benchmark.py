@@ -24,9 +24,8 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the benchmark that was named, or all of them; returns the exit code."""
     options = _parser().parse_args(arguments)
     if options.benchmark is None:
-        return int(
-            any([subprocess.call([sys.executable, __file__, name, *arguments]) for name in BENCHMARKS])
-        )
+        codes = [subprocess.call([sys.executable, __file__, name, *arguments]) for name in BENCHMARKS]
+        return int(any(codes))
     if options.benchmark == "startup":
         from benchmarks.startup import startup
 

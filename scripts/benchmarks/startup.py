@@ -59,7 +59,7 @@ def _notes() -> list[str]:
     notes = [f"Whole processes, in turn. `train.py` is `python scripts/train.py {' '.join(TINY)}`."]
     if extras := [name for name in ("matplotlib", "scipy") if installed(name)]:
         notes.append(
-            f"Installed here: {' and '.join(extras)}. torchmetrics imports each where it finds it, about "
-            "half a second that `train.py` pays and the bare script does not; `make install` brings neither."
+            f"Installed here: {' and '.join(extras)}. torchmetrics imports each where it finds it, so "
+            "that `train.py` is slower than after `make install` alone; the bare script is not."
         )
     return notes
