@@ -109,6 +109,11 @@ class Net(LightningModule):
         return SGD(self.parameters(), lr=RATE)
 
 
+class Validated(Net):
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        torch.rand(3)
+
+
 class Groups(Net):
     def configure_optimizers(self) -> Any:
         return SGD([{"params": self.first.parameters(), "lr": 0.1}, {"params": self.last.parameters()}], lr=RATE)
@@ -285,7 +290,7 @@ SETTINGS: dict[str, tuple[type[Net], Callable[[], dict[str, Any]]]] = {
     "frozen, unused, tied, empty": (Odd, dict),
     "sparse": (Sparse, dict),
     "compiled": (Compiled, dict),
-    "validation in mid-epoch": (Net, lambda: {"val_check_interval": 3}),
+    "validation in mid-epoch": (Validated, lambda: {"val_check_interval": 3}),
     "manual": (Manual, dict),
     "manual accumulation": (ManualAccumulation, dict),
     "manual clipping by torch": (ManualClip, dict),
@@ -306,11 +311,6 @@ def batches() -> DataLoader[Any]:
     features = torch.randn(4 * NUM_BATCHES, 3, generator=generator)
     target = torch.randn(4 * NUM_BATCHES, generator=generator)
     return DataLoader(torch.utils.data.TensorDataset(features, target), batch_size=4)
-
-
-class Validated(Net):
-    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
-        torch.rand(3)
 
 
 def fit(kind: type[Net], observers: list[Any], logger: Any, fit_arguments: Any = None, **settings: Any) -> Net:
@@ -385,7 +385,6 @@ def expected_tags(steps: list[Step], names: dict[int, str]) -> dict[str, list[tu
 @pytest.mark.filterwarnings("ignore:The `srun` command is available")
 def test_every_figure_is_that_of_the_recorder(tmp_path: Path, name: str) -> None:
     kind, settings = SETTINGS[name]
-    kind = type("Validated", (Validated, kind), {}) if "mid-epoch" in name else kind
     module = fit(kind, observers(), TensorBoardLogger(tmp_path, name="", version=""), **settings())
     steps = module.recorder.steps
     assert len(steps) >= 3

@@ -1,0 +1,55 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+
+
+def run(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, timeout=300)
+
+
+def table(markdown):
+    """Returns the rows of the one table, each as a dictionary by column."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
+def is_positive(cell):
+    return float(cell.replace(",", "")) > 0
+
+
+def test_startup_measures_every_command_beside_the_bare_script():
+    process = run("startup", "--quick")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    commands = [row.pop("command") for row in rows]
+    assert commands == ["bare script", "`train.py`", "`train.py --help`", "`train.py --cfg job`"]
+    assert all(is_positive(cell) for row in rows for cell in row.values())
+    assert rows[0]["ratio of medians"] == "1.00"
+    assert process.stdout.rstrip().endswith("`python scripts/benchmark.py startup --quick`")
+
+
+def test_steps_measures_every_way_in_every_case():
+    process = run("steps", "--quick")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    cases = [(row["features"], row["batch"]) for row in rows]
+    assert cases == [
+        (features, batch) for features in ("10", "100", "1000") for batch in ("32", "256", "4096")
+    ]
+    cells = [cell for row in rows for cell in row.values()]
+    assert all(is_positive(cell) for cell in cells if cell != "–")
+    assert ("–" in cells) == ("pip install -e .[benchmark]" in process.stdout)
+    assert process.stdout.rstrip().endswith("`python scripts/benchmark.py steps --quick`")
+
+
+@pytest.mark.parametrize("arguments", [["stops"], ["steps", "--rounds", "0"], ["steps", "--rounds", "many"]])
+def test_what_cannot_be_measured_is_refused_in_words(arguments):
+    process = run(*arguments)
+    assert process.returncode == 2
+    assert process.stderr.splitlines()[-1].startswith("benchmark.py: error: argument")
+    assert not process.stdout
