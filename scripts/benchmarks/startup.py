@@ -35,9 +35,7 @@ def startup(rounds: int) -> None:
                 if number:  # the first run of a command reads it from the disk
                     seconds[name].append(taken)
     show_progress("")
-    print_report(
-        HEADER, [_row(name, taken, seconds["bare script"]) for name, taken in seconds.items()], _notes()
-    )
+    print_report(HEADER, [_row(name, taken, seconds["bare script"]) for name, taken in seconds.items()], _notes())
 
 
 def _wall_time(command: list[str], folder: str) -> float:

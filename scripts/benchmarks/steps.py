@@ -52,14 +52,11 @@ def _case(num_features: int, batch_size: int, rounds: int, seconds: float) -> li
     target = features.sum(dim=1) + torch.randn(NUM_ROWS, generator=random)
     for measure in WAYS.values():
         measure(features, target, batch_size, seconds / 10)  # to warm up
-    measured = [
-        [measure(features, target, batch_size, seconds) for measure in WAYS.values()] for _ in range(rounds)
-    ]
+    measured = [[measure(features, target, batch_size, seconds) for measure in WAYS.values()] for _ in range(rounds)]
     rates = [median(column) for column in zip(*measured, strict=True)]
     bare, automatic, _, default, _ = zip(*measured, strict=True)
     ratios = [
-        median(ours / theirs for ours, theirs in zip(automatic, others, strict=True))
-        for others in (bare, default)
+        median(ours / theirs for ours, theirs in zip(automatic, others, strict=True)) for others in (bare, default)
     ]
     return [
         *(f"{rate:,.0f}" if rate > 0 else MISSING for rate in rates),
@@ -124,9 +121,7 @@ class Plain(Stopwatch):
         return SGD(self.parameters(), lr=LEARNING_RATE)
 
 
-def _ours(
-    model: type[Automatic | Manual], features: Tensor, target: Tensor, batch_size: int, seconds: float
-) -> float:
+def _ours(model: type[Automatic | Manual], features: Tensor, target: Tensor, batch_size: int, seconds: float) -> float:
     module = model(features.shape[1], partial(SGD, lr=LEARNING_RATE), {"scheduler": None})
     return _fit(module, Batches(features, target, batch_size, ShuffledOrder(len(target), seed=0)), seconds)
 

@@ -6,16 +6,19 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from tensorboard.plugins.custom_scalar import layout_pb2
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, Optimizer, lr_scheduler
 from torch.utils.data import DataLoader
+from torchmetrics import CatMetric, MeanSquaredError
 
-from downslope.callbacks import GradientMonitor, LearningRateEffects
+from downslope.callbacks import GradientMonitor, LearningRateEffects, gradient_monitor
 from tests.conftest import read_events, scalars
 
 NUM_BATCHES = 10
@@ -409,11 +412,10 @@ def test_every_figure_is_that_of_the_recorder(tmp_path: Path, name: str) -> None
         ), tag
     if kind is not WithLBFGS and kind is not WithAdam:
         for step in steps:  # the ledger: θₜ₊₁ = θₜ − η g, to the last bit
-            for group in step.optimizer.param_groups:
+            for rate, group in zip(step.rates, step.optimizer.param_groups, strict=True):
                 for parameter in group["params"]:
                     each = module.recorder.names[id(parameter)]
                     if each in step.applied:
-                        rate = step.rates[step.optimizer.param_groups.index(group)]
                         moved = step.before[each].add(step.applied[each], alpha=-rate)
                         assert torch.equal(step.after[each], moved)
     if "fp16 with" in name:
@@ -433,8 +435,6 @@ def test_observing_changes_no_bit(tmp_path: Path, name: str) -> None:
 def test_the_recorder_would_notice_a_gradient_that_is_a_thousandth_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scale: float
 ) -> None:
-    from downslope.callbacks import gradient_monitor
-
     honest = gradient_monitor.norms
     monkeypatch.setattr(gradient_monitor, "norms", lambda *arguments: honest(*arguments) * scale)
     with pytest.raises(AssertionError):
@@ -506,23 +506,20 @@ def test_the_descent_ratio_of_a_parabola_is_one_minus_half_the_stability(tmp_pat
 
 
 class Noisy(Net):
-    """Dropout, batch norm, a metric and random numbers from everywhere: all of which a second forward could disturb."""
+    """Dropout, batch norm, metrics and numpy's random numbers: all of which a second forward could disturb.
+
+    Not Python's own: beartype, which holds the shapes in these tests, draws from them.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        from torchmetrics import CatMetric, MeanSquaredError
-
         self.norm = nn.BatchNorm1d(3)
         self.dropout = nn.Dropout(0.5)
         self.metric = MeanSquaredError()
         self.values = CatMetric()
 
     def loss(self, batch: list[Tensor]) -> Tensor:
-        import random
-
-        import numpy as np
-
-        features = self.dropout(self.norm(batch[0])) * (1 + random.random()) * (1 + np.random.rand())  # noqa: NPY002
+        features = self.dropout(self.norm(batch[0])) * (1 + np.random.rand())  # noqa: NPY002
         prediction = self(features)
         self.metric.update(prediction.detach(), batch[1])
         self.values.update(prediction.detach())
@@ -541,10 +538,6 @@ class NoisyManual(Noisy, Manual):
 
 @pytest.mark.parametrize("kind", [Noisy, NoisyManual])
 def test_the_second_forward_leaves_no_trace(tmp_path: Path, kind: type[Noisy]) -> None:
-    import random
-
-    import numpy as np
-
     ends = []
     for folder, watching in (("watched", observers()), ("alone", [])):
         module = fit(kind, watching, CSVLogger(tmp_path / folder, name="", version=""), log_every_n_steps=1)
@@ -554,12 +547,11 @@ def test_the_second_forward_leaves_no_trace(tmp_path: Path, kind: type[Noisy]) -
                 module.metric.compute(),
                 module.values.compute(),
                 torch.rand(2),
-                torch.tensor(random.random()),
-                torch.from_numpy(np.random.rand(2)),
-            ]  # noqa: NPY002
+                torch.from_numpy(np.random.rand(2)),  # noqa: NPY002
+            ]
         )
         assert "log" not in module.__dict__
-    assert all(torch.equal(*pair) for pair in zip(*ends, strict=True))
+    assert [torch.equal(*pair) for pair in zip(*ends, strict=True)] == [True] * len(ends[0])
 
 
 @pytest.mark.parametrize(
@@ -641,8 +633,6 @@ def test_another_norm_is_refused() -> None:
 
 def test_the_dashboard_has_a_layout(tmp_path: Path) -> None:
     fit(Net, observers(), TensorBoardLogger(tmp_path, name="", version=""))
-    from tensorboard.plugins.custom_scalar import layout_pb2
-
     tensor = read_events(tmp_path).Tensors("custom_scalars__config__")[0].tensor_proto
     layout = layout_pb2.Layout.FromString(tensor.string_val[0])
     assert [category.title for category in layout.category] == ["Loss", "Gradients", "Learning-rate effects"]

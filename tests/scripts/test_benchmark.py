@@ -38,9 +38,7 @@ def test_steps_measures_every_way_in_every_case():
     assert process.returncode == 0, process.stderr
     rows = table(process.stdout)
     cases = [(row["features"], row["batch"]) for row in rows]
-    assert cases == [
-        (features, batch) for features in ("10", "100", "1000") for batch in ("32", "256", "4096")
-    ]
+    assert cases == [(features, batch) for features in ("10", "100", "1000") for batch in ("32", "256", "4096")]
     cells = [cell for row in rows for cell in row.values()]
     assert all(is_positive(cell) for cell in cells if cell != "–")
     assert ("–" in cells) == ("pip install -e .[benchmark]" in process.stdout)
