@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 BENCHMARKS = {
     "startup": "wall time of a tiny run, beside a bare PyTorch script that does the same",
+    "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
 }
 EPILOG = """\
@@ -30,6 +31,10 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks.startup import startup
 
         startup(rounds=options.rounds or (1 if options.quick else 9))
+    elif options.benchmark == "observers":
+        from benchmarks.observers import observers
+
+        observers(rounds=options.rounds or (1 if options.quick else 5), seconds=0.02 if options.quick else 0.3)
     else:
         from benchmarks.steps import steps
 

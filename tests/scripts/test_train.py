@@ -181,15 +181,23 @@ def test_every_option_trains(script: Script, tmp_path: Path, overrides: list[str
     assert read_json(only_run(tmp_path))["status"] == "completed"
 
 
-def test_two_processes_train_one_model(tmp_path: Path) -> None:
-    ended = run_process(tmp_path, "train", "trainer=ddp", "device=cpu", "data.batch_size=32", *FAST)
+@pytest.mark.parametrize("overrides", [[], ["+trainer.accumulate_grad_batches=2"], ["model=manual"]], ids=str)
+def test_two_processes_are_one_on_the_joined_batch(script: Script, tmp_path: Path, overrides: list[str]) -> None:
+    given = ["device=cpu", *overrides, *EVERY_5, *FAST]
+    ended = run_process(tmp_path, "train", "trainer=ddp", "data.batch_size=32", "hydra.run.dir=two", *given)
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("diabetes: 442 rows") == 1
-    run = only_run(tmp_path)
-    assert len(list(run.glob("events.out.tfevents.*"))) == 1
-    result = read_json(run)
-    assert result["status"] == "completed"
-    assert result["num_optimizer_steps"] == 18
+    two, one = tmp_path / "two", tmp_path / "one"
+    assert len(list(two.glob("events.out.tfevents.*"))) == 1
+    assert read_json(two)["status"] == "completed"
+    assert script("train", "data.batch_size=64", "hydra.run.dir=one", *given).code == 0
+    tags = set(read_events(one).Tags()["scalars"]) - {"learning_rate_effect/descent_ratio"}
+    assert set(read_events(two).Tags()["scalars"]) == tags
+    for tag in tags:
+        alone, together = scalars(one, tag), scalars(two, tag)
+        assert [step for step, _ in together] == [step for step, _ in alone]
+        # Another order of sums; an element or a cosine near 0 has no digits of its own.
+        assert [value for _, value in together] == pytest.approx([value for _, value in alone], rel=1e-4, abs=1e-5), tag
 
 
 def test_a_divergence_is_told_by_the_exit_code(tmp_path: Path) -> None:

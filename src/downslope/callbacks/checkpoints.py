@@ -33,7 +33,8 @@ class Checkpoints(Checkpoint):
             self.best = value
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if time.monotonic() - self._saved_at >= self.every_n_seconds:
+        due = time.monotonic() - self._saved_at >= self.every_n_seconds
+        if trainer.strategy.broadcast(due):  # all processes save together, whatever their clocks say
             self._save(trainer, pl_module, "last.ckpt")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
