@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,37 +10,44 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from downslope.gradients.loss_function import Loss, LossFunction
+from downslope.gradients.random_state import random_state
 from downslope.gradients.slope import central_difference, measure_slope
 
-NUM_PLACES = 4
-MOVE = 1e-3  # relative; far enough from a kink, near enough to be the same model
-ROUNDING = 100  # a loss that adds up many terms errs by more than one ε; a hundred covers a million random ones
+NUM_PLACES = 4  # looked at nearby, until one has no kink
+MOVE = 1e-3  # relative: far enough from a kink, near enough to be the same model
+ROUNDING = 100  # a loss adds up many terms, so that it errs by more than one ε
 
 
 @dataclass(frozen=True)
-class Disagreement:
-    """One parameter whose gradient is not the slope of the loss.
+class Comparison:
+    """The derivative of the loss along a random direction of one parameter, three times.
 
     Attributes:
         parameter: Its name.
-        reverse: Autograd's gradient along a random direction of this parameter.
-        numeric: The slope of the loss along it, from central differences.
-        forward: The same from forward mode; None where an operation does not support it.
-        uncertainty: Error of `numeric`.
+        reverse: From autograd's gradient.
+        numeric: From central differences.
+        forward: From forward mode; None where an operation does not support it.
+        error: Of `numeric`.
+        tolerance: Relative, of any two of them.
+        noise: What rounding may add to any of them.
     """
 
     parameter: str
     reverse: float
     numeric: float
     forward: float | None
-    uncertainty: float
+    error: float
+    tolerance: float
+    noise: float
 
-    def __str__(self) -> str:
-        forward = "" if self.forward is None else f", forward mode {self.forward:.6g}"
-        return (
-            f"`{self.parameter}`: autograd says {self.reverse:.6g} along a random direction, central differences "
-            f"{self.numeric:.6g} ± {self.uncertainty:.1g}{forward}: off by {self.difference:.3g}. {self._hint()}"
-        )
+    @property
+    def agrees(self) -> bool:
+        """Whether autograd is right, as far as the other two can tell."""
+        forward_agrees = self.forward is None or self._is_near(self.forward, self.noise)
+        return forward_agrees and self._is_near(self.numeric, self.error)
+
+    def _is_near(self, other: float, error: float) -> bool:
+        return abs(self.reverse - other) <= self.tolerance * max(abs(self.reverse), abs(other)) + error
 
     @property
     def difference(self) -> float:
@@ -48,22 +55,25 @@ class Disagreement:
         others = [self.numeric] if self.forward is None else [self.numeric, self.forward]
         return max(abs(self.reverse - other) for other in others)
 
+    def __str__(self) -> str:
+        forward = "" if self.forward is None else f", forward mode {self.forward:.6g}"
+        return (
+            f"`{self.parameter}`: autograd says {self.reverse:.6g} along a random direction, central differences "
+            f"{self.numeric:.6g} ± {self.error:.1g}{forward}: off by {self.difference:.3g}. {self._hint()}"
+        )
+
     def _hint(self) -> str:
         """Which of the three stands alone tells where to look."""
         if not math.isfinite(self.reverse):
             return "Look for a root, a logarithm or a division at 0."
         if self.forward is None:
             return "Look for a wrong backward, or a part that is cut out of the graph."
-        alone = {
-            "forward": abs(self.reverse - self.numeric),
-            "numeric": abs(self.reverse - self.forward),
-            "reverse": abs(self.numeric - self.forward),
+        others_apart = {
+            "Look for a wrong backward.": abs(self.numeric - self.forward),
+            "Look for a part that is cut out of the graph: detach, .data, no_grad.": abs(self.reverse - self.forward),
+            "Look for a wrong jvp, or an edit of .data; training uses neither.": abs(self.reverse - self.numeric),
         }
-        return {
-            "forward": "Look for a wrong jvp, or an edit through .data; training does not use forward mode.",
-            "numeric": "Look for a part that is cut out of the graph: detach, .data, .item(), no_grad.",
-            "reverse": "Look for a wrong backward.",
-        }[min(alone, key=lambda name: alone[name])]
+        return min(others_apart, key=lambda hint: others_apart[hint])
 
 
 @dataclass
@@ -71,7 +81,7 @@ class GradientReport:
     """What a check saw.
 
     Attributes:
-        disagreements: The parameters whose gradient is wrong.
+        disagreements: One for each parameter whose gradient is wrong.
         num_parameters: Parameter tensors that were checked.
         precision: What the check computed in: float64, or the module's own where it works in no other.
         largest_difference: Between autograd and central differences where they agree, over the gradient's norm.
@@ -80,9 +90,9 @@ class GradientReport:
         error: Why autograd gave no gradient at all, where it did not.
     """
 
-    disagreements: list[Disagreement] = field(default_factory=list)
+    precision: str
+    disagreements: list[Comparison] = field(default_factory=list)
     num_parameters: int = 0
-    precision: str = "float64"
     largest_difference: float = 0.0
     undecided: list[str] = field(default_factory=list)
     without_forward_mode: str | None = None
@@ -118,17 +128,17 @@ def check(
 
     For each parameter θₖ and a random unit vector v of its shape, three numbers must be one: ⟨∇ₖL, v⟩ of
     autograd, (L(θₖ + hv) − L(θₖ − hv)) / 2h, and the derivative that forward mode carries along v. In float64,
-    with h = ε^(1/3) · max(1, ‖θₖ‖), the difference errs by about ε^(2/3) = 4e-11 of the loss; two numbers agree
-    when they differ by less than ε^(1/3) = 6e-6 of the larger. That leaves half of the digits for functions less
-    tame than the estimate, and an error smaller than that does no harm.
+    with h = ε^(1/3) · max(1, ‖θₖ‖), the difference errs by about ε^(2/3) = 4e-11 of the loss. Two numbers agree
+    when they differ by less than ε^(1/3) = 6e-6 of the larger: half of the digits are left for functions less
+    tame than the estimate, and a smaller error does no harm.
 
-    Before it complains it makes sure: it measures the slope at seven steps, allows ten times the spread that it
-    finds, and where the loss has a kink (a ReLU at 0, a tie of a maximum) it looks again at a place nearby.
-    A disagreement can be meant: a straight-through estimator is one.
+    Before it complains it looks closely: at a place nearby, since at a kink (a ReLU at 0, a tie of a maximum)
+    autograd is free to give any slope in between; and with seven steps, allowing for ten times the spread of
+    what they give. A disagreement can be meant: a straight-through estimator is one, and so is spectral
+    normalisation, whose power iteration autograd takes for constant.
 
-    The check works on copies, so that weights, gradients, buffers, metrics and training mode stay as they are,
-    and so do all random states. What `training_step` does beside the module (a print, a direct call of a logger)
-    it does at each evaluation: about 4 a parameter and direction.
+    The check works on copies: weights, gradients, buffers, metrics, training mode and all random states stay as
+    they are. What `training_step` does beside the module, such as a print, it does about 4 times a parameter.
 
     Args:
         module: Any LightningModule, in the mode (training or evaluation) in which it is to be checked.
@@ -146,27 +156,36 @@ def check(
         ValueError: The loss cannot be had, is not finite, or changes from one evaluation to the next.
 
     Example:
-        >>> line = nn.Linear(2, 1)
         >>> batch = torch.ones(3, 2), torch.zeros(3, 1)
-        >>> report = check(line, batch, loss=lambda line, batch: (line(batch[0]) - batch[1]).square().mean())
+        >>> report = check(nn.Linear(2, 1), batch, loss=lambda line, batch: (line(batch[0]) - batch[1]).square().mean())
         >>> report.passed, report.num_parameters
         (True, 2)
 
     Reference: Griewank and Walther (2008), Evaluating Derivatives, chapter 3, for the identity of the three.
     """
-    function = _loss_function(module, batch, loss)
-    report = GradientReport(precision=function.precision)
-    try:
-        here = _Place(function, function.parameters)
-    except RuntimeError as error:  # such as an edit in place of what backward needs
-        report.error = str(error)
-        return report
-    generator = torch.Generator().manual_seed(seed)
-    for name in function.trainable:
-        report.num_parameters += 1
-        for _ in range(num_directions):
-            if not _agrees(here, name, _unit_vector(here.parameters[name], generator), generator, report):
+    with random_state():
+        function = _loss_function(module, batch, loss)
+        report = GradientReport(precision=function.precision)
+        try:
+            here = _Place(function, function.parameters)
+        except RuntimeError as error:  # such as an edit in place of what backward needs
+            report.error = str(error)
+            return report
+        generator = torch.Generator().manual_seed(seed)
+        for name in function.trainable:
+            report.num_parameters += 1
+            for _ in range(num_directions):
+                comparison = _compare(here, name, generator)
+                if comparison is None:
+                    report.undecided.append(name)
+                elif comparison.agrees:
+                    difference = abs(comparison.reverse - comparison.numeric) / (here.gradient_norm or 1.0)
+                    report.largest_difference = max(report.largest_difference, difference)
+                    continue
+                else:
+                    report.disagreements.append(comparison)
                 break
+    report.without_forward_mode = here.without_forward_mode
     return report
 
 
@@ -175,43 +194,48 @@ def _loss_function(module: nn.Module, batch: Any, loss: Loss | None) -> LossFunc
     try:
         function = LossFunction(module, batch, loss, torch.float64)
         values = _evaluate_twice(function)
-    except Exception:
+    except (RuntimeError, TypeError):
         function = LossFunction(module, batch, loss)
         values = _evaluate_twice(function)
     if not math.isfinite(values[0]):
         raise ValueError(f"Cannot check the gradient. This is because the loss is not finite: {values[0]}.")
     if abs(values[0] - values[1]) > ROUNDING * function.epsilon * abs(values[0]):
         raise ValueError(
-            f"Cannot check the gradient. This is because the loss of the same batch and random state is "
-            f"{values[0]} once and {values[1]} the next time: make `training_step` repeatable, or pass `loss`."
+            "Cannot check the gradient. This is because the loss of the same batch and random state is "
+            f"{values[0]:.8g} once and {values[1]:.8g} the next time: make `training_step` repeatable, or pass `loss`."
         )
     return function
 
 
 def _evaluate_twice(function: LossFunction) -> tuple[float, float]:
-    leaves = function.leaves(function.parameters)
-    return float(function(leaves).detach()), float(function(leaves).detach())
+    first, second = (float(function(function.leaves(function.parameters)).detach()) for _ in range(2))
+    return first, second
 
 
 class _Place:
-    """A place in the space of the parameters: the loss there, autograd's gradient, and the loss along a line."""
+    """A place in the space of the parameters: the loss there, its gradient, and its slope along a line."""
 
     def __init__(self, function: LossFunction, parameters: dict[str, Tensor]) -> None:
         self.function = function
         self.parameters = parameters
         self.loss, self.gradient = function.value_and_gradient(parameters)
         self.gradient_norm = math.hypot(*(float(gradient.norm()) for gradient in self.gradient.values()))
+        self.without_forward_mode: str | None = None
 
     def reverse(self, name: str, direction: Tensor) -> float:
         return float((self.gradient[name] * direction).sum())
 
-    def forward(self, name: str, direction: Tensor) -> float:
+    def forward(self, name: str, direction: Tensor) -> float | None:
         leaves = self.function.leaves(self.parameters)
-        # torch.func.jvp would refuse a custom autograd.Function in the older style, which has its jvp too.
-        with forward_ad.dual_level():
-            dual = forward_ad.make_dual(leaves[name], direction.to(leaves[name]))
-            tangent = forward_ad.unpack_dual(self.function({**leaves, name: dual})).tangent
-        return 0.0 if tangent is None else float(tangent)
+        try:
+            # torch.func.jvp would refuse a custom autograd.Function in the older style, which may well have a jvp.
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(leaves[name], direction.to(leaves[name]))
+                tangent = forward_ad.unpack_dual(self.function({**leaves, name: dual})).tangent
+        except RuntimeError as error:  # an operation, or a custom Function, without a formula for it
+            self.without_forward_mode = str(error).splitlines()[0]
+            return None
+        return 0.0 if tangent is None else float(tangent.detach())
 
     def along(self, name: str, direction: Tensor) -> Callable[[float], float]:
         def loss(step: float) -> float:
@@ -228,6 +252,43 @@ class _Place:
         return _Place(self.function, moved)
 
 
+def _compare(here: _Place, name: str, generator: torch.Generator) -> Comparison | None:
+    """Compares along one random direction; None where the loss has a kink wherever it is looked at."""
+    direction = _unit_vector(here.parameters[name], generator)
+    comparison = _look_once(here, name, direction)
+    if comparison.agrees or not math.isfinite(comparison.reverse):
+        return comparison
+    for _ in range(NUM_PLACES):
+        comparison, is_smooth = _look_closely(here.nearby(generator), name, direction)
+        if comparison.agrees or is_smooth:
+            return comparison
+    return None
+
+
+def _look_once(place: _Place, name: str, direction: Tensor) -> Comparison:
+    """Compares with one central difference."""
+    epsilon = place.function.epsilon
+    tolerance = epsilon ** (1 / 3)
+    step = tolerance * _scale(place.parameters[name])
+    return Comparison(
+        parameter=name,
+        reverse=place.reverse(name, direction),
+        numeric=central_difference(place.along(name, direction), step),
+        forward=place.forward(name, direction),
+        error=ROUNDING * epsilon * abs(place.loss) / step,
+        tolerance=tolerance,
+        noise=ROUNDING * epsilon * abs(place.loss) / step,
+    )
+
+
+def _look_closely(place: _Place, name: str, direction: Tensor) -> tuple[Comparison, bool]:
+    """Compares with a slope whose error was measured; tells also whether the loss is smooth there."""
+    once = _look_once(place, name, direction)
+    slope = measure_slope(place.along(name, direction), _scale(place.parameters[name]))
+    closely = replace(once, numeric=slope.value, error=10 * slope.uncertainty + once.noise)
+    return closely, slope.kink <= 0.1 * abs(once.reverse - slope.value)
+
+
 def _unit_vector(like: Tensor, generator: torch.Generator) -> Tensor:
     direction = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
     return direction / direction.norm()
@@ -235,49 +296,3 @@ def _unit_vector(like: Tensor, generator: torch.Generator) -> Tensor:
 
 def _scale(tensor: Tensor) -> float:
     return max(1.0, float(tensor.norm()))
-
-
-def _agrees(here: _Place, name: str, direction: Tensor, generator: torch.Generator, report: GradientReport) -> bool:
-    """Compares the three along one direction, and writes into the report what came of it."""
-    place = here
-    for _ in range(NUM_PLACES):
-        verdict = _compare(place, name, direction, report)
-        if verdict is not None:
-            break
-        place = here.nearby(generator)
-    else:
-        report.undecided.append(name)
-        return True
-    if isinstance(verdict, Disagreement):
-        report.disagreements.append(verdict)
-        return False
-    report.largest_difference = max(report.largest_difference, verdict)
-    return True
-
-
-def _compare(place: _Place, name: str, direction: Tensor, report: GradientReport) -> Disagreement | float | None:
-    """Returns what is wrong, or the relative difference where nothing is, or None at a kink."""
-    epsilon = place.function.epsilon
-    scale = _scale(place.parameters[name])
-    step = epsilon ** (1 / 3) * scale
-    noise = ROUNDING * epsilon * abs(place.loss) / step
-    along = place.along(name, direction)
-    reverse, forward = place.reverse(name, direction), None
-    try:
-        forward = place.forward(name, direction)
-    except RuntimeError as error:  # an operation, or a custom Function, without a formula for it
-        report.without_forward_mode = str(error).splitlines()[0]
-
-    def agree(other: float, error: float) -> bool:
-        return abs(reverse - other) <= epsilon ** (1 / 3) * max(abs(reverse), abs(other)) + error
-
-    numeric, error = central_difference(along, step), noise
-    forward_agrees = forward is None or agree(forward, noise)
-    if not agree(numeric, noise):
-        slope = measure_slope(along, scale)
-        numeric, error = slope.value, 10 * slope.uncertainty + noise
-        if math.isfinite(reverse) and slope.kink > 0.1 * abs(reverse - numeric):
-            return None
-    if forward_agrees and agree(numeric, error):
-        return abs(reverse - numeric) / place.gradient_norm if reverse != numeric else 0.0
-    return Disagreement(name, reverse, numeric, forward, error)

@@ -4,13 +4,13 @@ import contextlib
 import copy
 import dataclasses
 import inspect
-import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from downslope.gradients.random_state import RandomState, random_state
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -37,6 +37,7 @@ class LossFunction:
     ) -> None:
         self._loss = loss or _training_loss(module)
         self._trainer = _trainer(module)
+        self._random_state = RandomState()
         self._dtype = dtype
         try:
             self._module = copy.deepcopy(module, _intermediates(module))
@@ -98,7 +99,7 @@ class LossFunction:
                 part.log = part.log_dict = _log_nothing  # type: ignore[assignment]
         if self._trainer is not None:
             module.trainer = self._trainer
-        with _random_state_kept(), _default_dtype(self._dtype), torch.enable_grad():
+        with random_state(self._random_state), _default_dtype(self._dtype), torch.enable_grad():
             output = self._loss(module, copy.deepcopy(self._batch))
         value = output["loss"] if isinstance(output, Mapping) else output
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -177,19 +178,3 @@ def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
         yield
     finally:
         torch.set_default_dtype(before)
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Puts every process-wide random state back: torch's on each device, Python's, and NumPy's if it is loaded."""
-    python = random.getstate()
-    numpy = sys.modules.get("numpy")
-    numpy_state = numpy.random.get_state() if numpy else None
-    accelerators = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    try:
-        with torch.random.fork_rng(devices=accelerators):
-            yield
-    finally:
-        random.setstate(python)
-        if numpy:
-            numpy.random.set_state(numpy_state)
