@@ -1,7 +1,8 @@
 """Observers: each watches one thing, under any Trainer and any LightningModule, and never changes training."""
 
 from downslope.callbacks.checkpoints import Checkpoints
+from downslope.callbacks.gradient_check import GradientCheck
 from downslope.callbacks.gradient_monitor import GradientMonitor
 from downslope.callbacks.progress import Progress
 
-__all__ = ["Checkpoints", "GradientMonitor", "Progress"]
+__all__ = ["Checkpoints", "GradientCheck", "GradientMonitor", "Progress"]
