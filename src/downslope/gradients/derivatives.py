@@ -33,16 +33,21 @@ class MeanSquaredError:
     features: Float[Tensor, "num_rows num_features"]
     target: Float[Tensor, " num_rows"]
 
+    @functools.cached_property
+    def inputs(self) -> Float[Tensor, "num_rows num_parameters"]:
+        """Z, the features and a column of ones: what the bias is multiplied by."""
+        return torch.nn.functional.pad(self.features, (0, 1), value=1.0)
+
     def __call__(self, parameters: Float[Tensor, " num_parameters"]) -> Float[Tensor, ""]:
         """Returns the loss at `parameters`: the weights, then the bias."""
-        return (self.features @ parameters[:-1] + parameters[-1] - self.target).square().mean()
+        return (self.inputs @ parameters - self.target).square().mean()
 
 
 def symbolic(function: Function, parameters: Float[Tensor, " num_parameters"]) -> Float[Tensor, " num_parameters"]:
     """Differentiates the formula with SymPy, then puts the numbers in.
 
     SymPy sees L = (1/N)(Zθ − y)ᵀ(Zθ − y), with matrices whose sizes are symbols too, and derives ∇L from it. So
-    one derivation serves every size. Z is the features and a column of ones.
+    one derivation serves every size. Z is `MeanSquaredError.inputs`.
 
     Args:
         function: A `MeanSquaredError`: of any other function only the values are known, not the formula.
@@ -65,9 +70,8 @@ def symbolic(function: Function, parameters: Float[Tensor, " num_parameters"]) -
             f"Cannot differentiate {type(function).__name__} symbolically. This is because SymPy needs the formula, "
             "and a function gives only its values: pass a `MeanSquaredError`, or differentiate in another way."
         )
-    inputs = torch.nn.functional.pad(function.features, (0, 1), value=1.0)
-    gradient = _compiled_gradient()(inputs, parameters.detach()[:, None], function.target[:, None], len(inputs))
-    return torch.as_tensor(gradient)[:, 0]
+    num_rows = len(function.target)
+    return _compiled_gradient()(function.inputs, parameters.detach()[:, None], function.target[:, None], num_rows)[:, 0]
 
 
 @functools.cache
