@@ -8,10 +8,12 @@
 # %%
 """The ideas of autograd, one by one, with their numbers.
 
-Runs as a script (`--list` shows the ideas, `--only accumulation` runs one), and opens as a notebook in VS Code and
-Jupytext: there each cell runs as it is reached.
+Runs as a script (`--list` shows the ideas, `--only accumulation` runs one), and opens as a notebook in VS
+Code and Jupytext: there each cell runs as it is reached.
 """
 
+# torch leaves backward() without types.
+# mypy: disable-error-code="no-untyped-call"
 import argparse
 import builtins
 import contextlib
@@ -80,9 +82,9 @@ def mistake(label: str) -> Iterator[None]:
 def requires_grad() -> None:
     """A tensor tracks nothing until it is asked to.
 
-    `requires_grad` is False by default. Switched on, every operation leaves a note of itself in `grad_fn`, and
-    `backward()` follows the notes back to the tensors that began it all, the leaves. There, and only there, it
-    puts d(result) / d(leaf) into `.grad`, in the leaf's own shape.
+    `requires_grad` is False by default. Switched on, every operation leaves a note of itself in `grad_fn`,
+    and `backward()` follows the notes back to the tensors that began it all, the leaves. There, and only
+    there, it puts d(result) / d(leaf) into `.grad`, in the leaf's own shape.
     """
     first = torch.Tensor([[1, 2, 3], [4, 5, 6]])
     second = torch.Tensor([[7, 8, 9], [10, 11, 12]])
@@ -98,7 +100,7 @@ def requires_grad() -> None:
     show("product.grad_fn", type(product.grad_fn).__name__)
     show("mean.grad_fn", type(mean.grad_fn).__name__)
 
-    mean.backward()  # type: ignore[no-untyped-call]
+    mean.backward()
     assert first.grad is not None
     show("first.grad = second / 6", first.grad)
     show("its shape is first's", first.grad.shape == first.shape)
@@ -110,8 +112,9 @@ def requires_grad() -> None:
 def graph() -> None:
     """The notes form a graph: operations are its nodes, `next_functions` its edges.
 
-    It hangs together from the result down to the leaves, whose node, AccumulateGrad, does the adding to `.grad`.
-    An intermediate result is no leaf: its gradient passes through, and stays only if `retain_grad` asks for it.
+    It hangs together from the result down to the leaves, whose node, AccumulateGrad, does the adding to
+    `.grad`. An intermediate result is no leaf: its gradient passes through, and stays only if `retain_grad`
+    asks for it.
     """
     weight = torch.tensor(3.0, requires_grad=True)
     bias = torch.tensor(1.0, requires_grad=True)
@@ -119,13 +122,13 @@ def graph() -> None:
     loss = hidden**2
     print(textwrap.indent("\n".join(text_tree(loss.grad_fn)), "    "))
     nodes, edges = walk(loss.grad_fn)
-    show("loss.grad_fn.next_functions", [name_of(child) for child, _ in loss.grad_fn.next_functions])
-    show("hidden.grad_fn.next_functions", [name_of(child) for child, _ in hidden.grad_fn.next_functions])
+    show("loss.grad_fn.next_functions", parts_of(loss.grad_fn))
+    show("hidden.grad_fn.next_functions", parts_of(hidden.grad_fn))
     show("nodes, edges", (len(nodes), len(edges)))
     show("drawn", draw(nodes, edges, PICTURE) if PICTURE else "as text; --picture graph.svg draws it")
 
     hidden.retain_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     show("weight.is_leaf, hidden.is_leaf", (weight.is_leaf, hidden.is_leaf))
     show("hidden.grad, retained: 2 · hidden", hidden.grad)
     show("weight.grad: 2 · hidden · 2", weight.grad)
@@ -140,6 +143,11 @@ def text_tree(node: Any, indent: str = "") -> list[str]:
     return [f"{indent}{name_of(node)}", *below]
 
 
+def parts_of(node: Any) -> list[str]:
+    """Returns the names of what an operation's result was made of."""
+    return [name_of(child) for child, _ in node.next_functions]
+
+
 def name_of(node: Any) -> str:
     """Returns an operation's name without its namespace."""
     name: str = node.name().rpartition("::")[2]
@@ -147,7 +155,7 @@ def name_of(node: Any) -> str:
 
 
 def walk(root: Any) -> tuple[list[Any], list[tuple[Any, Any]]]:
-    """Returns the nodes below a node, itself first, and the edges, each from a result to what it was made of."""
+    """Returns the nodes below a node, itself first, and the edges, from results to their parts."""
     nodes, edges = [root], []
     for node in nodes:  # grows while it is walked
         for child, _ in node.next_functions:
@@ -167,7 +175,9 @@ def draw(nodes: list[Any], edges: list[tuple[Any, Any]], path: Path) -> str:
         return "as text, for graphviz's `dot` is not installed"
     path.parent.mkdir(parents=True, exist_ok=True)
     command = ["dot", f"-T{path.suffix.removeprefix('.') or 'svg'}", "-o", str(path)]
-    drawn = subprocess.run(command, input=f"digraph {{{'; '.join(lines)}}}", text=True, capture_output=True, check=False)
+    drawn = subprocess.run(
+        command, input=f"digraph {{{'; '.join(lines)}}}", text=True, capture_output=True, check=False
+    )
     return str(path) if drawn.returncode == 0 else f"as text, for dot says: {drawn.stderr.strip()}"
 
 
@@ -176,8 +186,9 @@ def draw(nodes: list[Any], edges: list[tuple[Any, Any]], path: Path) -> str:
 def no_grad() -> None:
     """Where no gradient is wanted, take no notes: it saves time and memory.
 
-    `no_grad` works as a block and as a decorator, and `enable_grad` switches back on inside it. `inference_mode`
-    goes further: its tensors can never enter a graph again, and so even their bookkeeping is spared.
+    `no_grad` works as a block and as a decorator, and `enable_grad` switches back on inside it.
+    `inference_mode` goes further: its tensors can never enter a graph again, and so even their bookkeeping is
+    spared.
     """
     x = torch.ones(2, requires_grad=True)
 
@@ -197,7 +208,7 @@ def no_grad() -> None:
     with torch.inference_mode():
         inference = x * 2
     show("is_inference: no_grad, inference", (constant.is_inference(), inference.is_inference()))
-    (x * constant).sum().backward()  # type: ignore[no-untyped-call]
+    (x * constant).sum().backward()
     show("no_grad's result as a constant", x.grad)
     with mistake("inference_mode's result"):
         x * inference
@@ -209,18 +220,18 @@ def no_grad() -> None:
 def detach() -> None:
     """`detach()` gives the same numbers without their history.
 
-    What is computed from the detached tensor counts as a constant. Below, the second pass reaches `a` along one
-    of two ways only, and adds its 0.25 to the 0.25 that is already there.
+    What is computed from the detached tensor counts as a constant. Below, the second pass reaches `a` along
+    one of two ways only, and adds its 0.25 to the 0.25 that is already there.
     """
     a = torch.tensor([[1.0, 2.0], [3.0, 4.0]], requires_grad=True)
     b = torch.tensor([[3.0, 4.0], [5.0, 6.0]], requires_grad=True)
     mean = (a + b).mean()
-    mean.backward()  # type: ignore[no-untyped-call]
+    mean.backward()
     show("(a + b).mean()", mean)
     show("a.grad", a.grad)
     show("b.grad", b.grad)
     show("a.detach().requires_grad", a.detach().requires_grad)
-    (a + a.detach()).mean().backward()  # type: ignore[no-untyped-call]
+    (a + a.detach()).mean().backward()
     show("a.grad after (a + a.detach())", a.grad)
 
 
@@ -230,13 +241,14 @@ def variable() -> None:
     """`Variable`, in old tutorials: tensors have replaced it.
 
     Before PyTorch 0.4 a tensor had to be wrapped in a Variable to be tracked. Today `Variable(t)` returns a
-    tensor; write `torch.tensor(…, requires_grad=True)` instead. A leaf that the result does not use keeps None.
+    tensor; write `torch.tensor(…, requires_grad=True)` instead. A leaf that the result does not use keeps
+    None.
     """
     from torch.autograd import Variable
 
-    var = Variable(torch.tensor(9.0), requires_grad=True)  # type: ignore[no-untyped-call]
-    w1 = Variable(torch.tensor(3.0), requires_grad=True)  # type: ignore[no-untyped-call]
-    w2 = Variable(torch.tensor(5.0), requires_grad=True)  # type: ignore[no-untyped-call]
+    var = Variable(torch.tensor(9.0), requires_grad=True)
+    w1 = Variable(torch.tensor(3.0), requires_grad=True)
+    w2 = Variable(torch.tensor(5.0), requires_grad=True)
     product = var * w1
     product.backward()
     show("type(var)", type(var).__name__)
@@ -256,7 +268,7 @@ def chain_rule() -> None:
     x = torch.tensor(X, requires_grad=True)
     y = x + 2
     z = 2 * y**2
-    z.mean().backward()  # type: ignore[no-untyped-call]
+    z.mean().backward()
     show("x", x)
     show("x.grad", x.grad)
     show("4y/3 by hand", 4 * (x + 2) / 3)
@@ -272,9 +284,9 @@ X = [-0.94837, 0.27158, 0.36057]
 def vector_jacobian() -> None:
     """A vector has no gradient but a Jacobian; `backward(v)` computes vᵀJ.
 
-    Of z there are three numbers, each with a gradient of its own: together the Jacobian, J. Autograd never builds
-    it. It takes a v, one weight for each zᵢ, and gives vᵀJ in a single pass. So `backward()` without a v has no
-    answer where the result is not a single number. As ever, it adds to what the leaf already has.
+    Of z there are three numbers, each with a gradient of its own: together the Jacobian, J. Autograd never
+    builds it. It takes a v, one weight for each zᵢ, and gives vᵀJ in a single pass. So `backward()` without a
+    v has no answer where the result is not a single number. As ever, it adds to what the leaf already has.
     """
     x = torch.tensor(X, requires_grad=True)
     v = torch.tensor([0.1, 1.0, 0.001])
@@ -282,10 +294,10 @@ def vector_jacobian() -> None:
     def z(inputs: Tensor) -> Tensor:
         return 2 * (inputs + 2) ** 2
 
-    z(x).mean().backward()  # type: ignore[no-untyped-call]
+    z(x).mean().backward()
     with mistake("backward() without v"):
-        z(x).backward()  # type: ignore[no-untyped-call]
-    z(x).backward(v)  # type: ignore[no-untyped-call]
+        z(x).backward()
+    z(x).backward(v)
     show("x.grad: the mean's plus vᵀJ", x.grad)
 
     jacobian = torch.func.jacrev(z)(x.detach())
@@ -304,12 +316,12 @@ def accumulation() -> None:
     """
     weights = torch.ones(4, requires_grad=True)
     for epoch in (1, 2, 3):
-        (3 * weights).sum().backward()  # type: ignore[no-untyped-call]
+        (3 * weights).sum().backward()
         show(f"epoch {epoch}", weights.grad)
 
     weights = torch.ones(4, requires_grad=True)
     for epoch in (1, 2, 3):
-        (3 * weights).sum().backward()  # type: ignore[no-untyped-call]
+        (3 * weights).sum().backward()
         show(f"epoch {epoch}, with grad.zero_()", weights.grad)
         assert weights.grad is not None
         weights.grad.zero_()
@@ -320,19 +332,20 @@ def accumulation() -> None:
 def optimizer_step() -> None:
     """An optimizer steps and clears for all its parameters at once.
 
-    `step()` subtracts learning rate × gradient. `zero_grad()` clears: by default to None, which saves the memory
-    and lets the optimizer pass over a parameter that got no gradient; `set_to_none=False` leaves zeros.
+    `step()` subtracts learning rate × gradient. `zero_grad()` clears: by default to None, which saves the
+    memory and lets the optimizer pass over a parameter that got no gradient; `set_to_none=False` leaves
+    zeros.
     """
     weights = torch.ones(4, requires_grad=True)
     optimizer = torch.optim.SGD([weights], lr=0.01)
     for epoch in (1, 2, 3):
-        (3 * weights).sum().backward()  # type: ignore[no-untyped-call]
+        (3 * weights).sum().backward()
         show(f"epoch {epoch}, gradient", weights.grad)
         optimizer.step()
         optimizer.zero_grad()
     show("weights: 1 − 3 · 0.01 · 3", weights)
     show("after zero_grad()", weights.grad)
-    (3 * weights).sum().backward()  # type: ignore[no-untyped-call]
+    (3 * weights).sum().backward()
     optimizer.zero_grad(set_to_none=False)
     show("after set_to_none=False", weights.grad)
 
@@ -342,8 +355,8 @@ def optimizer_step() -> None:
 def gradient_descent() -> None:
     """Gradient descent, θₜ₊₁ = θₜ − η·∇L(θₜ), four ways: equal to the bit.
 
-    By hand, with torch.optim.SGD, with Lightning's manual optimization and with its automatic one: whoever holds
-    the loop, it is the same three lines. Twenty steps from zero on y = Wx + b.
+    By hand, with torch.optim.SGD, with Lightning's manual optimization and with its automatic one: whoever
+    holds the loop, it is the same three lines. Twenty steps from zero on y = Wx + b.
     """
     ways = {
         "by hand": by_hand,
@@ -377,7 +390,7 @@ def by_hand() -> tuple[Tensor, Tensor]:
     for _ in range(NUM_STEPS):
         prediction = nn.functional.linear(features, weight, bias).squeeze(-1)  # Wx + b
         loss = (prediction - target).square().mean()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         with torch.no_grad():  # the step is no part of the graph
             for parameter in (weight, bias):
                 assert parameter.grad is not None
@@ -393,7 +406,7 @@ def by_optimizer() -> tuple[Tensor, Tensor]:
     optimizer = torch.optim.SGD(line.parameters(), lr=LEARNING_RATE)
     for _ in range(NUM_STEPS):
         optimizer.zero_grad()
-        nn.functional.mse_loss(line(features).squeeze(-1), target).backward()  # type: ignore[no-untyped-call]
+        nn.functional.mse_loss(line(features).squeeze(-1), target).backward()
         optimizer.step()
     return line.weight.detach(), line.bias.detach()
 
@@ -452,8 +465,8 @@ def learning_rates() -> None:
     """Three learning rates: too small, right, too large.
 
     The loss of a line is a bowl, and λ, the largest eigenvalue of its Hessian, is how steep its steepest side
-    bends. Along it a step multiplies the distance to the bottom by 1 − ηλ: above η = 2/λ by more than 1 in size,
-    so that every step lands higher on the other side.
+    bends. Along it a step multiplies the distance to the bottom by 1 − ηλ: above η = 2/λ by more than 1 in
+    size, so that every step lands higher on the other side.
     """
     from downslope.gradients.least_squares import least_squares
 
@@ -481,8 +494,8 @@ def learning_rates() -> None:
 def in_place() -> None:
     """Two edits in place that autograd refuses.
 
-    A leaf that is changed in place would be both the beginning and a result of the graph. And an operation may
-    need its output again on the way back, as exp does: who overwrites it takes it away.
+    A leaf that is changed in place would be both the beginning and a result of the graph. And an operation
+    may need its output again on the way back, as exp does: who overwrites it takes it away.
     """
     weights = torch.ones(3, requires_grad=True)
     with mistake("weights += 1"):
@@ -494,10 +507,10 @@ def in_place() -> None:
     grown = weights.exp()
     grown *= 2
     with mistake("exp, edited before backward"):
-        grown.sum().backward()  # type: ignore[no-untyped-call]
+        grown.sum().backward()
     grown = weights.exp()
     doubled = grown * 2
-    doubled.sum().backward()  # type: ignore[no-untyped-call]
+    doubled.sum().backward()
     show("remedy: a new tensor", weights.grad)
 
 
@@ -506,18 +519,18 @@ def in_place() -> None:
 def freed_graph() -> None:
     """`backward()` frees the graph as it goes: a second pass has nothing to walk.
 
-    Usually a second pass is a mistake, and the remedy is to compute the loss anew. `retain_graph=True` keeps the
-    graph where it is meant.
+    Usually a second pass is a mistake, and the remedy is to compute the loss anew. `retain_graph=True` keeps
+    the graph where it is meant.
     """
     x = torch.tensor(3.0, requires_grad=True)
     loss = x**2
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     with mistake("backward() again"):
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
     x.grad = None
     loss = x**2
-    loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward(retain_graph=True)
+    loss.backward()
     show("remedy: retain_graph=True, 6 + 6", x.grad)
 
 
@@ -546,7 +559,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--list", action="store_true", help="show the ideas, and run none")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these ideas, in this order")
     parser.add_argument(
-        "--picture", type=Path, metavar="FILE", help="draw the idea `graph` into a .svg, .png or .pdf, with graphviz"
+        "--picture",
+        type=Path,
+        metavar="FILE",
+        help="draw the idea `graph` into a .svg, .png or .pdf, with graphviz",
     )
     options = parser.parse_args(arguments)
     if options.list:

@@ -1,4 +1,4 @@
-"""Compares four ways to a derivative: how exact they are, what they cost, and why the numeric one has a best step.
+"""Compares four ways to a derivative: how exact, how dear, and why the numeric one has a best step.
 
 Prints the figures, and draws them to derivatives.png and to TensorBoard.
 """
@@ -120,9 +120,9 @@ def relative_error(gradient: Tensor, truth: Tensor) -> float:
 
 
 def neuron(features: Tensor, target: Tensor) -> Function:
-    """The mean squared error of one tanh neuron: a line's has no third derivative, and so nothing to truncate."""
+    """The error of one tanh neuron: a line's has no third derivative, and so nothing to truncate."""
     line = MeanSquaredError(features, target)
-    return lambda parameters: (torch.tanh(line.inputs @ parameters) - target).square().mean()
+    return lambda parameters: torch.nn.functional.mse_loss(torch.tanh(line.inputs @ parameters), target)
 
 
 def valley(dtype: torch.dtype) -> Valley:
@@ -156,8 +156,11 @@ def print_tables(measurements: list[Measurement], valleys: list[Valley]) -> None
         (step, error), (chosen, chosen_error) = each.best, each.chosen
         precision = str(each.dtype).removeprefix("torch.")
         say(f"  {precision:<26}{step:>10.0e}{error:>10.0e}{chosen:>10.0e}{chosen_error:>10.0e}")
-    say("\nA larger step bends away from the tangent (truncation, h²); a smaller one subtracts two nearly equal")
-    say("numbers (rounding, ε/h). Numeric and forward mode take a turn for each parameter, reverse mode one for all.")
+    say("\nA larger step bends away from the tangent (truncation, h²); a smaller one subtracts two nearly")
+    say(
+        "equal numbers (rounding, ε/h). Numeric and forward mode take a pass for each parameter, reverse mode"
+    )
+    say("one for all of them.")
 
 
 def draw(measurements: list[Measurement], valleys: list[Valley]) -> "Figure":
@@ -168,16 +171,22 @@ def draw(measurements: list[Measurement], valleys: list[Valley]) -> "Figure":
     cost, error, step = figure.subplots(1, 3)
     draw_methods(cost, measurements, lambda each: 1e3 * each.seconds)
     cost.legend(frameon=False, loc="upper left")
-    cost.text(1.0, 0.05, "one pass for all parameters", ha="right", transform=cost.transAxes, color="#555555")
+    cost.text(
+        0.97, 0.21, "one pass for all parameters", ha="right", transform=cost.transAxes, color="#555555"
+    )
     cost.text(0.97, 0.60, "one pass\na parameter", ha="right", transform=cost.transAxes, color="#555555")
     draw_methods(error, measurements, lambda each: each.error)
     error.text(12, 1.3e-4, "central differences", color=COLORS["numeric"])
-    error.text(12, 1.3e-8, "symbolic, forward and reverse mode", color="#555555")
+    error.text(12, 2.5e-8, "symbolic, forward and reverse mode", color="#555555")
     draw_valley(step, valleys)
-    cost.set(title="Cost: reverse mode does not care\nhow many parameters there are", xlabel="number of parameters")
+    cost.set(
+        title="Cost: reverse mode does not care\nhow many parameters there are", xlabel="number of parameters"
+    )
     cost.set(ylabel="milliseconds for one gradient")
     error.set(title="Accuracy: formulas err in the last digit,\ncentral differences two or three before it")
-    error.set(ylabel="relative error of the gradient (float32)", xlabel="number of parameters", ylim=(5e-9, 1e-2))
+    error.set(
+        ylabel="relative error of the gradient (float32)", xlabel="number of parameters", ylim=(5e-9, 1e-2)
+    )
     step.set(title="Central differences have a best step:\nmore bends away, less drowns in rounding")
     step.set(ylabel="relative error of the gradient", xlabel="step h", ylim=(1e-12, 1e2))
     for axes in (cost, error, step):
@@ -188,7 +197,9 @@ def draw(measurements: list[Measurement], valleys: list[Valley]) -> "Figure":
     return figure
 
 
-def draw_methods(axes: "Axes", measurements: list[Measurement], value: Callable[[Measurement], float]) -> None:
+def draw_methods(
+    axes: "Axes", measurements: list[Measurement], value: Callable[[Measurement], float]
+) -> None:
     """One line a method."""
     for name in METHODS:
         mine = [each for each in measurements if each.method == name]
@@ -205,11 +216,13 @@ def draw_valley(axes: "Axes", valleys: list[Valley]) -> None:
     """Both precisions, each with the step that `numeric` takes."""
     for each, color in zip(valleys, (COLORS["numeric"], "#7A3B9A"), strict=True):
         wanted = best_step(each.dtype)
-        axes.plot(each.steps, each.errors, color=color, marker=".", label=str(each.dtype).removeprefix("torch."))
+        axes.plot(
+            each.steps, each.errors, color=color, marker=".", label=str(each.dtype).removeprefix("torch.")
+        )
         axes.axvline(wanted, color=color, linestyle=":", linewidth=1)
         axes.annotate("ε$^{1/3}$", (wanted, 8), (4, 0), textcoords="offset points", color=color)
     axes.text(3e-11, 3e-4, "rounding ~ ε/h", rotation=-48, color="#555555")
-    axes.text(2e-3, 2e-8, "truncation ~ h²", rotation=66, color="#555555")
+    axes.text(2.5e-3, 2e-8, "truncation ~ h²", rotation=66, color="#555555")
     axes.legend(frameon=False, loc="lower left")
 
 
@@ -220,15 +233,17 @@ def write(figure: "Figure", folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     picture = folder / "derivatives.png"
     figure.savefig(picture, dpi=110)
-    with SummaryWriter(str(folder)) as writer:  # type: ignore[no-untyped-call]
-        writer.add_figure("derivatives", figure)  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_figure("derivatives", figure)
     return picture
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measures, prints, draws."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--output", type=Path, default=Path("outputs/derivatives"), help="folder (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("outputs/derivatives"), help="folder (%(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="up to 1,000 parameters only")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)  # the matrices are small: a second thread costs more than it brings

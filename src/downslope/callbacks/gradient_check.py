@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 class GradientCheck(Callback):
-    """Checks the module's gradient on the first training batch, once, and leaves training as it was to the bit.
+    """Checks the module's gradient on the first training batch, once; training stays the same to the bit.
 
     See `downslope.gradients.check` for what is compared. It costs about four evaluations of the loss for each
     parameter tensor.
@@ -29,7 +29,8 @@ class GradientCheck(Callback):
         report: What the check saw; None before it ran.
 
     Raises:
-        ValueError: A setting is out of its range; or, in training, autograd disagrees or the loss cannot be had.
+        ValueError: A setting is out of its range; or, in training, autograd disagrees or the loss cannot be
+            had.
     """
 
     def __init__(
@@ -45,8 +46,10 @@ class GradientCheck(Callback):
         self.loss = loss
         self.report: GradientReport | None = None
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Not on_train_start: to take a batch there would move the dataloader on.
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Checks, once. Not on_train_start: to take a batch there would move the dataloader on."""
         if self.report is not None:
             return
         loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]

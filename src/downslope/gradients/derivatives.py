@@ -40,14 +40,16 @@ class MeanSquaredError:
 
     def __call__(self, parameters: Float[Tensor, " num_parameters"]) -> Float[Tensor, ""]:
         """Returns the loss at `parameters`: the weights, then the bias."""
-        return (self.inputs @ parameters - self.target).square().mean()
+        return torch.nn.functional.mse_loss(self.inputs @ parameters, self.target)
 
 
-def symbolic(function: Function, parameters: Float[Tensor, " num_parameters"]) -> Float[Tensor, " num_parameters"]:
+def symbolic(
+    function: Function, parameters: Float[Tensor, " num_parameters"]
+) -> Float[Tensor, " num_parameters"]:
     """Differentiates the formula with SymPy, then puts the numbers in.
 
-    SymPy sees L = (1/N)(Zθ − y)ᵀ(Zθ − y), with matrices whose sizes are symbols too, and derives ∇L from it. So
-    one derivation serves every size. Z is `MeanSquaredError.inputs`.
+    SymPy sees L = (1/N)(Zθ − y)ᵀ(Zθ − y), with matrices whose sizes are symbols too, and derives ∇L from it.
+    So one derivation serves every size. Z is `MeanSquaredError.inputs`.
 
     Args:
         function: A `MeanSquaredError`: of any other function only the values are known, not the formula.
@@ -67,11 +69,13 @@ def symbolic(function: Function, parameters: Float[Tensor, " num_parameters"]) -
     """
     if not isinstance(function, MeanSquaredError):
         raise TypeError(
-            f"Cannot differentiate {type(function).__name__} symbolically. This is because SymPy needs the formula, "
-            "and a function gives only its values: pass a `MeanSquaredError`, or differentiate in another way."
+            f"Cannot differentiate {type(function).__name__} symbolically. This is because SymPy needs the "
+            "formula, and a function gives only its values: pass a `MeanSquaredError`, or take another way."
         )
     num_rows = len(function.target)
-    return _compiled_gradient()(function.inputs, parameters.detach()[:, None], function.target[:, None], num_rows)[:, 0]
+    return _compiled_gradient()(
+        function.inputs, parameters.detach()[:, None], function.target[:, None], num_rows
+    )[:, 0]
 
 
 @functools.cache
@@ -92,7 +96,9 @@ def symbolic_gradient() -> Any:
 def _compiled_gradient() -> Callable[[Tensor, Tensor, Tensor, int], Tensor]:
     from sympy import lambdify
 
-    compiled: Callable[[Tensor, Tensor, Tensor, int], Tensor] = lambdify(*_symbols_and_gradient(), modules="torch")
+    compiled: Callable[[Tensor, Tensor, Tensor, int], Tensor] = lambdify(
+        *_symbols_and_gradient(), modules="torch"
+    )
     return compiled
 
 
@@ -116,13 +122,13 @@ def _symbols_and_gradient() -> tuple[tuple[Any, ...], Any]:
 def numeric(
     function: Function, parameters: Float[Tensor, " num_parameters"], step: float | None = None
 ) -> Float[Tensor, " num_parameters"]:
-    """Takes central differences: two evaluations a parameter, and no knowledge of the function but its values.
+    """Takes central differences: two evaluations a parameter, and nothing known but the function's values.
 
     ∂L/∂θᵢ ≈ (L(θ + hᵢeᵢ) − L(θ − hᵢeᵢ)) / (2hᵢ), with hᵢ = step · max(1, |θᵢ|).
 
-    Two errors pull at the step. Truncation, what Taylor's series leaves out, is |L‴|h²/6; rounding, of two nearly
-    equal values of L, is about ε|L|/h. With |L| and |L‴| of like size their sum is least near h = ε^(1/3), where it
-    is about ε^(2/3): of float32's 7 digits 5 are right, of float64's 16 there are 10.
+    Two errors pull at the step. Truncation, what Taylor's series leaves out, is |L‴|h²/6; rounding, of two
+    nearly equal values of L, is about ε|L|/h. With |L| and |L‴| of like size their sum is least near h =
+    ε^(1/3), where it is about ε^(2/3): of float32's 7 digits 5 are right, of float64's 16 there are 10.
 
     Args:
         function: Maps a vector to a number.
@@ -170,8 +176,8 @@ def forward_mode(
 ) -> Float[Tensor, " num_parameters"]:
     """Carries a derivative along with each value, from the parameters to the loss: one pass a parameter.
 
-    A dual number is v + v̇ϵ with ϵ² = 0. Evaluated at θ + eᵢϵ, the function returns L(θ) + (∂L/∂θᵢ)ϵ, exact to
-    rounding. `torch.func.jvp` computes the pair.
+    A dual number is v + v̇ϵ with ϵ² = 0. Evaluated at θ + eᵢϵ, the function returns L(θ) + (∂L/∂θᵢ)ϵ, exact
+    to rounding. `torch.func.jvp` computes the pair.
 
     Args:
         function: Maps a vector to a number.
@@ -200,8 +206,8 @@ def reverse_mode(
 ) -> Float[Tensor, " num_parameters"]:
     """Records the evaluation, and walks it back from the loss to the parameters: one pass for all of them.
 
-    The gradient costs a small multiple of the function, however many parameters there are (at most five times, in
-    operations), which is why `backward()` works like this. The price is memory: the record.
+    The gradient costs a small multiple of the function, however many parameters there are (at most five
+    times, in operations), which is why `backward()` works like this. The price is memory: the record.
 
     Args:
         function: Maps a vector to a number.

@@ -58,8 +58,8 @@ class Comparison:
     def __str__(self) -> str:
         forward = "" if self.forward is None else f", forward mode {self.forward:.6g}"
         return (
-            f"`{self.parameter}`: autograd says {self.reverse:.6g} along a random direction, central differences "
-            f"{self.numeric:.6g} ± {self.error:.1g}{forward}: off by {self.difference:.3g}. {self._hint()}"
+            f"`{self.parameter}`: autograd says {self.reverse:.6g} along a random direction, "
+            f"central differences {self.numeric:.6g} ± {self.error:.1g}{forward}: off by {self.difference:.3g}. {self._hint()}"
         )
 
     def _hint(self) -> str:
@@ -70,8 +70,12 @@ class Comparison:
             return "Look for a wrong backward, or a part that is cut out of the graph."
         others_apart = {
             "Look for a wrong backward.": abs(self.numeric - self.forward),
-            "Look for a part that is cut out of the graph: detach, .data, no_grad.": abs(self.reverse - self.forward),
-            "Look for a wrong jvp, or an edit of .data; training uses neither.": abs(self.reverse - self.numeric),
+            "Look for a part that is cut out of the graph: detach, .data, no_grad.": abs(
+                self.reverse - self.forward
+            ),
+            "Look for a wrong jvp, or an edit of .data; training uses neither.": abs(
+                self.reverse - self.numeric
+            ),
         }
         return min(others_apart, key=lambda hint: others_apart[hint])
 
@@ -84,7 +88,8 @@ class GradientReport:
         disagreements: One for each parameter whose gradient is wrong.
         num_parameters: Parameter tensors that were checked.
         precision: What the check computed in: float64, or the module's own where it works in no other.
-        largest_difference: Between autograd and central differences where they agree, over the gradient's norm.
+        largest_difference: Between autograd and central differences where they agree, over the gradient's
+            norm.
         undecided: Parameters along which the loss had a kink wherever it was looked at.
         without_forward_mode: Why forward mode was left out, where it was.
         error: Why autograd gave no gradient at all, where it did not.
@@ -108,8 +113,11 @@ class GradientReport:
             return f"gradient check: backward fails: {self.error}"
         if self.disagreements:
             wrong = "\n".join(f"  {each}" for each in self.disagreements)
-            return f"gradient check: {len(self.disagreements)} of {self.num_parameters} parameters disagree\n{wrong}"
-        methods = "central differences" if self.without_forward_mode else "central differences and forward mode"
+            share = f"{len(self.disagreements)} of {self.num_parameters} parameters"
+            return f"gradient check: {share} disagree\n{wrong}"
+        methods = (
+            "central differences" if self.without_forward_mode else "central differences and forward mode"
+        )
         text = (
             f"gradient check: autograd, {methods} agree on {self.num_parameters} parameters "
             f"(to {self.largest_difference:.1g} of the gradient's norm, in {self.precision})"
@@ -127,26 +135,27 @@ def check(
     """Compares autograd's gradient of the training loss with central differences and with forward mode.
 
     For each parameter θₖ and a random unit vector v of its shape, three numbers must be one: ⟨∇ₖL, v⟩ of
-    autograd, (L(θₖ + hv) − L(θₖ − hv)) / 2h, and the derivative that forward mode carries along v. In float64,
-    with h = ε^(1/3) · max(1, ‖θₖ‖), the difference errs by about ε^(2/3) = 4e-11 of the loss. Two numbers agree
-    when they differ by less than ε^(1/3) = 6e-6 of the larger: half of the digits are left for functions less
-    tame than the estimate, and a smaller error does no harm.
+    autograd, (L(θₖ + hv) − L(θₖ − hv)) / 2h, and the derivative that forward mode carries along v. In
+    float64, with h = ε^(1/3) · max(1, ‖θₖ‖), the difference errs by about ε^(2/3) = 4e-11 of the loss. Two
+    numbers agree when they differ by less than ε^(1/3) = 6e-6 of the larger: half of the digits are left for
+    functions less tame than the estimate, and a smaller error does no harm.
 
     Before it complains it looks closely: at a place nearby, since at a kink (a ReLU at 0, a tie of a maximum)
     autograd is free to give any slope in between; and with seven steps, allowing for ten times the spread of
     what they give. A disagreement can be meant: a straight-through estimator is one, and so is spectral
     normalisation, whose power iteration autograd takes for constant.
 
-    The check works on copies: weights, gradients, buffers, metrics, training mode and all random states stay as
-    they are. What `training_step` does beside the module, such as a print, it does about 4 times a parameter.
+    The check works on copies: weights, gradients, buffers, metrics, training mode and all random states stay
+    as they are. What `training_step` does beside the module, such as a print, it does about 4 times a
+    parameter.
 
     Args:
         module: Any LightningModule, in the mode (training or evaluation) in which it is to be checked.
         batch: One batch, as `training_step` gets it.
         loss: Maps (module, batch) to the loss. Needed where `training_step` cannot be used, as under manual
             optimization, and the module has no method `loss(batch)`.
-        num_directions: Random directions a parameter. One misses a wrong gradient only if the error happens to be
-            perpendicular to it.
+        num_directions: Random directions a parameter. One misses a wrong gradient only if the error happens
+            to be perpendicular to it.
         seed: Of the directions.
 
     Returns:
@@ -157,7 +166,8 @@ def check(
 
     Example:
         >>> batch = torch.ones(3, 2), torch.zeros(3, 1)
-        >>> report = check(nn.Linear(2, 1), batch, loss=lambda line, batch: (line(batch[0]) - batch[1]).square().mean())
+        >>> mean_squared_error = lambda line, batch: (line(batch[0]) - batch[1]).square().mean()
+        >>> report = check(nn.Linear(2, 1), batch, loss=mean_squared_error)
         >>> report.passed, report.num_parameters
         (True, 2)
 
@@ -190,7 +200,7 @@ def check(
 
 
 def _loss_function(module: nn.Module, batch: Any, loss: Loss | None) -> LossFunction:
-    """The loss in float64; in the module's own precision where it insists on that, by a cast or on its device."""
+    """The loss in float64; in the module's own precision where its code or its device insists on that."""
     try:
         function = LossFunction(module, batch, loss, torch.float64)
         values = _evaluate_twice(function)
@@ -202,7 +212,8 @@ def _loss_function(module: nn.Module, batch: Any, loss: Loss | None) -> LossFunc
     if abs(values[0] - values[1]) > ROUNDING * function.epsilon * abs(values[0]):
         raise ValueError(
             "Cannot check the gradient. This is because the loss of the same batch and random state is "
-            f"{values[0]:.8g} once and {values[1]:.8g} the next time: make `training_step` repeatable, or pass `loss`."
+            f"{values[0]:.8g} once and {values[1]:.8g} the next time: make `training_step` repeatable, "
+            "or pass `loss`."
         )
     return function
 
@@ -228,10 +239,12 @@ class _Place:
     def forward(self, name: str, direction: Tensor) -> float | None:
         leaves = self.function.leaves(self.parameters)
         try:
-            # torch.func.jvp would refuse a custom autograd.Function in the older style, which may well have a jvp.
+            # torch.func.jvp would refuse a custom autograd.Function in the older style, which may well have a
+            # jvp.
             with forward_ad.dual_level():
-                dual = forward_ad.make_dual(leaves[name], direction.to(leaves[name]))
-                tangent = forward_ad.unpack_dual(self.function({**leaves, name: dual})).tangent
+                dual = forward_ad.make_dual(leaves[name], direction.to(leaves[name]))  # type: ignore[no-untyped-call]
+                loss = self.function({**leaves, name: dual})
+                tangent = forward_ad.unpack_dual(loss).tangent  # type: ignore[no-untyped-call]
         except RuntimeError as error:  # an operation, or a custom Function, without a formula for it
             self.without_forward_mode = str(error).splitlines()[0]
             return None
@@ -291,7 +304,7 @@ def _look_closely(place: _Place, name: str, direction: Tensor) -> tuple[Comparis
 
 def _unit_vector(like: Tensor, generator: torch.Generator) -> Tensor:
     direction = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
-    return direction / direction.norm()
+    return direction.div(direction.norm())
 
 
 def _scale(tensor: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""A module's training loss as a function of its parameters: same place, same number, and nothing left behind."""
+"""A module's training loss as a function of its parameters: same place, same number, nothing left behind."""
 
 import contextlib
 import copy
@@ -18,9 +18,9 @@ Loss = Callable[[Any, Any], Tensor]
 class LossFunction:
     """Maps parameters, by name, to the loss of one batch.
 
-    Each evaluation happens in a fresh copy of the module and of the batch, from the same random state: dropout
-    drops the same, batch statistics start from the same buffers, and the module itself never learns of it. What
-    `training_step` logs with `self.log` is dropped.
+    Each evaluation happens in a fresh copy of the module and of the batch, from the same random state:
+    dropout drops the same, batch statistics start from the same buffers, and the module itself never learns
+    of it. What `training_step` logs with `self.log` is dropped.
 
     Args:
         module: A LightningModule (or any module, with `loss`).
@@ -43,8 +43,8 @@ class LossFunction:
             self._module = copy.deepcopy(module, _intermediates(module))
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"Cannot check {type(module).__name__}. This is because a check works on a copy of the module, and "
-                f"something in it cannot be copied: {error}"
+                f"Cannot check {type(module).__name__}. This is because a check works on a copy of the module, "
+                f"and something in it cannot be copied: {error}"
             ) from error
         if dtype is not None:
             self._module.to(dtype)
@@ -108,7 +108,7 @@ class LossFunction:
         return value.reshape(())
 
     def value_and_gradient(self, parameters: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-        """Returns the loss and autograd's gradient of it by name, zeros where the loss does not depend on one."""
+        """Returns the loss and autograd's gradient by name, zeros where the loss does not depend on one."""
         leaves, trainable = self.leaves(parameters), self.trainable
         loss = self(leaves)
         if not loss.requires_grad:
@@ -123,15 +123,17 @@ class LossFunction:
 def _training_loss(module: nn.Module) -> Loss:
     """Returns how this module's loss is had: its training_step, unless that would step an optimizer."""
     if getattr(module, "automatic_optimization", True) and hasattr(module, "training_step"):
-        takes_index = len(inspect.signature(module.training_step).parameters) > 1
-        index = (0,) if takes_index else ()
+        step: Any = module.training_step
+        index = (0,) if len(inspect.signature(step).parameters) > 1 else ()
         return lambda module, batch: module.training_step(batch, *index)
-    if callable(getattr(type(module), "loss", None)):  # a method of ours, not a criterion that someone assigned
+    if callable(
+        getattr(type(module), "loss", None)
+    ):  # a method of ours, not a criterion that someone assigned
         return lambda module, batch: module.loss(batch)
     reason = "steps the optimizer itself" if hasattr(module, "training_step") else "does not exist"
     raise ValueError(
-        f"Cannot tell the loss of {type(module).__name__}. This is because its `training_step` {reason}: give the "
-        "module a method `loss(batch)`, or pass `loss`, a function of the module and the batch."
+        f"Cannot tell the loss of {type(module).__name__}. This is because its `training_step` {reason}: "
+        "give the module a method `loss(batch)`, or pass `loss`, a function of the module and the batch."
     )
 
 
@@ -147,9 +149,11 @@ def _log_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 def _intermediates(module: nn.Module) -> dict[int, Any]:
-    """A memo for deepcopy, which refuses tensors that a computation left on the module: they go without history."""
+    """A memo for deepcopy, which refuses what a computation left on the module: it goes without history."""
     kept = (value for part in module.modules() for value in vars(part).values())
-    return {id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf}
+    return {
+        id(value): value.detach().clone() for value in kept if isinstance(value, Tensor) and not value.is_leaf
+    }
 
 
 def _converted(batch: Any, device: torch.device, dtype: torch.dtype | None) -> Any:

@@ -25,7 +25,7 @@ class RandomState:
         self._python: Any = random.getstate()
         self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         self._cpu: Tensor = torch.get_rng_state()
-        self._cuda: Any = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+        self._cuda: Any = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
         self._mps: Any = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
 
     def restore(self) -> None:

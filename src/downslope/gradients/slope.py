@@ -1,5 +1,6 @@
 """The slope of a function of one number at 0, from its values alone, with an honest account of the error."""
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,9 +36,9 @@ def central_difference(function: Callable[[float], float], step: float) -> float
 def measure_slope(function: Callable[[float], float], scale: float = 1.0) -> Slope:
     """Returns the central difference at the step where its value depends least on the step.
 
-    Too large a step curves away from the tangent, or steps over a kink; too small a one drowns in rounding. No
-    step suits every function: one that computes in float32 inside needs 1e-2, one with a kink nearby 1e-7. So
-    steps from 1e-1 to 1e-7 are tried, and of three neighbours that agree best the middle one is taken.
+    Too large a step curves away from the tangent, or steps over a kink; too small a one drowns in rounding.
+    No step suits every function: one that computes in float32 inside needs 1e-2, one with a kink nearby 1e-7.
+    So steps from 1e-1 to 1e-7 are tried, and of three neighbours that agree best the middle one is taken.
 
     Args:
         function: f, evaluated 14 times and at 0.
@@ -55,11 +56,12 @@ def measure_slope(function: Callable[[float], float], scale: float = 1.0) -> Slo
     sides = [(function(step), function(-step)) for step in steps]
     slopes = [(right - left) / (2 * step) for (right, left), step in zip(sides, steps, strict=True)]
     bends = [abs(right + left - 2 * center) / step for (right, left), step in zip(sides, steps, strict=True)]
-    changes = [abs(first - second) for first, second in zip(slopes[:-1], slopes[1:], strict=True)]
-    uncertainties = [max(pair) for pair in zip(changes[:-1], changes[1:], strict=True)]
+    changes = [abs(first - second) for first, second in itertools.pairwise(slopes)]
+    uncertainties = [max(pair) for pair in itertools.pairwise(changes)]
     best = min(range(len(uncertainties)), key=lambda index: _or_infinite(uncertainties[index]))
     bend, next_bend = bends[best + 1], bends[best + 2]
-    # Where the function is smooth the two sides meet in proportion to the step: by a tenth, from one to the next.
+    # Where the function is smooth the two sides meet in proportion to the step: by a tenth, from one to the
+    # next.
     is_kink = not next_bend <= 0.3 * bend
     return Slope(slopes[best + 1], _or_infinite(uncertainties[best]), bend if is_kink else 0.0)
 
