@@ -131,8 +131,8 @@ def test_nothing_is_written_to_the_logger(tmp_path: Path) -> None:
     torch.manual_seed(0)
     data = DataLoader(TensorDataset(torch.randn(8, 3), torch.randn(8, 1)), batch_size=4)
     trainer = Trainer(
-        max_steps=1, accelerator="cpu", logger=Recording(tmp_path), callbacks=[GradientCheck()], log_every_n_steps=1,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        max_steps=1, accelerator="cpu", logger=Recording(tmp_path), callbacks=[GradientCheck()],
+        log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
@@ -164,5 +164,6 @@ def test_option_trains_through_hydra(tmp_path: Path) -> None:
         [*command, f"hydra.run.dir={tmp_path}"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert "gradient check: autograd, central differences and" in (tmp_path / "train.log").read_text()
+    written = (tmp_path / "train.log").read_text()
+    assert "gradient check: autograd, central differences and" in written
     assert (tmp_path / "checkpoints" / "last.ckpt").exists()

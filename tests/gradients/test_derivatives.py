@@ -94,15 +94,16 @@ def test_any_function_of_a_vector_has_a_gradient(method: Any) -> None:
 
 
 def test_numeric_error_has_its_valley_near_the_third_root_of_epsilon() -> None:
-    place = torch.tensor([1.0], dtype=torch.float64)
+    place = torch.linspace(0.5, 1.5, 20, dtype=torch.float64)
     steps = [10.0**-power for power in range(1, 13)]
-    errors = {step: abs(float(numeric(lambda x: x.exp().sum(), place, step)) - torch.e) for step in steps}
+    found = {step: numeric(lambda x: x.exp().sum(), place, step) for step in steps}
+    errors = {step: float((gradient / place.exp() - 1).abs().max()) for step, gradient in found.items()}
     best = min(errors, key=lambda step: errors[step])
     assert best_step(torch.float64) / 10 < best < best_step(torch.float64) * 10
     assert errors[1e-1] > 1e3 * errors[best]  # truncation
     assert errors[1e-12] > 1e3 * errors[best]  # rounding
-    # to the left of the valley the error is h²/6 of the third derivative, e
-    assert errors[1e-2] == pytest.approx(1e-4 / 6 * torch.e, rel=1e-3)
+    # to the right of the valley the error is h²/6 of the third derivative, with h = 0.01 · max(1, θ)
+    assert errors[1e-2] == pytest.approx((0.01 * 1.5) ** 2 / 6, rel=1e-3)
 
 
 def test_numeric_leaves_the_place_alone() -> None:

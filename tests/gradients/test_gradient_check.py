@@ -157,11 +157,11 @@ SOUND = [
 
 
 def sound_module(seed: int) -> Regression:
-    """A random network of one to three random layers."""
+    """A random network of one or two random layers."""
     pick = random.Random(seed)
     for set_seed in (torch.manual_seed, random.seed, np.random.seed):
         set_seed(seed)
-    layers = [pick.choice(SOUND)() for _ in range(pick.randint(1, 3))]
+    layers = [pick.choice(SOUND)() for _ in range(pick.randint(1, 2))]
     return Regression(nn.Sequential(nn.Linear(NUM_FEATURES, WIDTH), *layers, nn.Linear(WIDTH, 1)))
 
 
@@ -246,6 +246,24 @@ class ScalesItsGradient(nn.Module):
         return self.inner(inputs)
 
 
+class WithJvp(torch.autograd.Function):
+    """A sine whose forward derivative is right, and whose backward is not."""
+
+    @staticmethod
+    def forward(ctx, inputs):
+        ctx.save_for_backward(inputs)
+        ctx.save_for_forward(inputs)
+        return inputs.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].sin()
+
+    @staticmethod
+    def jvp(ctx, tangent):
+        return tangent * ctx.saved_tensors[0].cos()
+
+
 def through_numpy(inputs: Tensor) -> Tensor:
     return torch.as_tensor(np.tanh(inputs.detach().numpy()))
 
@@ -301,9 +319,9 @@ PLANTED = {
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_error_is_caught_in_each_of_five_modules(name: str) -> None:
+def test_planted_error_is_caught_in_each_of_three_modules(name: str) -> None:
     missed = []
-    for seed in range(5):
+    for seed in range(3):
         torch.manual_seed(seed)
         layers = [PLANTED[name](), random.Random(seed).choice([nn.Tanh, nn.GELU, nn.Identity])()]
         module = Regression(nn.Sequential(nn.Linear(NUM_FEATURES, WIDTH), *layers, nn.Linear(WIDTH, 1)))
@@ -317,7 +335,7 @@ def test_planted_error_is_caught_in_each_of_five_modules(name: str) -> None:
     [
         (lambda: HiddenDetach(torch.Tensor.detach), "cut out of the graph"),
         (lambda: Apply(WRONG["square without its 2"]), "wrong backward, or a part that is cut"),
-        (lambda: ScalesItsGradient(), "wrong backward."),
+        (lambda: Apply(WithJvp.apply), "Look for a wrong backward."),
         (lambda: Apply(masked_root), "a root, a logarithm or a division at 0"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Observers: each watches one thing, under any Trainer and any LightningModule, and never changes training."""
+"""Observers: each watches one thing, under any Trainer and LightningModule, and never changes training."""
 
 from downslope.callbacks.checkpoints import Checkpoints
 from downslope.callbacks.gradient_check import GradientCheck

@@ -59,7 +59,8 @@ class Comparison:
         forward = "" if self.forward is None else f", forward mode {self.forward:.6g}"
         return (
             f"`{self.parameter}`: autograd says {self.reverse:.6g} along a random direction, "
-            f"central differences {self.numeric:.6g} ± {self.error:.1g}{forward}: off by {self.difference:.3g}. {self._hint()}"
+            f"central differences {self.numeric:.6g} ± {self.error:.1g}{forward}: "
+            f"off by {self.difference:.3g}. {self._hint()}"
         )
 
     def _hint(self) -> str:

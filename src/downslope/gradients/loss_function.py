@@ -43,7 +43,7 @@ class LossFunction:
             self._module = copy.deepcopy(module, _intermediates(module))
         except (RuntimeError, TypeError) as error:
             raise ValueError(
-                f"Cannot check {type(module).__name__}. This is because a check works on a copy of the module, "
+                f"Cannot check {type(module).__name__}. This is because a check works on a copy of it, "
                 f"and something in it cannot be copied: {error}"
             ) from error
         if dtype is not None:
