@@ -132,7 +132,8 @@ def test_nothing_is_written_to_the_logger(tmp_path: Path) -> None:
     data = DataLoader(TensorDataset(torch.randn(8, 3), torch.randn(8, 1)), batch_size=4)
     trainer = Trainer(
         max_steps=1, accelerator="cpu", logger=Recording(tmp_path), callbacks=[GradientCheck()],
-        log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        log_every_n_steps=1, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
     )  # fmt: skip
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers")
