@@ -126,9 +126,8 @@ def _training_loss(module: nn.Module) -> Loss:
         step: Any = module.training_step
         index = (0,) if len(inspect.signature(step).parameters) > 1 else ()
         return lambda module, batch: module.training_step(batch, *index)
-    if callable(
-        getattr(type(module), "loss", None)
-    ):  # a method of ours, not a criterion that someone assigned
+    # Of the class: an attribute called `loss` is rather a criterion, which takes predictions.
+    if callable(getattr(type(module), "loss", None)):
         return lambda module, batch: module.loss(batch)
     reason = "steps the optimizer itself" if hasattr(module, "training_step") else "does not exist"
     raise ValueError(

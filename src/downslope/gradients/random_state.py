@@ -25,7 +25,8 @@ class RandomState:
         self._python: Any = random.getstate()
         self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         self._cpu: Tensor = torch.get_rng_state()
-        self._cuda: Any = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else None
+        has_cuda = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]  # to ask for more would start it
+        self._cuda: Any = torch.cuda.get_rng_state_all() if has_cuda else None
         self._mps: Any = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
 
     def restore(self) -> None:
