@@ -1,0 +1,63 @@
+"""Before the first step: is the gradient that training will follow the right one?"""
+
+import logging
+import warnings
+from typing import Any
+
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+
+from downslope.gradients.gradient_check import GradientReport, check
+from downslope.gradients.loss_function import Loss
+
+log = logging.getLogger(__name__)
+
+
+class GradientCheck(Callback):
+    """Checks the module's gradient on the first training batch, once; training stays the same to the bit.
+
+    See `downslope.gradients.check` for what is compared. It costs about four evaluations of the loss for each
+    parameter tensor.
+
+    Args:
+        on_disagreement: `raise` ends the training before its first step; `warn` says it and goes on.
+        num_directions: Random directions a parameter.
+        seed: Of the directions.
+        loss: Maps (module, batch) to the loss, for a module whose `training_step` cannot be used.
+
+    Attributes:
+        report: What the check saw; None before it ran.
+
+    Raises:
+        ValueError: A setting is out of its range; or, in training, autograd disagrees or the loss cannot be
+            had.
+    """
+
+    def __init__(
+        self, on_disagreement: str = "raise", num_directions: int = 1, seed: int = 0, loss: Loss | None = None
+    ) -> None:
+        if on_disagreement not in ("raise", "warn"):
+            raise ValueError(f"`on_disagreement` must be 'raise' or 'warn', got {on_disagreement!r}.")
+        if num_directions < 1:
+            raise ValueError(f"`num_directions` must be a whole number of at least 1, got {num_directions}.")
+        self.on_disagreement = on_disagreement
+        self.num_directions = num_directions
+        self.seed = seed
+        self.loss = loss
+        self.report: GradientReport | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Checks, once. Not on_train_start: to take a batch there would move the dataloader on."""
+        if self.report is not None:
+            return
+        loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
+        try:  # the module may write to its logger directly, and the check evaluates it many times
+            self.report = check(pl_module, batch, self.loss, self.num_directions, self.seed)
+        finally:
+            trainer.loggers = loggers
+        if self.report.passed:
+            log.info("%s", self.report)
+        elif self.on_disagreement == "raise":
+            raise ValueError(str(self.report))
+        else:
+            warnings.warn(str(self.report), stacklevel=2)

@@ -1,0 +1,56 @@
+"""Every process-wide random state: taken, and put back."""
+
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class RandomState:
+    """The random state of this moment: torch's on each device, Python's, and NumPy's if it is loaded.
+
+    Example:
+        >>> state = RandomState()
+        >>> first = torch.rand(3)
+        >>> state.restore()
+        >>> torch.equal(first, torch.rand(3))
+        True
+    """
+
+    def __init__(self) -> None:
+        self._python: Any = random.getstate()
+        self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        self._cpu: Tensor = torch.get_rng_state()
+        has_cuda = torch.cuda.is_initialized()  # to ask for more would start it
+        self._cuda: Any = torch.cuda.get_rng_state_all() if has_cuda else None
+        self._mps: Any = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+
+    def restore(self) -> None:
+        """Makes the next random numbers those that came next then."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._cpu)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+        if self._cuda is not None:
+            torch.cuda.set_rng_state_all(self._cuda)
+        if self._mps is not None:
+            torch.mps.set_rng_state(self._mps)
+
+
+@contextlib.contextmanager
+def random_state(start: RandomState | None = None) -> Iterator[None]:
+    """Runs a block from a random state, or from the one that is there, and leaves the one that is there.
+
+    Args:
+        start: Where the block starts.
+    """
+    before = RandomState()
+    (start or before).restore()
+    try:
+        yield
+    finally:
+        before.restore()
