@@ -9,8 +9,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
-from downslope.callbacks.replay import RandomState, random_state, replay, why_no_replay
+from downslope.callbacks.replay import replay, why_no_replay
 from downslope.gradients.norms import norms, total_norm
+from downslope.gradients.random_state import RandomState
 from downslope.gradients.steps import cosine, descent_ratio, update_norms
 from downslope.tensorboard import close_step_writer, step_writer
 
@@ -65,7 +66,7 @@ class LearningRateEffects(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._steps and self._replays and self._is_due(self._steps.states[0]):
-            self._random_state = random_state(pl_module.device)
+            self._random_state = RandomState()
             self._watched = True
             if not self._window:
                 self._window_began_at = trainer.global_step

@@ -1,36 +1,16 @@
 """A batch's loss once more, without a trace: nothing that training reads is changed by a bit."""
 
-import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torchmetrics import Metric
 
-RandomState = dict[str, Any]
-
-
-def random_state(device: torch.device) -> RandomState:
-    """Returns the state of all that a forward may draw from: torch's on CPU and device, numpy's, Python's."""
-    state: RandomState = {"torch": torch.get_rng_state(), "python": random.getstate()}
-    state["numpy"] = np.random.get_state()  # noqa: NPY002 — a user's transform may still draw from it
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
-
-
-def restore_random_state(state: RandomState, device: torch.device) -> None:
-    """Sets the generators back."""
-    torch.set_rng_state(state["torch"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002
-    random.setstate(state["python"])
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state["cuda"], device)
+from downslope.gradients.random_state import RandomState, random_state
 
 
 def why_no_replay(trainer: Trainer, module: LightningModule) -> str | None:
@@ -59,14 +39,14 @@ def replay(trainer: Trainer, module: LightningModule, batch: Any, batch_index: i
         batch_index: The same.
         state: Of the generators before the first forward.
     """
-    now = random_state(module.device)
-    restore_random_state(state, module.device)
-    try:
-        with torch.no_grad(), trainer.precision_plugin.train_step_context(), _without_a_trace(module):
-            loss: Tensor = _loss(module)(batch, batch_index)
-            return loss.detach()
-    finally:
-        restore_random_state(now, module.device)
+    with (
+        random_state(state),
+        torch.no_grad(),
+        trainer.precision_plugin.train_step_context(),
+        _without_a_trace(module),
+    ):
+        loss: Tensor = _loss(module)(batch, batch_index)
+        return loss.detach()
 
 
 def _loss(module: LightningModule) -> Callable[[Any, int], Tensor]:
