@@ -1,6 +1,7 @@
 """What arrives at each optimizer step: gradient norms before and after clipping, gradients, parameters."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import product
 from math import inf
@@ -12,9 +13,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
-from downslope.callbacks.unclipped_gradients import UnclippedGradients
+from downslope.callbacks.unclipped_gradients import UnclippedGradients, clones
 from downslope.gradients.norms import dense, norms, total_norm
-from downslope.tensorboard import close_step_writer, step_writer
+from downslope.tensorboard import Measurement, close_step_writer, step_writer
 
 
 class GradientMonitor(Callback):
@@ -63,7 +64,7 @@ class GradientMonitor(Callback):
         if not self._writer.is_open:
             return
         self._names = parameter_names(pl_module)
-        self._plans: dict[tuple[Parameter, ...], tuple[list[str], list[int], list[int]]] = {}
+        self._plans: dict[tuple[Parameter, ...], Plan] = {}
         self._steps = OptimizerSteps(trainer, before=self._before, after=self._after)
         self._unclipped = UnclippedGradients(trainer, pl_module, self._steps, self._is_due)
 
@@ -80,11 +81,8 @@ class GradientMonitor(Callback):
 
     def _before(self, step: OptimizerStep) -> None:
         if self._is_due(step):
-            self._values = {
-                parameter: parameter.detach().clone()
-                for parameter in step.parameters
-                if parameter.numel() <= self.max_scalar_elements
-            }
+            small = [parameter for parameter in step.parameters if parameter.numel() <= self.max_scalar_elements]
+            self._values = dict(zip(small, clones([parameter.detach() for parameter in small]), strict=True))
 
     def _after(self, step: OptimizerStep) -> None:
         if not self._is_due(step):
@@ -94,27 +92,22 @@ class GradientMonitor(Callback):
             self._measure(step, unclipped)
 
     def _measure(self, step: OptimizerStep, unclipped: dict[Parameter, Tensor]) -> None:
-        """Writes what is due at a step that has just been taken, given the gradients before clipping."""
+        """Takes what is due at a step that has just been made, given the gradients before clipping."""
         parameters, gradients = tuple(unclipped), list(unclipped.values())
         if parameters not in self._plans:
             self._plans[parameters] = self._plan(parameters, step.suffix)
-        tags, shown, small = self._plans[parameters]
-        each = norms(gradients, self.norm_type)
-        applied = norms([parameter.grad for parameter in parameters if parameter.grad is not None], self.norm_type)
-        values = [total_norm(each, self.norm_type)[None], total_norm(applied, self.norm_type)[None]]
-        values.append(each if len(shown) == len(parameters) else each[shown])
-        for index in small:
-            gradient = gradients[index]
-            values.append((gradient.to_dense() if gradient.is_sparse else gradient).flatten())
-            values.append(self._values[parameters[index]].flatten())
-        self._writer.add(step.step, tags, torch.cat([value.to(each.device, torch.float64) for value in values]))
+        plan = self._plans[parameters]
+        applied = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        elements = [
+            tensor.to_dense() for index in plan.small for tensor in (gradients[index], self._values[parameters[index]])
+        ]
+        self._writer.add(step.step, plan.measurement, norms([*gradients, *applied], self.norm_type), *elements)
         if step.count % self.histogram_every_n_steps == 0:
-            for index in shown:
+            for index in plan.shown:
                 name = self._names[id(parameters[index])]
                 self._writer.add_histogram(step.step, f"gradient/{name}", dense(gradients[index]))
 
-    def _plan(self, parameters: Sequence[Parameter], suffix: str) -> tuple[list[str], list[int], list[int]]:
-        """The tags in the order of the values, which parameters get tags, and which of those element by element."""
+    def _plan(self, parameters: Sequence[Parameter], suffix: str) -> "Plan":
         names = [self._names[id(parameter)] for parameter in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
         small = [index for index in shown if parameters[index].numel() <= self.max_scalar_elements]
@@ -123,7 +116,15 @@ class GradientMonitor(Callback):
         for index in small:
             for kind in ("gradient_value", "parameter_value"):
                 tags += [f"{kind}/{names[index]}{place}" for place in _places(parameters[index])]
-        return tags, shown, small
+        num = len(parameters)
+
+        def derive(taken: Tensor, *elements: Tensor) -> Tensor:
+            arrived, applied = taken[:, :num], taken[:, num:]
+            totals = [total_norm(each, self.norm_type)[:, None] for each in (arrived, applied)]
+            flat = [each.flatten(start_dim=1).to(taken.device) for each in elements]
+            return torch.cat([*totals, arrived[:, shown], *flat], dim=1)
+
+        return Plan(Measurement(tags, derive), shown, small)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach(trainer)
@@ -137,6 +138,15 @@ class GradientMonitor(Callback):
             self._unclipped.detach()
             self._steps = None
         close_step_writer(trainer)
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is measured of a set of parameters: which get tags, and which of those element by element."""
+
+    measurement: Measurement
+    shown: list[int]
+    small: list[int]
 
 
 def _places(tensor: Tensor) -> list[str]:

@@ -10,12 +10,17 @@ from torch.nn import Parameter
 
 from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
 from downslope.callbacks.replay import replay, why_no_replay
+from downslope.callbacks.unclipped_gradients import clones
 from downslope.gradients.norms import norms, total_norm
 from downslope.gradients.random_state import RandomState
-from downslope.gradients.steps import cosine, descent_ratio, update_norms
-from downslope.tensorboard import close_step_writer, step_writer
+from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
+from downslope.tensorboard import Measurement, close_step_writer, step_writer
 
 log = logging.getLogger(__name__)
+
+DESCENT_RATIO = Measurement(
+    ["learning_rate_effect/descent_ratio"], lambda *parts: descent_ratio(*(part.double() for part in parts))[:, None]
+)
 
 
 class LearningRateEffects(Callback):
@@ -51,8 +56,9 @@ class LearningRateEffects(Callback):
         if not self._writer.is_open:
             return
         self._names = parameter_names(pl_module)
-        self._before_step: dict[Parameter, Tensor] = {}
-        self._last_gradients: dict[Parameter, Tensor] = {}
+        self._before_step: list[Tensor] = []
+        self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor]] = {}
+        self._plans: dict[object, Measurement] = {}
         self._window: list[tuple[Any, int, RandomState, Tensor]] = []
         self._promise: Tensor | None = None
         self._steps = OptimizerSteps(trainer, before=self._before, after=self._after)
@@ -96,57 +102,72 @@ class LearningRateEffects(Callback):
         share = 1.0 / trainer.accumulate_grad_batches
         before = torch.stack([loss for *_, loss in self._window]).sum()
         after = torch.stack([replay(trainer, module, *place) for *place, _ in self._window]).sum() * share
-        ratio = descent_ratio(before, after, promise)
-        self._writer.add(self._promised_at, ["learning_rate_effect/descent_ratio"], ratio[None])
+        self._writer.add(self._promised_at, DESCENT_RATIO, before, after, promise)
 
     def _before(self, step: OptimizerStep) -> None:
         if self._is_due(step):
-            parameters = step.parameters
-            copies = torch._foreach_clone([parameter.detach() for parameter in parameters])
-            self._before_step = dict(zip(parameters, copies, strict=True))
+            self._before_step = clones([parameter.detach() for parameter in step.parameters])
 
     def _after(self, step: OptimizerStep) -> None:
-        if self._is_due(step):
-            self._measure(step)
-        if (step.count + 1) % self.every_n_steps == 0:
-            self._last_gradients.update(
-                (parameter, parameter.grad.detach().clone())
-                for parameter in step.parameters
-                if parameter.grad is not None
-            )
-
-    def _measure(self, step: OptimizerStep) -> None:
-        """Writes what is due at a step that has just been taken."""
-        moved = [parameter for parameter in step.parameters if parameter.grad is not None]
+        due, next_due = self._is_due(step), (step.count + 1) % self.every_n_steps == 0
+        if not (due or next_due):
+            return
+        moved = tuple(parameter for parameter in step.parameters if parameter.grad is not None)
         if not moved:
             return
-        gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
-        changes, sizes = update_norms([self._before_step[parameter] for parameter in moved], moved)
-        gradient_norms = norms(gradients)
-        change, gradient = total_norm(changes), total_norm(gradient_norms)
-        total = change / total_norm(norms(list(self._before_step.values())))
-        suffix = step.suffix
+        gradients = [parameter.grad.detach() for parameter in moved if parameter.grad is not None]
+        flat = torch.cat([gradient.to_dense().flatten() for gradient in gradients])
+        if due:
+            self._measure(step, moved, gradients, flat)
+        if next_due:
+            self._last_gradient[step.name] = (moved, flat)
+
+    def _measure(
+        self, step: OptimizerStep, moved: tuple[Parameter, ...], gradients: list[Tensor], flat: Tensor
+    ) -> None:
+        """Takes what is due at a step that has just been made."""
+        changes = torch._foreach_sub([parameter.detach() for parameter in step.parameters], self._before_step)
+        known, last = self._last_gradient.get(step.name, (None, flat))
+        has_cosine = known == moved
+        groups = step.optimizer.param_groups
+        key = (step.name, moved, has_cosine, len(groups))
+        if key not in self._plans:
+            self._plans[key] = self._plan(step, moved, has_cosine)
+        taken = norms([*changes, *self._before_step, *gradients, last])
+        self._writer.add(
+            step.step, self._plans[key], taken, torch.dot(flat, last), [float(group["lr"]) for group in groups]
+        )
+        if self._replays:
+            rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
+            squares = taken[2 * len(changes) : -1].square()
+            promise = rates[0] * squares.sum() if len(groups) == 1 else squares @ squares.new_tensor(rates)
+            self._promise, self._promised_at = promise, step.step
+
+    def _plan(self, step: OptimizerStep, moved: tuple[Parameter, ...], has_cosine: bool) -> Measurement:
+        all_parameters, suffix = step.parameters, step.suffix
+        num = len(all_parameters)
+        shown = [index for index, parameter in enumerate(all_parameters) if any(parameter is each for each in moved)]
+        groups = range(len(step.optimizer.param_groups))
+        places = [""] if len(groups) == 1 else [f"/{group}" for group in groups]
         tags = [f"update_ratio/total{suffix}", f"learning_rate_effect/effective{suffix}"]
         tags += [f"update_ratio/{self._names[id(parameter)]}" for parameter in moved]
-        values = [total[None], (change / gradient)[None], changes / sizes]
-        last = [self._last_gradients.get(parameter) for parameter in moved]
-        known = [each for each in last if each is not None]
-        if len(known) == len(moved):
-            tags.append(f"learning_rate_effect/gradient_cosine{suffix}")
-            values.append(cosine(known, gradients)[None])
-        rates = [float(group["lr"]) for group in step.optimizer.param_groups]
-        places = [""] if len(rates) == 1 else [f"/{group}" for group in range(len(rates))]
         tags += [f"learning_rate/{step.name}{place}" for place in places]
-        values.append(torch.tensor(rates, dtype=torch.float64))
-        device = gradient.device
-        self._writer.add(step.step, tags, torch.cat([value.to(device, torch.float64) for value in values]))
-        if self._replays:
-            squares = [
-                float(group["lr"]) * total_norm(norms(present)) ** 2
-                for group in step.optimizer.param_groups
-                if (present := [each.grad for each in group["params"] if each.grad is not None])
+        tags += [f"learning_rate_effect/gradient_cosine{suffix}"] * has_cosine
+
+        def derive(taken: Tensor, product: Tensor, rates: Tensor) -> Tensor:
+            changes, sizes, gradients = taken[:, :num], taken[:, num : 2 * num], taken[:, 2 * num : -1]
+            change, gradient, last = total_norm(changes), total_norm(gradients), taken[:, -1]
+            columns = [
+                update_ratio(change, total_norm(sizes))[:, None],
+                effective_learning_rate(change, gradient)[:, None],
+                update_ratio(changes, sizes)[:, shown],
+                rates.to(taken.device, torch.promote_types(taken.dtype, torch.float32)),
             ]
-            self._promise, self._promised_at = torch.stack(squares).sum(), step.step
+            if has_cosine:
+                columns.append(cosine(product, gradient, last)[:, None])
+            return torch.cat(columns, dim=1)
+
+        return Measurement(tags, derive)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach(trainer)

@@ -72,14 +72,7 @@ class UnclippedGradients:
             if state.optimizer is optimizer and self._is_due(state):
                 parameters = [parameter for parameter in state.parameters if parameter.grad is not None]
                 gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
-                copies = (
-                    [gradient.clone() for gradient in gradients]
-                    if any(gradient.is_sparse for gradient in gradients)
-                    else torch._foreach_clone(gradients)
-                    if gradients
-                    else []
-                )
-                self._copies = dict(zip(parameters, copies, strict=True))
+                self._copies = dict(zip(parameters, clones(gradients), strict=True))
 
     def take(self, state: OptimizerStep) -> dict[Parameter, Tensor]:
         """Returns the copies for the step that an optimizer has just taken, and forgets them.
@@ -100,3 +93,10 @@ class UnclippedGradients:
             handle.remove()
         self._handles.clear()
         self._copies.clear()
+
+
+def clones(tensors: list[Tensor]) -> list[Tensor]:
+    """Copies tensors, in one fused call unless one is sparse."""
+    if not tensors or any(tensor.is_sparse for tensor in tensors):
+        return [tensor.clone() for tensor in tensors]
+    return list(torch._foreach_clone(tensors))

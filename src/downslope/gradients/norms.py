@@ -45,14 +45,18 @@ def norms(tensors: Sequence[Float[Tensor, "..."]], norm_type: float = 2.0) -> Fl
     return torch.stack(each)
 
 
-def total_norm(parameter_norms: Float[Tensor, " num_tensors"], norm_type: float = 2.0) -> Float[Tensor, ""]:
+def total_norm(parameter_norms: Float[Tensor, "*steps num_tensors"], norm_type: float = 2.0) -> Float[Tensor, "*steps"]:
     """Returns the norm of all parameters as one vector, given the norm of each.
 
     ‖(x₁, x₂, …)‖₂ = √(‖x₁‖₂² + ‖x₂‖₂² + …), and ‖(x₁, x₂, …)‖_∞ = max(‖x₁‖_∞, ‖x₂‖_∞, …)
+
+    Args:
+        parameter_norms: One norm a tensor, for one step or many.
+        norm_type: The one that they were taken in.
 
     Example:
         >>> total_norm(torch.tensor([3.0, 4.0]))
         tensor(5.)
     """
-    total: Tensor = torch.linalg.vector_norm(parameter_norms, norm_type)
+    total: Tensor = torch.linalg.vector_norm(parameter_norms, norm_type, dim=-1)
     return total
