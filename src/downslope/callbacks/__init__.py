@@ -3,5 +3,6 @@
 from downslope.callbacks.checkpoints import Checkpoints
 from downslope.callbacks.gradient_monitor import GradientMonitor
 from downslope.callbacks.progress import Progress
+from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 
-__all__ = ["Checkpoints", "GradientMonitor", "Progress"]
+__all__ = ["Checkpoints", "GradientMonitor", "Progress", "SharpnessMonitor"]

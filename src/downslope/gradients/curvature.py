@@ -85,7 +85,7 @@ class Hessian:
         dtype = torch.float32
         for parameter in self._theta:
             dtype = torch.promote_types(dtype, parameter.dtype)
-        return _random(self.num_rows).to(self._theta[0].device, dtype)
+        return _random(torch.empty(self.num_rows, dtype=dtype, device=self._theta[0].device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,16 +133,16 @@ def largest_eigenvalue(
     Reference: Golub and Van Loan (2013), Matrix Computations, section 10.1 and, for the orthogonalisation, 10.3.
     """
     num_products = min(num_products, len(start))
-    random = _random(len(start)).to(start)
+    random = _random(start)
     vector = _unit(start) + EXPLORATION * _unit(random)
-    basis = start.new_empty(0, len(start))
+    directions = start.new_empty(num_products, len(start))
     diagonal: list[float] = []
     couplings: list[float] = []
-    for _ in range(num_products):
-        vector = _unit(vector)
-        basis = torch.cat([basis, vector[None]])
-        image = product(vector)
-        diagonal.append(float(image @ vector))
+    for index in range(num_products):
+        directions[index] = _unit(vector)
+        basis = directions[: index + 1]
+        image = product(basis[-1])
+        diagonal.append(float(image @ basis[-1]))
         vector = _orthogonal(image, basis)
         couplings.append(float(vector.norm()))
         if not math.isfinite(diagonal[-1] + couplings[-1]):
@@ -152,7 +152,7 @@ def largest_eigenvalue(
             couplings[-1] = 0.0
             random = random.roll(1)
             vector = _orthogonal(random, basis)
-    return _largest(basis, diagonal, couplings)
+    return _largest(directions, diagonal, couplings)
 
 
 def _largest(basis: Tensor, diagonal: Sequence[float], couplings: Sequence[float]) -> Eigenpair:
@@ -177,6 +177,7 @@ def _unit(vector: Tensor) -> Tensor:
     return unit
 
 
-def _random(num_elements: int) -> Tensor:
-    """A direction drawn from a generator of its own: training's random numbers stay as they are."""
-    return torch.randn(num_elements, generator=torch.Generator().manual_seed(0))
+def _random(like: Tensor) -> Tensor:
+    """A direction drawn by a generator of its own: training's random numbers stay as they are."""
+    generator = torch.Generator(like.device).manual_seed(0)
+    return torch.empty_like(like).uniform_(-1.0, 1.0, generator=generator)
