@@ -69,8 +69,8 @@ def training_loss(twin: LightningModule, batch: Any, batch_idx: int) -> Tensor:
     if twin.automatic_optimization:
         takes_index = is_param_in_hook_signature(twin.training_step, "batch_idx", min_args=2)
         output = twin.training_step(batch, batch_idx) if takes_index else twin.training_step(batch)
-    elif callable(getattr(type(twin), "loss", None)):
-        output = twin.loss(batch)
+    elif callable(loss_method := getattr(type(twin), "loss", None)):
+        output = loss_method(twin, batch)
     else:
         raise ValueError("manual optimization hides the loss: give the module a method `loss(batch)` that returns it")
     loss = output.get("loss") if isinstance(output, dict) else output

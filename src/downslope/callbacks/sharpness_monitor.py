@@ -93,7 +93,7 @@ class SharpnessMonitor(Callback):
         except Exception as error:  # whatever a foreign module meets: watching never ends a training
             self._on = False
             if trainer.is_global_zero:
-                log.warning("The sharpness is not measured any more. This is because %s.", _reason(error))
+                log.warning("SharpnessMonitor is off from here on: %s.", _reason(error))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.loggers:

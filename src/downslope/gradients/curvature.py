@@ -28,7 +28,7 @@ class Hessian:
         num_rows: Elements of θ.
 
     Raises:
-        ValueError: No parameter requires a gradient, or a gradient is sparse.
+        ValueError: No parameter requires a gradient, a gradient is sparse, or cannot be derived again.
 
     Example:
         L = a²b has H = [[2b, 2a], [2a, 0]]:
@@ -54,6 +54,10 @@ class Hessian:
         )
         if any(gradient is not None and gradient.is_sparse for gradient in gradients):
             raise ValueError("Cannot take the Hessian. This is because a gradient is sparse: use `sparse=False`.")
+        if _ends_early(gradients):
+            raise ValueError(
+                "Cannot take the Hessian. This is because a function in the loss is `once_differentiable`."
+            )
         # Where the gradient is constant it has no graph, and the Hessian no entry.
         self._gradients = {
             index: gradient
@@ -86,6 +90,22 @@ class Hessian:
         for parameter in self._theta:
             dtype = torch.promote_types(dtype, parameter.dtype)
         return _random(torch.empty(self.num_rows, dtype=dtype, device=self._theta[0].device))
+
+
+def _ends_early(gradients: Iterable[Tensor | None]) -> bool:
+    """Whether the graph of a gradient is cut off by a function that PyTorch would pass over without an error."""
+    nodes = {gradient.grad_fn for gradient in gradients if gradient is not None}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node.name() == "torch::autograd::Error":
+            return True
+        new = {following for following, _ in node.next_functions} - nodes
+        nodes |= new
+        waiting += new
+    return False
 
 
 @dataclass(frozen=True, eq=False)
