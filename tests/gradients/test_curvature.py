@@ -42,7 +42,7 @@ def sharpness(loss: Tensor, parameters: list[Tensor], num_products: int = 100) -
     return largest_eigenvalue(hessian.product, hessian.random_direction(), num_products)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_products_are_those_of_the_dense_hessian(seed: int) -> None:
     parameters, loss = network(seed)
@@ -51,7 +51,7 @@ def test_products_are_those_of_the_dense_hessian(seed: int) -> None:
     torch.testing.assert_close(rows, dense_hessian(loss, parameters), rtol=1e-9, atol=1e-12)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**31))
 def test_the_largest_eigenvalue_is_that_of_eigvalsh(seed: int) -> None:
     parameters, loss = network(seed)
