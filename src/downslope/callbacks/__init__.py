@@ -1,9 +1,17 @@
-"""Observers: each watches one thing, under any Trainer and LightningModule, and never changes training."""
+"""Observers: each watches one thing, under any Trainer and any LightningModule, and never changes training."""
 
 from downslope.callbacks.checkpoints import Checkpoints
 from downslope.callbacks.gradient_check import GradientCheck
 from downslope.callbacks.gradient_monitor import GradientMonitor
 from downslope.callbacks.learning_rate_effects import LearningRateEffects
 from downslope.callbacks.progress import Progress
+from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 
-__all__ = ["Checkpoints", "GradientCheck", "GradientMonitor", "LearningRateEffects", "Progress"]
+__all__ = [
+    "Checkpoints",
+    "GradientCheck",
+    "GradientMonitor",
+    "LearningRateEffects",
+    "Progress",
+    "SharpnessMonitor",
+]

@@ -10,8 +10,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanSquaredError
 
+from downslope.data import DataModule
 from downslope.data.batches import Batch
 from downslope.evaluation import regression_metrics
+from downslope.gradients.least_squares import least_squares
 from downslope.tensorboard import write_scalars
 
 
@@ -49,6 +51,13 @@ class LinearRegression(LightningModule):
         prediction = self(features)
         self.train_loss.update(prediction.detach(), target)
         return nn.functional.mse_loss(prediction, target)
+
+    def exact_sharpness(self) -> float | None:
+        """Returns λ of the loss over all training rows, which their features alone decide; None for others' data."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        if not isinstance(datamodule, DataModule):
+            return None
+        return least_squares(*datamodule.parts["train"]).sharpness
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         """Makes the optimizer, and the scheduler if there is one."""
