@@ -32,6 +32,11 @@ seed = torch.Generator().manual_seed(0)
 INPUTS, TARGET = torch.randn(24, 3, generator=seed), torch.randn(24, 1, generator=seed)
 
 
+@pytest.fixture(autouse=True)
+def _same_weights() -> None:
+    torch.manual_seed(0)
+
+
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1))
 

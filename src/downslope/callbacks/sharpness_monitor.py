@@ -45,8 +45,8 @@ class SharpnessMonitor(Callback):
     the bit. Where it cannot be had, one warning says why, and training goes on without.
 
     Args:
-        every_n_steps: Optimizer steps between two measurements. One costs 3 to 6 training
-            steps of a small network, the first up to 16.
+        every_n_steps: Optimizer steps between two measurements. One costs 3 to 6 training steps of a small network,
+            the first up to 16.
         num_products: Hessian-vector products a measurement, from the last eigenvector on; the first takes at least 10.
         batch: Measure on the first batch, kept (`probe`), or on the batch of the step (`training`), the first of
             several where gradients are accumulated.
