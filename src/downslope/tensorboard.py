@@ -18,17 +18,14 @@ from torch import Tensor
 log = logging.getLogger(__name__)
 
 LAYOUT = {
-    "Loss": {
-        "loss": ["Multiline", ["train/loss", "val/loss"]],
-        "R²": ["Multiline", ["val/r2"]],
-    },
+    "Loss": {"loss": ["Multiline", ["train/loss", "val/loss"]]},
     "Gradients": {
         "gradient norm": ["Multiline", ["gradient_norm/(total|applied)"]],
         "gradient norm by parameter": ["Multiline", ["gradient_norm/(?!total|applied).*"]],
     },
     "Learning-rate effects": {
         "learning rate": ["Multiline", ["learning_rate/.*", "learning_rate_effect/effective"]],
-        "update ratio": ["Multiline", ["update_ratio/.*"]],
+        "update ratio": ["Multiline", ["update_ratio/total.*"]],
         "cosine of successive gradients": ["Multiline", ["learning_rate_effect/gradient_cosine"]],
         "descent ratio": ["Multiline", ["learning_rate_effect/descent_ratio"]],
         "sharpness": ["Multiline", ["curvature/sharpness"]],
