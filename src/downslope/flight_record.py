@@ -110,7 +110,7 @@ def diagnose(record: StepRecord, first_loss: float | None, diverged_beyond: floa
     gradient = _first_not_finite(record.gradient_norms)
     parameter = _first_not_finite(record.parameter_norms)
     if loss is not None and not math.isfinite(loss):
-        culprit = f", and with it the gradient of {gradient}," if gradient else ""
+        culprit = f", and with it the gradient of {gradient}" if gradient else ""
         return Diagnosis(f"the loss became {loss}{culprit}", "loss", gradient or parameter)
     if gradient:
         return Diagnosis(f"the gradient of {gradient} became {record.gradient_norms[gradient]}", "gradient", gradient)

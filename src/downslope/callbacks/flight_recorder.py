@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -69,7 +69,8 @@ class FlightRecorder(Callback):
         max_batch_values: Of each tensor in the offending batch so many values at most are written, in whole rows.
 
     Attributes:
-        flight_record: How it diverged; None if it did not.
+        diverged: Whether it did, on any process.
+        flight_record: How; None if it did not, or if only another process saw it.
     """
 
     def __init__(
@@ -101,6 +102,7 @@ class FlightRecorder(Callback):
         self.flight_record: FlightRecord | None = None
         self.diverged = False
         self._first_losses: dict[str, float] = {}
+        self._unjudged: list[_Measured] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.flight_record = None
@@ -118,12 +120,14 @@ class FlightRecorder(Callback):
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         self._steps: deque[StepRecord] = deque(maxlen=self.num_steps)
-        self._unjudged: list[_Measured] = []
+        self._unjudged = []
         self._snapshot = Snapshot(trainer.optimizers)
         self._buffers = Copies()
         self._num_steps_taken = trainer.global_step
         self._loss: Tensor | None = None
         self._optimizer_steps = OptimizerSteps(trainer, self._before_step, self._after_step)
+        self.on_train_epoch_start(trainer, pl_module)
+        self.on_train_batch_start(trainer, pl_module, None, 0)  # for a step that is taken before the first batch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
@@ -174,8 +178,7 @@ class FlightRecorder(Callback):
         self._judge_if_due()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._judge()
+        self._judge()  # whoever saves the best weights does it after this
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge()
@@ -187,7 +190,7 @@ class FlightRecorder(Callback):
     def _let_go(self) -> None:
         if hasattr(self, "_optimizer_steps"):
             self._optimizer_steps.detach()
-            del self._optimizer_steps, self._snapshot, self._buffers, self._batch
+            del self._optimizer_steps, self._snapshot, self._buffers, self._batch, self._step_of_batch
 
     def _before_step(self, step: OptimizerStep) -> None:
         if self._step_of_batch is None or self.diverged:
@@ -201,20 +204,18 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()  # training ends, but not before the module's own code does
             return
-        optimizer = step.optimizer
+        at, optimizer = self._batch.record, step.optimizer
         names, parameters = self._named([optimizer])
-        measured = self._step_of_batch = replace(
-            self._batch,
-            record=replace(
-                self._batch.record, step=step.step, optimizer=step.name, learning_rate=_learning_rate(optimizer)
-            ),
-            loss=self._loss,
-            gradients=self._arrived or self._gradient_norms([optimizer]),
-            parameters=_Norms(names, wide_norms(parameters)),
+        measured = self._step_of_batch = _Measured(
+            StepRecord(step.step, at.epoch, at.batch_index, step.name, _learning_rate(optimizer)),
+            self._batch.batch,
+            self._loss,
+            self._arrived or self._gradient_norms([optimizer]),
+            _Norms(names, wide_norms(parameters)),
         )
         self._loss = self._arrived = None
         self._unjudged.append(measured)
-        if measured.loss is not None:  # else it may yet come with what `training_step` returns
+        if measured.loss is not None:  # otherwise it may yet come with what `training_step` returns
             self._judge_if_due()
 
     def _named(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], list[Parameter]]:
