@@ -336,24 +336,27 @@ def test_continuing_changes_nothing(tmp_path: Path) -> None:
     assert all(torch.equal(*pair) for pair in zip(*(module.state_dict().values() for module in modules), strict=True))
 
 
-def test_a_step_outside_of_any_batch_and_a_bare_validation_do_no_harm() -> None:
-    class Early(Foreign):
+def test_a_step_outside_of_any_batch_is_watched_too(tmp_path: Path) -> None:
+    class Early(Line):
         def on_train_start(self) -> None:
-            self.net(torch.ones(2, 3)).sum().backward()
+            self.weight.grad = torch.tensor([math.inf])
             self.trainer.optimizers[0].step()
 
-        def validation_step(self, batch: Any) -> None:
-            pass
+    module = Early(learning_rate=0.1)
+    with pytest.warns(UserWarning, match="the gradient of weight became inf at step 0"):
+        fit(module, FlightRecorder(folder=str(tmp_path)), data=DataLoader(torch.zeros(9, 1)))
+    assert module.weight.item() == 1.0
+
+
+def test_validation_alone_is_not_its_affair() -> None:
+    class Validated(Foreign):
+        def validation_step(self, batch: Any) -> None: ...
 
     recorder = FlightRecorder()
-    trainer = fit(Early(), recorder)
-    trainer.validate(Early(), batches(), verbose=False)
-    fresh = FlightRecorder()
-    Trainer(
-        callbacks=[fresh], accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False
-    ).validate(Early(), batches(), verbose=False)
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(callbacks=[recorder], accelerator="cpu", **settings)  # type: ignore[arg-type]
+    trainer.validate(Validated(), batches(), verbose=False)
     assert not recorder.diverged
-    assert not fresh.diverged
 
 
 def test_it_stops_before_the_least_number_of_epochs(tmp_path: Path) -> None:
@@ -364,11 +367,10 @@ def test_it_stops_before_the_least_number_of_epochs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("optimizer", ["momentum", "adam"])
-def test_watching_changes_no_bit(mode: str, optimizer: str) -> None:
-    watched, alone = foreign(mode, optimizer), foreign(mode, optimizer)
+def test_watching_changes_no_bit(mode: str) -> None:
+    watched, alone = foreign(mode, "adam"), foreign(mode, "adam")
     recorder = FlightRecorder()
-    trainers = fit(watched, recorder), fit(alone)
+    trainers = fit(watched, recorder, max_epochs=2), fit(alone, max_epochs=2)
     states = state(watched, trainers[0]), state(alone, trainers[1])
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
     assert not recorder.diverged
@@ -463,7 +465,6 @@ def test_lbfgs_is_taken_back_whole(tmp_path: Path) -> None:
     try:
         module = foreign("automatic", "lbfgs")
         count = iter(range(100))
-        module.spoil = lambda module, loss: loss  # counts nothing: a step takes several closures
 
         def spoil_the_last(gradient: Tensor) -> Tensor:
             return gradient * math.nan if next(count) == 8 else gradient
