@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from downslope.data import DataModule
 
+FLIGHT_RECORD = "flight_record.json"  # its own module would bring torch along
 FULL_ERROR = "HYDRA_FULL_ERROR"
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `command` borrows the variable
 
@@ -145,7 +146,10 @@ def print_result(result: Result, folder: Path) -> None:
             f"gradient descent ({result.largest_stable_learning_rate:.4g} = 2/λ, λ = {result.sharpness:.4g})"
         )
     if result.status == "diverged":
-        say("  diverged  the loss is no longer a number, or has grown a millionfold: try a smaller lr")
+        why = result.evidence.get("diverged", "the loss is no longer a number, or has grown a millionfold")
+        say(f"  diverged  {why}: try a smaller lr")
+        if (folder / FLIGHT_RECORD).is_file():
+            say(f"            the last steps before it and its batch: {FLIGHT_RECORD}")
     say("")
     say(f"  run       {_shortest(folder)}")
     say("  look      make dashboard")

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 
+from downslope.callbacks import FlightRecorder
 from downslope.console import explain, print_header, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
@@ -157,3 +158,15 @@ def _fit(result: Result, datamodule: DataModule, module: LightningModule, traine
     loss = result.metrics["train/loss"]
     result.excess_loss = loss - line.loss
     result.status = "completed" if loss <= DIVERGED_BEYOND * first_loss else "diverged"  # NaN is no ≤ either
+    for recorder in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(recorder, FlightRecorder) and recorder.diverged:
+            _tell_divergence(result, recorder)
+
+
+def _tell_divergence(result: Result, recorder: FlightRecorder) -> None:
+    """Fills in what the recorder saw: the metrics are already those of the weights before the offending step."""
+    result.status = "diverged"
+    if record := recorder.flight_record:
+        result.evidence["diverged"] = record.sentence()
+        if record.restored_to_step is not None:
+            result.num_optimizer_steps = record.restored_to_step

@@ -1,3 +1,4 @@
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -164,6 +165,7 @@ def test_a_constant_column_and_a_large_batch_are_warned_of(script: Script, tmp_p
         ["callbacks=none"],
         ["callbacks=gradient_monitor"],
         ["callbacks=checkpoints"],
+        ["callbacks=flight_recorder"],
         ["callbacks=progress"],
         ["logger=csv"],
         ["logger=none"],
@@ -201,17 +203,33 @@ def test_two_processes_are_one_on_the_joined_batch(script: Script, tmp_path: Pat
         assert [value for _, value in together] == pytest.approx([value for _, value in alone], rel=1e-4, abs=1e-5), tag
 
 
-def test_a_divergence_is_told_by_the_exit_code(tmp_path: Path) -> None:
-    ended = run_process(tmp_path, "train", "lr=5", "data.batch_size=1000")
+@pytest.mark.parametrize("model", ["automatic", "manual"])
+def test_a_divergence_is_told_by_the_exit_code_and_recorded(tmp_path: Path, model: str) -> None:
+    ended = run_process(tmp_path, "train", "lr=5", "data.batch_size=1000", f"model={model}", "+trainer.min_epochs=50")
+    assert ended.returncode == 3
+    assert re.search(r"  diverged  the loss grew to .* at step 3 \(epoch 3, batch 0\): try a smaller lr", ended.stdout)
+    assert "flight_record.json" in ended.stdout
+    assert "Diverged" not in ended.stderr  # once is enough
+    run = only_run(tmp_path)
+    result, record = read_json(run), json.loads((run / "flight_record.json").read_text())
+    assert result["status"] == "diverged"
+    assert result["num_optimizer_steps"] == record["step"] == len(record["steps"]) == 3
+    # Of the weights before the step, on the same rows: what the recorder saw in float32, evaluated in float64.
+    assert result["metrics"]["train/loss"] == pytest.approx(record["loss"], rel=1e-5)
+    assert result["metrics"]["train/loss"] > 1e6 * record["first_loss"]
+    assert all(torch.isfinite(value).all() for name in ("last", "best") for value in weights(run, name).values())
+    norms = [value.norm().item() for value in weights(run).values()]
+    assert list(record["steps"][-1]["parameter_norms"].values()) == pytest.approx(norms, rel=1e-6)
+
+
+def test_a_divergence_is_told_without_a_recorder(tmp_path: Path) -> None:
+    ended = run_process(tmp_path, "train", "lr=5", "data.batch_size=1000", "~callbacks.flight_recorder")
     assert ended.returncode == 3
     assert "diverged" in ended.stdout
     run = only_run(tmp_path)
-    result = read_json(run)
-    assert result["status"] == "diverged"
-    assert result["metrics"]["train/loss"] is None
-    for name in ("last", "best"):
-        if (run / "checkpoints" / f"{name}.ckpt").exists():
-            assert all(torch.isfinite(value).all() for value in weights(run, name).values())
+    assert read_json(run)["metrics"]["train/loss"] is None
+    assert not (run / "flight_record.json").exists()
+    assert not (run / "checkpoints" / "last.ckpt").exists()
 
 
 def test_last_is_the_newest_and_best_has_the_least_validation_loss(script: Script, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
-"""Observers: each watches one thing, under any Trainer and any LightningModule, and never changes training."""
+"""Observers: each watches one thing, under any Trainer and LightningModule, and changes no bit of a good run."""
 
 from downslope.callbacks.checkpoints import Checkpoints
+from downslope.callbacks.flight_recorder import DivergenceError, FlightRecorder
 from downslope.callbacks.gradient_check import GradientCheck
 from downslope.callbacks.gradient_monitor import GradientMonitor
 from downslope.callbacks.learning_rate_effects import LearningRateEffects
@@ -9,6 +10,8 @@ from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 
 __all__ = [
     "Checkpoints",
+    "DivergenceError",
+    "FlightRecorder",
     "GradientCheck",
     "GradientMonitor",
     "LearningRateEffects",

@@ -1,0 +1,323 @@
+"""Why did it blow up? The last steps before a run diverged, kept as an aeroplane's recorder keeps them."""
+
+import warnings
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps
+from downslope.callbacks.snapshot import Copies, Snapshot
+from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
+from downslope.gradients.finiteness import wide_norms
+
+OnDivergence = Literal["stop", "raise", "continue"]
+
+
+class DivergenceError(RuntimeError):
+    """A loss, gradient or parameter is not finite, or the loss has grown out of all proportion."""
+
+
+@dataclass(frozen=True)
+class _Norms:
+    """Norms by name, on the device."""
+
+    names: Sequence[str] = ()
+    values: Tensor | None = None
+
+
+@dataclass
+class _Measured:
+    """A step, or a batch without one, whose values nobody has looked at yet."""
+
+    record: StepRecord
+    batch: Any
+    loss: Tensor | None = None
+    gradients: _Norms = _Norms()
+    parameters: _Norms = _Norms()
+
+
+class FlightRecorder(Callback):
+    """Stops a run that diverges before its weights are spoiled, and writes down how it came to that.
+
+    Diverged: a loss, gradient or parameter is not finite, or the loss exceeds `diverged_beyond` times the first one of
+    its optimizer that was not 0. The step is then taken back: parameters, optimizer state and buffers are, to the bit,
+    those before it, `flight_record.json` (`downslope.flight_record`) is written, and training ends as any training
+    that is stopped early: validated, saved, `fit` returns. `trainer.global_step` counts the step that was taken back.
+
+    It is judged when the step is done, which is right for every mode and optimizer: with automatic optimization a
+    gradient is known only in the middle of the step, LBFGS tries several, and a finite one can still overflow a
+    weight. So parameters and optimizer states are copied before each step, in as much memory again. On a GPU
+    a judgement is one synchronisation, with several processes one exchange: `every_n_steps` makes them rarer.
+    A step that a GradScaler skips is no divergence.
+
+    Args:
+        num_steps: How many of the last good steps are kept.
+        folder: Where the file goes; by default where the logger writes.
+        on_divergence: `stop`; `raise` a `DivergenceError` out of `fit`, the step taken back too; or `continue`, as if
+            nobody watched, after the file is written.
+        diverged_beyond: How much the loss may grow; infinity for any finite loss.
+        every_n_steps: Steps between two judgements. With more than 1 the weights go back by up to so many steps, and
+            as many batches are kept in memory.
+        max_batch_values: Of each tensor in the offending batch so many values at most are written, in whole rows.
+
+    Attributes:
+        diverged: Whether it did, on any process.
+        flight_record: How; None if it did not, or if only another process saw it.
+    """
+
+    def __init__(
+        self,
+        num_steps: int = 100,
+        folder: str | None = None,
+        on_divergence: OnDivergence = "stop",
+        diverged_beyond: float = 1e6,
+        every_n_steps: int = 1,
+        max_batch_values: int = 10_000,
+    ) -> None:
+        for name, value in (
+            ("num_steps", num_steps),
+            ("every_n_steps", every_n_steps),
+            ("max_batch_values", max_batch_values),
+        ):
+            if value < 1:
+                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
+        if on_divergence not in get_args(OnDivergence):
+            raise ValueError(f"`on_divergence` must be stop, raise or continue, got {on_divergence!r}.")
+        if not diverged_beyond > 1:
+            raise ValueError(f"`diverged_beyond` must be a number greater than 1, got {diverged_beyond}.")
+        self.num_steps = num_steps
+        self.folder = folder
+        self.on_divergence = on_divergence
+        self.diverged_beyond = diverged_beyond
+        self.every_n_steps = every_n_steps
+        self.max_batch_values = max_batch_values
+        self.flight_record: FlightRecord | None = None
+        self.diverged = False
+        self._first_losses: dict[str, float] = {}
+        self._unjudged: list[_Measured] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.flight_record = None
+        self.diverged = False
+        self._first_losses = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"first_losses": self._first_losses}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._first_losses = dict(state_dict["first_losses"])
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._trainer = trainer
+        self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        self._steps: deque[StepRecord] = deque(maxlen=self.num_steps)
+        self._unjudged = []
+        self._snapshot = Snapshot(trainer.optimizers)
+        self._buffers = Copies()
+        self._num_steps_taken = trainer.global_step
+        self._loss: Tensor | None = None
+        self._optimizer_steps = OptimizerSteps(trainer, self._before_step, self._after_step)
+        self.on_train_epoch_start(trainer, pl_module)
+        self.on_train_batch_start(trainer, pl_module, None, 0)  # for a step that is taken before the first batch
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self.diverged:
+            return
+        step = max(trainer.global_step, self._num_steps_taken)
+        self._batch = _Measured(StepRecord(step, trainer.current_epoch, batch_idx), batch)
+        self._step_of_batch: _Measured | None = None
+        self._arrived: _Norms | None = None
+        if not self._unjudged and self.on_divergence != "continue":
+            self._snapshot.take()
+            self._buffers.take(pl_module.buffers())  # batch normalization sees a batch before its loss is known
+
+    def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        self._loss = None  # here a window of accumulation begins, and each of LBFGS's trials
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        loss = loss.detach().sum()
+        if self._scaler:
+            loss = loss / self._scaler.scale(torch.ones_like(loss))
+        self._loss = loss if self._loss is None else self._loss + loss
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The one moment before a clip of the user's own, which makes a NaN in one gradient a NaN in all.
+        if not pl_module.automatic_optimization and not self._scaler:
+            self._arrived = self._gradient_norms(trainer.optimizers)
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if pl_module.automatic_optimization or self._scaler:
+            self._arrived = self._gradient_norms([optimizer])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.diverged:
+            return
+        measured = self._step_of_batch
+        if measured is None:
+            measured = self._batch
+            if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
+                measured.gradients = self._gradient_norms(trainer.optimizers)
+            self._unjudged.append(measured)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if measured.loss is None and isinstance(loss, Tensor):
+            measured.loss = loss.detach().sum()
+        self._judge_if_due()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judge()  # whoever saves the best weights does it after this
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judge()
+        self._let_go()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._let_go()
+
+    def _let_go(self) -> None:
+        if hasattr(self, "_optimizer_steps"):
+            self._optimizer_steps.detach()
+            del self._optimizer_steps, self._snapshot, self._buffers, self._batch, self._step_of_batch
+
+    def _before_step(self, step: OptimizerStep) -> None:
+        if self._step_of_batch is None or self.diverged:
+            return
+        self._judge_if_due()
+        if not self._unjudged and self.on_divergence != "continue":
+            self._snapshot.take()  # the second step of one batch is taken back alone
+
+    def _after_step(self, step: OptimizerStep) -> None:
+        self._num_steps_taken = step.step + 1
+        if self.diverged:
+            self._take_back()  # training ends, but not before the module's own code does
+            return
+        at, optimizer = self._batch.record, step.optimizer
+        names, parameters = self._named([optimizer])
+        measured = self._step_of_batch = _Measured(
+            StepRecord(step.step, at.epoch, at.batch_index, step.name, _learning_rate(optimizer)),
+            self._batch.batch,
+            self._loss,
+            self._arrived or self._gradient_norms([optimizer]),
+            _Norms(names, wide_norms(parameters)),
+        )
+        self._loss = self._arrived = None
+        self._unjudged.append(measured)
+        if measured.loss is not None:  # otherwise it may yet come with what `training_step` returns
+            self._judge_if_due()
+
+    def _named(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], list[Parameter]]:
+        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
+        return [self._names.get(parameter, "?") for parameter in held], held
+
+    def _gradient_norms(self, optimizers: Iterable[Optimizer]) -> _Norms:
+        held = [(name, p.grad) for name, p in zip(*self._named(optimizers), strict=True) if p.grad is not None]
+        return _Norms([name for name, _ in held], wide_norms([gradient for _, gradient in held]))
+
+    def _judge_if_due(self) -> None:
+        if len(self._unjudged) >= self.every_n_steps:
+            self._judge()
+
+    def _judge(self) -> None:
+        """Looks at what was measured: here, and nowhere else, the device is waited for."""
+        unjudged, self._unjudged = self._unjudged, []
+        if not unjudged or self.diverged:
+            return
+        _read(unjudged)
+        diagnosis = None
+        for measured in unjudged:
+            diagnosis = self._diagnose(measured.record)
+            if diagnosis:
+                break
+        diverged, writes = self._agree(diagnosis)
+        if not diverged:
+            return
+        self.diverged = True
+        self._take_back()
+        if diagnosis:
+            back_to = None if self.on_divergence == "continue" else unjudged[0].record.step
+            self._record(measured, diagnosis, back_to, writes)
+        self._end()
+
+    def _diagnose(self, record: StepRecord) -> Diagnosis | None:
+        """Judges a step, and remembers a good one."""
+        if record.optimizer is None:  # a micro-batch: its loss is not yet one to compare
+            return diagnose(record, None, self.diverged_beyond)
+        diagnosis = diagnose(record, self._first_losses.get(record.optimizer), self.diverged_beyond)
+        if diagnosis is None:
+            self._steps.append(record)
+            if record.loss:
+                self._first_losses.setdefault(record.optimizer, record.loss)
+        return diagnosis
+
+    def _agree(self, diagnosis: Diagnosis | None) -> tuple[bool, bool]:
+        """Whether any process has diverged, and whether this one writes the file: the one whose own loss it was."""
+        if self._trainer.world_size == 1:
+            return diagnosis is not None, True
+        severity = 0 if diagnosis is None else 2 if diagnosis.reason in ("loss", "growth") else 1
+        device = self._trainer.strategy.root_device
+        severities = self._trainer.strategy.all_gather(torch.tensor([severity], device=device)).flatten().tolist()
+        return any(severities), severities.index(max(severities)) == self._trainer.global_rank
+
+    def _take_back(self) -> None:
+        if self.on_divergence != "continue":
+            self._snapshot.restore()
+            self._buffers.restore()
+
+    def _record(self, measured: _Measured, diagnosis: Diagnosis, restored_to_step: int | None, writes: bool) -> None:
+        self.flight_record = FlightRecord(
+            diagnosis=diagnosis,
+            offending=measured.record,
+            first_loss=self._first_losses.get(measured.record.optimizer or ""),
+            restored_to_step=restored_to_step,
+            steps=list(self._steps),
+            batch=as_numbers(measured.batch, self.max_batch_values),
+        )
+        if writes:
+            try:
+                self.flight_record.write(self._folder)
+            except OSError as error:
+                warnings.warn(f"Cannot write {self._folder / FILE_NAME}: {error}", stacklevel=2)
+
+    def _end(self) -> None:
+        where = f"See {self._folder / FILE_NAME}."
+        message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
+        if self.on_divergence == "raise":
+            raise DivergenceError(message)
+        if self.on_divergence == "stop":
+            self._trainer.should_stop = True
+            # Lightning would go on until these are reached.
+            self._trainer.fit_loop.min_epochs = 0
+            self._trainer.fit_loop.epoch_loop.min_steps = None
+        warnings.warn(message, stacklevel=2)
+
+
+def _learning_rate(optimizer: Optimizer) -> float | list[float]:
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    return rates[0] if len(rates) == 1 else rates
+
+
+def _read(unjudged: Sequence[_Measured]) -> None:
+    """Fills in the records from the device, all in one transfer."""
+    parts = [(measured.loss, measured.gradients.values, measured.parameters.values) for measured in unjudged]
+    tensors = [tensor.reshape(-1) for part in parts for tensor in part if tensor is not None]
+    values = iter(torch.cat(tensors).tolist() if tensors else [])
+    for measured in unjudged:
+        record = measured.record
+        record.loss = next(values) if measured.loss is not None else None
+        arrived = dict(zip(measured.gradients.names, values, strict=False))
+        record.parameter_norms = dict(zip(measured.parameters.names, values, strict=False))
+        stepped = record.parameter_norms or arrived  # not those of another optimizer
+        record.gradient_norms = {name: norm for name, norm in arrived.items() if name in stepped}

@@ -1,0 +1,554 @@
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
+from torch import Tensor, nn
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.utils.data import DataLoader
+
+from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder
+
+MODES = ["automatic", "wrapper", "plain", "raw"]
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "sgd": lambda parameters: SGD(parameters, lr=0.05),
+    "momentum": lambda parameters: SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.1, nesterov=True),
+    "adam": lambda parameters: Adam(parameters, lr=0.05),
+    "adamw": lambda parameters: AdamW(parameters, lr=0.05, amsgrad=True),
+}
+BAD = 5  # the batch, and the optimizer step, at which something is planted
+PER_EPOCH = 4
+
+
+class Foreign(LightningModule):
+    """Somebody else's module, in each of the four ways to take a step; `spoil` plants what goes wrong."""
+
+    def __init__(self, mode: str = "automatic", optimizer: str = "sgd", clip: float | None = None) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 1))
+        self.automatic_optimization = mode == "automatic"
+        self.mode = mode
+        self.optimizer = OPTIMIZERS[optimizer]
+        self.clip = clip
+        self.spoil: Callable[[Foreign, Tensor], Tensor] | None = None
+        self.num_batches = 0
+
+    def training_step(self, batch: Any) -> Tensor:
+        features, target = batch["x"], batch["more"][0]
+        loss = nn.functional.mse_loss(self.net(features).squeeze(-1), target)
+        if self.spoil and self.num_batches == BAD:
+            loss = self.spoil(self, loss)
+        self.num_batches += 1
+        if self.automatic_optimization:
+            return loss
+        wrapped = self.optimizers()
+        assert not isinstance(wrapped, list)
+        optimizer = wrapped.optimizer if self.mode == "raw" else wrapped
+        optimizer.zero_grad()
+        if self.mode == "wrapper":
+            self.manual_backward(loss)
+        else:
+            loss.backward()
+        if self.clip is not None:
+            nn.utils.clip_grad_norm_(self.parameters(), self.clip)
+        optimizer.step()
+        return loss
+
+    def configure_optimizers(self) -> Optimizer:
+        return self.optimizer(self.parameters())
+
+
+def batches(num: int = PER_EPOCH, broken: int | None = None) -> DataLoader[Any]:
+    generator = torch.Generator().manual_seed(7)
+    rows = [
+        {"x": torch.randn(8, 3, generator=generator), "more": (torch.randn(8, generator=generator), "a name")}
+        for _ in range(num)
+    ]
+    if broken is not None:
+        rows[broken]["x"][2, 1] = math.nan  # type: ignore[index]
+    return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+
+
+def fit(module: LightningModule, *callbacks: Callback, data: DataLoader[Any] | None = None, **settings: Any) -> Trainer:
+    options = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_checkpointing": False} | settings
+    trainer = Trainer(callbacks=list(callbacks), enable_progress_bar=False, enable_model_summary=False, **options)
+    trainer.fit(module, data or batches())
+    return trainer
+
+
+def foreign(*arguments: Any) -> Foreign:
+    seed_everything(0, verbose=False)
+    return Foreign(*arguments)
+
+
+def stopped(folder: Path, module: Foreign, *callbacks: Callback, **settings: Any) -> tuple[FlightRecorder, Trainer]:
+    recorder = FlightRecorder(folder=str(folder))
+    with pytest.warns(UserWarning, match=r"Diverged: .* See .*flight_record.json"):
+        trainer = fit(module, recorder, *callbacks, **settings)
+    assert recorder.diverged
+    return recorder, trainer
+
+
+def read(folder: Path) -> dict[str, Any]:
+    def refuse(word: str) -> float:
+        raise ValueError(f"{word} is no JSON")
+
+    record: dict[str, Any] = json.loads((folder / "flight_record.json").read_text(), parse_constant=refuse)
+    return record
+
+
+def state(module: Foreign, trainer: Trainer) -> dict[str, Tensor]:
+    tensors = dict(module.state_dict())
+    for index, values in trainer.optimizers[0].state_dict()["state"].items():
+        tensors |= {f"{index}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+    return tensors
+
+
+def assert_as_after_five_good_steps(module: Foreign, trainer: Trainer, optimizer: str = "sgd") -> None:
+    """Compares with a run that nobody watched, and that was told to end just before the step."""
+    witness = foreign(module.mode, optimizer, module.clip)
+    before = Interruption()
+    with pytest.raises(KeyError, match="enough"):
+        fit(witness, before)
+    want, got = before.state, state(module, trainer)
+    assert want.keys() == got.keys()
+    assert all(torch.equal(want[name], got[name]) for name in want)
+
+
+class Interruption(Callback):
+    """Ends training before the bad batch, in every mode alike."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch * PER_EPOCH + batch_idx == BAD:
+            self.state = state(pl_module, trainer)
+            raise KeyError("enough")
+
+
+def nan_loss(module: Foreign, loss: Tensor) -> Tensor:
+    return loss * math.nan
+
+
+def nan_gradient(module: Foreign, loss: Tensor) -> Tensor:
+    return plant(module, loss, math.nan)
+
+
+def inf_gradient(module: Foreign, loss: Tensor) -> Tensor:
+    return plant(module, loss, math.inf)
+
+
+def plant(module: Foreign, loss: Tensor, value: float) -> Tensor:
+    """Leaves the loss as it is, and spoils one gradient."""
+    bias = module.net[3].bias
+    handle = bias.register_hook(lambda gradient: gradient * value)
+    bias.register_post_accumulate_grad_hook(lambda _: handle.remove())
+    return loss
+
+
+def growth(module: Foreign, loss: Tensor) -> Tensor:
+    return loss * 1e8
+
+
+PLANTS = {"loss": nan_loss, "gradient": nan_gradient, "growth": growth}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("reason", PLANTS)
+def test_the_weights_are_those_of_a_run_that_ended_before_the_step(tmp_path: Path, mode: str, reason: str) -> None:
+    module = foreign(mode, "momentum")
+    module.spoil = PLANTS[reason]
+    _, trainer = stopped(tmp_path, module)
+    assert_as_after_five_good_steps(module, trainer, "momentum")
+    record = read(tmp_path)
+    assert record["reason"] == reason
+    assert (record["step"], record["epoch"], record["batch_index"]) == (5, 1, 1)
+    assert record["restored_to_step"] == 5
+    assert record["learning_rate"] == 0.05
+    assert len(record["steps"]) == 5
+    assert trainer.state.finished
+    assert trainer.current_epoch == 2
+    assert module.num_batches == 6
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("mode", ["automatic", "wrapper"])
+def test_optimizer_states_are_taken_back_too(tmp_path: Path, mode: str, optimizer: str) -> None:
+    module = foreign(mode, optimizer)
+    module.spoil = nan_loss
+    _, trainer = stopped(tmp_path, module)
+    assert_as_after_five_good_steps(module, trainer, optimizer)
+
+
+@pytest.mark.parametrize("spoil", [nan_gradient, inf_gradient])
+@pytest.mark.parametrize(("mode", "clip"), [(mode, None) for mode in MODES] + [("wrapper", 1.0)])
+def test_the_parameter_is_named(
+    tmp_path: Path, mode: str, clip: float | None, spoil: Callable[[Foreign, Tensor], Tensor]
+) -> None:
+    module = foreign(mode, "adam", clip)
+    module.spoil = spoil
+    stopped(tmp_path, module)
+    record = read(tmp_path)
+    assert (record["reason"], record["parameter"]) == ("gradient", "net.3.bias")
+    assert record["why"].startswith("the gradient of net.3.bias became ")
+    others = {name: norm for name, norm in record["gradient_norms"].items() if name != "net.3.bias"}
+    assert len(others) == 5
+    assert all(isinstance(norm, float) for norm in others.values())
+
+
+def test_the_trainers_clip_hides_no_name(tmp_path: Path) -> None:
+    module = foreign()
+    module.spoil = nan_gradient
+    stopped(tmp_path, module, gradient_clip_val=1.0)
+    assert read(tmp_path)["parameter"] == "net.3.bias"
+
+
+def test_a_large_gradient_that_clipping_catches_is_none(tmp_path: Path) -> None:
+    module = foreign()
+    module.spoil = lambda module, loss: plant(module, loss, 1e30)  # its square is inf in float32
+    recorder = FlightRecorder(folder=str(tmp_path))
+    fit(module, recorder, gradient_clip_val=1.0)
+    assert not recorder.diverged
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_broken_row_is_shown(tmp_path: Path, mode: str) -> None:
+    module = foreign(mode)
+    stopped(tmp_path, module, data=batches(broken=1))
+    record = read(tmp_path)
+    assert record["batch_index"] == 1
+    assert record["loss"] == "nan"
+    assert record["batch"]["x"]["row_numbers"] == list(range(8))
+    assert record["batch"]["x"]["rows"][2][1] == "nan"
+    assert record["batch"]["more"][1] == "a name"
+    first = list(batches(broken=1))[1]
+    assert record["batch"]["x"]["rows"][0] == first["x"][0].tolist()
+    assert record["batch"]["more"][0]["rows"] == first["more"][0].tolist()
+    assert all(bool(torch.isfinite(value).all()) for value in module.state_dict().values())  # batch norm's too
+
+
+class Line(LightningModule):
+    """(w − 0)²/2 on one parameter: each step multiplies it by 1 − learning rate."""
+
+    def __init__(self, learning_rate: float, weight: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([weight]))
+        self.learning_rate = learning_rate
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        return self.weight.square().sum() / 2
+
+    def configure_optimizers(self) -> SGD:
+        return SGD(self.parameters(), lr=self.learning_rate)
+
+
+def test_every_figure_is_right(tmp_path: Path) -> None:
+    # Each step multiplies the weight by 1 − 11 = −10, so that the loss is 100ᵗ/2: first beyond 1e6 times ½ at t = 4.
+    module = Line(learning_rate=11.0)
+    with pytest.warns(UserWarning, match="the loss grew to 5e"):
+        fit(module, FlightRecorder(folder=str(tmp_path), num_steps=2), data=DataLoader(torch.zeros(9, 1)))
+    record = read(tmp_path)
+    assert record == {
+        "why": "the loss grew to 5e+07, beyond 1e+06 × its first 0.5",
+        "reason": "growth",
+        "parameter": None,
+        "step": 4,
+        "epoch": 0,
+        "batch_index": 4,
+        "optimizer": "SGD",
+        "learning_rate": 11.0,
+        "loss": 5e7,
+        "gradient_norms": {"weight": 1e4},
+        "parameter_norms": {"weight": 1e5},
+        "first_loss": 0.5,
+        "restored_to_step": 4,
+        "steps": [
+            {
+                "step": step,
+                "epoch": 0,
+                "batch_index": step,
+                "optimizer": "SGD",
+                "learning_rate": 11.0,
+                "loss": 100.0**step / 2,
+                "gradient_norms": {"weight": 10.0**step},
+                "parameter_norms": {"weight": 10.0 ** (step + 1)},
+            }
+            for step in (2, 3)
+        ],
+        "batch": {"shape": [1, 1], "dtype": "float32", "row_numbers": [0], "rows": [[0.0]]},
+    }
+    assert module.weight.item() == 1e4
+
+
+def test_a_finite_gradient_that_overflows_the_weight_is_taken_back(tmp_path: Path) -> None:
+    module = Line(learning_rate=1e30, weight=1e10)
+    with pytest.warns(UserWarning, match="a finite gradient made weight inf"):
+        fit(module, FlightRecorder(folder=str(tmp_path)), data=DataLoader(torch.zeros(9, 1)))
+    assert module.weight.item() == 1e10
+    record = read(tmp_path)
+    assert (record["reason"], record["parameter"], record["step"]) == ("parameter", "weight", 0)
+
+
+@pytest.mark.parametrize("growth", [10.0, 1e6])
+def test_the_loss_may_grow_by_a_setting(tmp_path: Path, growth: float) -> None:
+    recorder = FlightRecorder(folder=str(tmp_path), diverged_beyond=growth)
+    with pytest.warns(UserWarning, match="the loss grew"):
+        fit(Line(learning_rate=11.0), recorder, data=DataLoader(torch.zeros(9, 1)))
+    assert read(tmp_path)["step"] == {10.0: 1, 1e6: 4}[growth]
+
+
+def test_poisoned_parameters_are_replaced(tmp_path: Path) -> None:
+    def poison(module: Foreign, loss: Tensor) -> Tensor:
+        module.net[3].weight.data.fill_(math.nan)
+        return module.net(torch.zeros(8, 3)).mean()
+
+    module = foreign()
+    module.spoil = poison
+    checkpoints = Checkpoints(str(tmp_path), every_n_seconds=0.0)
+    _, trainer = stopped(tmp_path, module, checkpoints, enable_checkpointing=True)
+    assert_as_after_five_good_steps(module, trainer)
+    last = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(last[name], value) for name, value in module.state_dict().items())
+
+
+def test_raising_comes_after_the_weights_are_saved(tmp_path: Path) -> None:
+    module = foreign("automatic", "momentum")
+    module.spoil = nan_loss
+    with pytest.raises(DivergenceError, match=r"Diverged: the loss became nan.* at step 5 \(epoch 1, batch 1\)"):
+        fit(module, FlightRecorder(folder=str(tmp_path), on_divergence="raise"))
+    assert read(tmp_path)["step"] == 5
+    assert all(bool(torch.isfinite(value).all()) for value in module.state_dict().values())
+
+
+def test_continuing_changes_nothing(tmp_path: Path) -> None:
+    modules = foreign(), foreign()
+    for module in modules:
+        module.spoil = growth
+    with pytest.warns(UserWarning, match="Diverged"):
+        fit(modules[0], FlightRecorder(folder=str(tmp_path), on_divergence="continue"))
+    fit(modules[1])
+    assert modules[0].num_batches == 12
+    assert read(tmp_path)["restored_to_step"] is None
+    assert all(torch.equal(*pair) for pair in zip(*(module.state_dict().values() for module in modules), strict=True))
+
+
+def test_a_step_outside_of_any_batch_is_watched_too(tmp_path: Path) -> None:
+    class Early(Line):
+        def on_train_start(self) -> None:
+            self.weight.grad = torch.tensor([math.inf])
+            self.trainer.optimizers[0].step()
+
+    module = Early(learning_rate=0.1)
+    with pytest.warns(UserWarning, match="the gradient of weight became inf at step 0"):
+        fit(module, FlightRecorder(folder=str(tmp_path)), data=DataLoader(torch.zeros(9, 1)))
+    assert module.weight.item() == 1.0
+
+
+def test_validation_alone_is_not_its_affair() -> None:
+    class Validated(Foreign):
+        def validation_step(self, batch: Any) -> None: ...
+
+    recorder = FlightRecorder()
+    settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(callbacks=[recorder], accelerator="cpu", **settings)  # type: ignore[arg-type]
+    trainer.validate(Validated(), batches(), verbose=False)
+    assert not recorder.diverged
+
+
+def test_it_stops_before_the_least_number_of_epochs(tmp_path: Path) -> None:
+    module = foreign()
+    module.spoil = nan_loss
+    stopped(tmp_path, module, min_epochs=3, min_steps=10)
+    assert module.num_batches == 6
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_watching_changes_no_bit(mode: str) -> None:
+    watched, alone = foreign(mode, "adam"), foreign(mode, "adam")
+    recorder = FlightRecorder()
+    trainers = fit(watched, recorder, max_epochs=2), fit(alone, max_epochs=2)
+    states = state(watched, trainers[0]), state(alone, trainers[1])
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    assert not recorder.diverged
+
+
+class Witness(Callback):
+    """Looks for itself: the loss that comes out, the gradients that torch leaves."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, list[float], float]] = []
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        norms = [float((parameter.grad**2).sum().sqrt()) for parameter in pl_module.parameters()]  # type: ignore[operator]
+        self.steps.append((float(outputs["loss"]), norms, trainer.optimizers[0].param_groups[0]["lr"]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_ring_is_that_of_an_independent_recorder(tmp_path: Path, mode: str) -> None:
+    module, witness = foreign(mode, "adam"), Witness()
+    module.spoil = nan_loss
+    stopped(tmp_path, module, witness)
+    steps = read(tmp_path)["steps"]
+    assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
+    assert [step["batch_index"] for step in steps] == [0, 1, 2, 3, 0]
+    for step, (loss, norms, learning_rate) in zip(steps, witness.steps, strict=False):
+        assert step["loss"] == pytest.approx(loss, rel=1e-6)
+        assert list(step["gradient_norms"].values()) == pytest.approx(norms, rel=1e-5)  # float32, another order
+        assert step["learning_rate"] == learning_rate
+
+
+def test_accumulation_finds_the_micro_batch(tmp_path: Path) -> None:
+    module = foreign()
+    stopped(tmp_path, module, data=batches(num=8, broken=5), accumulate_grad_batches=4)
+    record = read(tmp_path)
+    assert (record["step"], record["batch_index"], record["optimizer"]) == (1, 5, None)
+    assert record["batch"]["x"]["rows"][2][1] == "nan"
+    assert [step["step"] for step in record["steps"]] == [0]
+    # The step's loss is the mean over its micro-batches.
+    losses, witness = [], foreign()
+    for batch in list(batches(num=8))[:4]:
+        loss = nn.functional.mse_loss(witness.net(batch["x"]).squeeze(-1), batch["more"][0])
+        losses.append(loss.item())
+    assert record["steps"][0]["loss"] == pytest.approx(sum(losses) / 4, rel=1e-6)
+
+
+def test_judging_less_often_goes_back_to_the_last_good_copy(tmp_path: Path) -> None:
+    module = foreign()
+    module.spoil = nan_loss
+    with pytest.warns(UserWarning, match="Diverged"):
+        fit(module, FlightRecorder(folder=str(tmp_path), every_n_steps=4))
+    record = read(tmp_path)
+    assert (record["step"], record["restored_to_step"]) == (5, 4)
+    assert len(record["steps"]) == 5
+    witness = foreign()
+    fit(witness, max_steps=4)
+    pairs = zip(module.state_dict().values(), witness.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_what_is_still_unjudged_at_the_end_is_judged(tmp_path: Path) -> None:
+    module = foreign()
+    module.spoil = nan_loss
+    with pytest.warns(UserWarning, match="Diverged"):
+        fit(module, FlightRecorder(folder=str(tmp_path), every_n_steps=100))
+    assert read(tmp_path)["restored_to_step"] == 0
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_step_that_the_scaler_skips_is_no_divergence(tmp_path: Path, broken: bool) -> None:
+    class Half(Foreign):
+        def training_step(self, batch: Any) -> Tensor:
+            loss = super().training_step(batch)
+            return loss * math.nan if broken and self.num_batches == 4 else loss
+
+    seed_everything(0, verbose=False)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10_000)
+    recorder = FlightRecorder(folder=str(tmp_path))
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    if not broken:
+        fit(Half(), recorder, plugins=[plugin], max_epochs=1)
+        assert not recorder.diverged
+        assert scaler.get_scale() < 2.0**127  # there was something to skip
+        return
+    with pytest.warns(UserWarning, match="the loss became nan"):
+        fit(Half(), recorder, plugins=[plugin], max_epochs=1)
+
+
+def test_lbfgs_is_taken_back_whole(tmp_path: Path) -> None:
+    OPTIMIZERS["lbfgs"] = lambda parameters: LBFGS(parameters, lr=0.1, max_iter=3)
+    try:
+        module = foreign("automatic", "lbfgs")
+        count = iter(range(100))
+
+        def spoil_the_last(gradient: Tensor) -> Tensor:
+            return gradient * math.nan if next(count) == 8 else gradient
+
+        module.net[3].bias.register_hook(spoil_the_last)
+        before: list[dict[str, Tensor]] = []
+
+        class Keep(Callback):
+            def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+                before.append({name: value.clone() for name, value in pl_module.state_dict().items()})
+
+        recorder, _ = stopped(tmp_path, module, Keep())
+        assert all(torch.equal(before[-1][name], value) for name, value in module.state_dict().items())
+        assert recorder.flight_record is not None
+        assert recorder.flight_record.offending.step == len(before) - 1
+    finally:
+        del OPTIMIZERS["lbfgs"]
+
+
+class Pair(LightningModule):
+    """Two optimizers that take turns within a batch; the second goes wrong."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        for part, optimizer in zip((self.first, self.second), self.optimizers(), strict=True):  # type: ignore[arg-type]
+            optimizer.zero_grad()
+            bad = part is self.second and batch_idx == 2
+            self.manual_backward(part(batch).square().mean() * (math.nan if bad else 1.0))
+            optimizer.step()
+
+    def configure_optimizers(self) -> list[Optimizer]:
+        return [SGD(self.first.parameters(), lr=0.1), Adam(self.second.parameters(), lr=0.2)]
+
+
+def test_of_two_optimizers_the_one_that_went_wrong_is_taken_back(tmp_path: Path) -> None:
+    seed_everything(0, verbose=False)
+    module = Pair()
+    with pytest.warns(UserWarning, match="Diverged"):
+        fit(module, FlightRecorder(folder=str(tmp_path)), data=DataLoader(torch.eye(2).repeat(4, 1), batch_size=2))
+    record = read(tmp_path)
+    assert (record["optimizer"], record["parameter"], record["step"]) == ("Adam", "second.weight", 5)
+    assert set(record["gradient_norms"]) == {"second.weight", "second.bias"}
+    seed_everything(0, verbose=False)
+    witness = Pair()
+    for part, optimizer, steps in zip(
+        (witness.first, witness.second), witness.configure_optimizers(), (3, 2), strict=True
+    ):
+        for _ in range(steps):
+            optimizer.zero_grad()
+            part(torch.eye(2)).square().mean().backward()
+            optimizer.step()
+    pairs = zip(module.state_dict().values(), witness.state_dict().values(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+
+
+def test_a_long_batch_is_cut_to_whole_rows_the_broken_first(tmp_path: Path) -> None:
+    recorder = FlightRecorder(folder=str(tmp_path), max_batch_values=7)
+    with pytest.warns(UserWarning, match="Diverged"):
+        fit(foreign(), recorder, data=batches(broken=0))
+    assert read(tmp_path)["batch"]["x"]["row_numbers"] == [0, 2]
+
+
+def test_a_disk_that_takes_nothing_stops_nothing_else(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    module = foreign()
+    module.spoil = nan_loss
+    with pytest.warns(UserWarning, match="Diverged"), pytest.warns(UserWarning, match="Cannot write .*_record.json"):
+        trainer = fit(module, FlightRecorder(folder=str(tmp_path / "file")))
+    assert_as_after_five_good_steps(module, trainer)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_steps": 0}, "`num_steps` must be a whole number of at least 1, got 0"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1, got 0"),
+        ({"on_divergence": "panic"}, "`on_divergence` must be stop, raise or continue, got 'panic'"),
+        ({"diverged_beyond": math.nan}, "`diverged_beyond` must be a number greater than 1, got nan"),
+    ],
+)
+def test_impossible_settings_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        FlightRecorder(**arguments)
