@@ -43,7 +43,8 @@ sweep: install ## Train at several learning rates
 	$(BIN)/python scripts/train.py -m experiment=learning_rate_sweep
 
 .PHONY: dashboard
-dashboard: install ## Open TensorBoard on http://127.0.0.1:6006 over outputs/
+dashboard: install ## Serve TensorBoard on http://127.0.0.1:6006 over outputs/
+	@echo "At a glance: http://127.0.0.1:6006/#custom_scalars"
 	$(BIN)/tensorboard --logdir outputs --host 127.0.0.1
 
 .PHONY: test
