@@ -11,7 +11,7 @@ def test_help_lists_every_target() -> None:
     assert all(len(line.split()) > 1 for line in shown.splitlines())
 
 
-def test_an_old_python_is_refused_with_the_way_out(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_an_old_python_is_refused_with_the_way_out(tmp_path) -> None:
     old = tmp_path / "python3.9"
     old.write_text('#!/bin/sh\n[ "$1" = --version ] && echo Python 3.9.1 && exit 0\nexit 1\n')
     old.chmod(0o755)

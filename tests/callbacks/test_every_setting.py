@@ -76,7 +76,7 @@ class Recorder:
                 before=self.parameters,
                 after={name: each.detach().clone() for name, each in self._held(optimizer).items()},
                 unclipped={name: self.seen[name] for name in held},
-                applied={name: each.grad.detach().clone() for name, each in held.items()},  # type: ignore[union-attr]
+                applied={name: each.grad.detach().clone() for name, each in held.items()},
                 rates=[group["lr"] for group in optimizer.param_groups],
                 optimizer=optimizer,
             )
@@ -179,7 +179,7 @@ class Compiled(Net):
     def __init__(self) -> None:
         super().__init__()
         # The eager backend: what a compiler would generate is not what is tested here, the wrapper is.
-        self.first = torch.compile(self.first, backend="eager")  # type: ignore[assignment]
+        self.first = torch.compile(self.first, backend="eager")
 
 
 class Manual(Net):
@@ -197,8 +197,8 @@ class Manual(Net):
         self.manual_backward(loss)
         if (batch_idx + 1) % self.every == 0 or batch_idx + 1 == NUM_BATCHES:
             self.clip()
-            optimizer.step()  # type: ignore[union-attr]
-            optimizer.zero_grad()  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
         return loss
 
     def clip(self) -> None:
@@ -216,17 +216,17 @@ class ManualClip(Manual):
 
 class ManualLightningClip(Manual):
     def clip(self) -> None:
-        self.clip_gradients(self.optimizers().optimizer, gradient_clip_val=0.02, gradient_clip_algorithm="value")  # type: ignore[union-attr]
+        self.clip_gradients(self.optimizers().optimizer, gradient_clip_val=0.02, gradient_clip_algorithm="value")
 
 
 class ManualPlainBackward(ManualClip):
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         optimizer = self.optimizers()
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        optimizer.zero_grad()
         loss = self.loss(batch)
         loss.backward()
         self.clip()
-        optimizer.step()  # type: ignore[union-attr]
+        optimizer.step()
         return loss
 
 
@@ -235,11 +235,11 @@ class ManualRawOptimizer(ManualClip):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         optimizer = self.optimizers(use_pl_optimizer=False)
-        optimizer.zero_grad()  # type: ignore[union-attr]
+        optimizer.zero_grad()
         loss = self.loss(batch)
         self.manual_backward(loss)
         self.clip()
-        optimizer.step()  # type: ignore[union-attr]
+        optimizer.step()
         return loss
 
 
@@ -250,7 +250,7 @@ class ManualStepSchedule(Manual):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.lr_schedulers().step()  # type: ignore[union-attr]
+        self.lr_schedulers().step()
         return loss
 
 
@@ -263,7 +263,7 @@ class Adversaries(Net):
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         loss = torch.zeros(())
-        for optimizer in self.optimizers():  # type: ignore[union-attr]
+        for optimizer in self.optimizers():
             loss = self.loss(batch)
             optimizer.zero_grad()
             self.manual_backward(loss)  # reaches the other's parameters as well
@@ -533,7 +533,7 @@ class Noisy(Net):
 
 
 class NoisyManual(Noisy, Manual):
-    training_step = Manual.training_step  # type: ignore[assignment]
+    training_step = Manual.training_step
 
 
 @pytest.mark.parametrize("kind", [Noisy, NoisyManual])
@@ -575,7 +575,7 @@ def test_a_manual_step_that_returns_no_loss_has_no_descent_ratio(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     class Silent(Manual):
-        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
             super().training_step(batch, batch_idx)
 
     fit(Silent, observers(), TensorBoardLogger(tmp_path, name="", version=""))

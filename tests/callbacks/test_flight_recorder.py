@@ -70,8 +70,8 @@ def batches(num: int = PER_EPOCH, broken: int | None = None) -> DataLoader[Any]:
         for _ in range(num)
     ]
     if broken is not None:
-        rows[broken]["x"][2, 1] = math.nan  # type: ignore[index]
-    return DataLoader(rows, batch_size=None)  # type: ignore[arg-type]
+        rows[broken]["x"][2, 1] = math.nan
+    return DataLoader(rows, batch_size=None)
 
 
 def fit(module: LightningModule, *callbacks: Callback, data: DataLoader[Any] | None = None, **settings: Any) -> Trainer:
@@ -354,7 +354,7 @@ def test_validation_alone_is_not_its_affair() -> None:
 
     recorder = FlightRecorder()
     settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(callbacks=[recorder], accelerator="cpu", **settings)  # type: ignore[arg-type]
+    trainer = Trainer(callbacks=[recorder], accelerator="cpu", **settings)
     trainer.validate(Validated(), batches(), verbose=False)
     assert not recorder.diverged
 
@@ -385,7 +385,7 @@ class Witness(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        norms = [float((parameter.grad**2).sum().sqrt()) for parameter in pl_module.parameters()]  # type: ignore[operator]
+        norms = [float((parameter.grad**2).sum().sqrt()) for parameter in pl_module.parameters()]
         self.steps.append((float(outputs["loss"]), norms, trainer.optimizers[0].param_groups[0]["lr"]))
 
 
@@ -493,7 +493,7 @@ class Pair(LightningModule):
         self.first, self.second = nn.Linear(2, 1), nn.Linear(2, 1)
 
     def training_step(self, batch: Tensor, batch_idx: int) -> None:
-        for part, optimizer in zip((self.first, self.second), self.optimizers(), strict=True):  # type: ignore[arg-type]
+        for part, optimizer in zip((self.first, self.second), self.optimizers(), strict=True):
             optimizer.zero_grad()
             bad = part is self.second and batch_idx == 2
             self.manual_backward(part(batch).square().mean() * (math.nan if bad else 1.0))

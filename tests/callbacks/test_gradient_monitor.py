@@ -31,7 +31,7 @@ class Recorder:
         data.setup("fit")
         batches = data.train_dataloader()
         for epoch in range(epochs):
-            batches.sampler.set_epoch(epoch)  # type: ignore[union-attr]
+            batches.sampler.set_epoch(epoch)
             for features, target in batches:
                 loss = ((features @ weight[0] + bias - target) ** 2).mean()
                 gradients = torch.autograd.grad(loss, (weight, bias))

@@ -38,7 +38,7 @@ def test_a_terminal_shows_one_bar_with_loss_and_gradient_norm(tmp_path: Path) ->
     assert "Traceback" not in text
 
 
-def test_plain_text_elsewhere(script, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_plain_text_elsewhere(script, tmp_path: Path) -> None:
     outcome: Outcome = script(
         "train", "+callbacks.progress.line_every_n_seconds=0", "trainer.max_epochs=2", "model=manual"
     )
@@ -48,5 +48,5 @@ def test_plain_text_elsewhere(script, tmp_path: Path) -> None:  # type: ignore[n
 
 
 @pytest.mark.parametrize("model", ["automatic", "manual"])
-def test_a_short_run_into_a_file_says_nothing(script, model: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_short_run_into_a_file_says_nothing(script, model: str) -> None:
     assert script("train", "trainer.max_epochs=2", f"model={model}").err == ""

@@ -93,7 +93,7 @@ def test_a_constant_column_and_a_large_batch_are_warned_of(caplog: pytest.LogCap
 )
 def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DataModule(table(), **{**SETTINGS, **settings})  # type: ignore[arg-type]
+        DataModule(table(), **{**SETTINGS, **settings})
 
 
 def test_too_few_rows_are_refused() -> None:

@@ -57,4 +57,4 @@ def test_same_seed_same_table() -> None:
 def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
     possible = {"num_rows": 20, "num_features": 2, "noise": 0.1, "condition_number": 1.0, "seed": 0}
     with pytest.raises(ValueError, match=message):
-        synthetic_table(**{**possible, **settings})  # type: ignore[arg-type]
+        synthetic_table(**{**possible, **settings})
