@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.report import print_report, show_progress
-from downslope.callbacks import GradientMonitor, LearningRateEffects
+from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects
 from downslope.data.batches import Batch, Batches, ShuffledOrder
 
 FREQUENCIES = (50, 1)
@@ -103,7 +103,7 @@ class Histograms(Callback):
 
 def _ours(every_n_steps: int) -> list[Callback]:
     return [
-        GradientMonitor(every_n_steps, histogram_every_n_steps=1_000_000_000),  # neither do the others' scalars
+        GradientMonitor(every_n_steps, histogram_every_n_steps=1_000_000_000),  # histograms have a column of their own
         LearningRateEffects(every_n_steps),
     ]
 
@@ -111,6 +111,7 @@ def _ours(every_n_steps: int) -> list[Callback]:
 WAYS: dict[str, Callable[[int], list[Callback]]] = {
     "idle callback": lambda _: [Idle()],
     "ours": _ours,
+    "ours and `FlightRecorder`": lambda every_n_steps: [*_ours(every_n_steps), FlightRecorder()],
     "`grad_norm` + `log_dict`": lambda every_n_steps: [GradNorm(every_n_steps)],
     "histograms": lambda every_n_steps: [Histograms(every_n_steps)],
 }
@@ -135,7 +136,8 @@ def observers(rounds: int, seconds: float) -> None:
     header = ("model", "batch", "every", "step, ms", *WAYS)
     notes = [
         f"Time added to a run without observers, TensorBoard on; about {seconds} s each in turn, the median of "
-        f"{rounds} rounds' ratios; one thread. Ours: `GradientMonitor` and `LearningRateEffects`, without histograms. "
+        f"{rounds} rounds' ratios; one thread. Ours: `GradientMonitor` and `LearningRateEffects`, without histograms; "
+        "`FlightRecorder` judges every step whatever the frequency. "
         "`grad_norm` computes norms alone, and only where it is due; documented as it is, it does so at every step."
     ]
     print_report(header, rows, notes)
