@@ -125,3 +125,15 @@ def test_number_of_evaluations_is_the_number_that_is_claimed() -> None:
         calls.clear()
         method(function, torch.ones(7))
         assert len(calls) == num_calls
+
+
+@pytest.mark.parametrize(("method", "passes"), [(numeric, 14), (forward_mode, 7), (reverse_mode, 1)])
+def test_numeric_and_forward_take_passes_with_the_parameters_and_reverse_one(method, passes: int) -> None:
+    evaluations = []
+
+    def function(parameters: torch.Tensor) -> torch.Tensor:
+        evaluations.append(parameters)
+        return (parameters**2).sum()
+
+    method(function, torch.arange(7.0))
+    assert len(evaluations) == passes
