@@ -1,11 +1,18 @@
+import os
 import re
 import subprocess
 
 from tests.conftest import ROOT
 
 
+# Under `make test` make would take itself for a child, and say so.
+ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+
+
 def test_help_lists_every_target() -> None:
-    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "help"], cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True
+    ).stdout
     targets = re.findall(r"^\.PHONY: (\S+)$", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     assert {line.split()[0] for line in shown.splitlines()} == set(targets)
     assert all(len(line.split()) > 1 for line in shown.splitlines())
@@ -18,6 +25,7 @@ def test_an_old_python_is_refused_with_the_way_out(tmp_path) -> None:
     ended = subprocess.run(
         ["make", "install", f"PYTHON={old}", f"VENV={tmp_path}/venv"],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
