@@ -4,7 +4,6 @@ import subprocess
 
 from tests.conftest import ROOT
 
-
 # Under `make test` make would take itself for a child, and say so.
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
 
