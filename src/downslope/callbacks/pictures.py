@@ -65,14 +65,16 @@ class Pictures(Callback):
         self._line, self._parameters = line, list(pl_module.parameters())
         self._now = self._before = flat(self._parameters)
         self._path, self._stride = [self._now], 1
-        self._first = self._num_steps = trainer.global_step
+        self._first = self._num_steps = self._last_step = trainer.global_step
         self._steps = OptimizerSteps(trainer, after=self._after)
 
     def _after(self, step: OptimizerStep) -> None:
         now = flat(self._parameters)
         if not torch.isfinite(now).all():
             return
-        self._before, self._now, self._num_steps = self._now, now, step.step + 1
+        self._num_steps = step.step + 1
+        if not torch.equal(now, self._now):  # a FlightRecorder takes a diverged step back before it is seen here
+            self._before, self._now, self._last_step = self._now, now, step.step
         if (self._num_steps - self._first) % self._stride == 0:
             self._path.append(now)
         if len(self._path) > self.num_points:
@@ -118,7 +120,7 @@ class Pictures(Callback):
         figures = {"loss_surface": draw_loss_surface(plane, labels, self._num_steps - self._first)}
         if not torch.equal(self._before, self._line.parameters) and self._num_steps > self._first:
             parabola, rate = loss_along_gradient(self._line, self._before, self._now - self._before)
-            figures["step_along_gradient"] = draw_step_along_gradient(parabola, rate, self._num_steps - 1)
+            figures["step_along_gradient"] = draw_step_along_gradient(parabola, rate, self._last_step)
         return figures
 
 

@@ -27,6 +27,9 @@ class MissingZeroGrad(ManualLinearRegression):
         optimizer.step()
         return loss
 
+    def on_validation_model_zero_grad(self) -> None:
+        """Leaves them: before each validation Lightning forgets gradients, and with one batch an epoch would heal it."""
+
 
 class DetachedGraph(ManualLinearRegression):
     """Cuts the loss off from the parameters, then silences the error that says so: no gradient arrives."""

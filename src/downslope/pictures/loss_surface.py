@@ -29,9 +29,14 @@ def draw_loss_surface(plane: Plane, labels: tuple[str, str], num_steps: int) -> 
     reach = np.abs(path - optimum)
     away = reach > FARTHEST * max(np.abs(path[0] - optimum).max(), 1e-12)
     left_at = int(away.any(axis=1).argmax()) if away.any() else None
-    seen = path if left_at is None else path[: max(left_at, 2)]
-    low, high = np.minimum(seen.min(axis=0), optimum), np.maximum(seen.max(axis=0), optimum)
-    span = np.maximum(high - low, 0.2 * (high - low).max() + 1e-12)  # a straight path is seen in a plane all the same
+    if left_at is None:
+        seen = np.vstack([path, optimum])
+        narrowest = 0.2  # a straight path is seen in a plane all the same
+    else:
+        seen = path[: max(left_at, 4)]
+        narrowest = 1e-3  # the zig-zag is what is to be seen: the optimum may be out of the frame
+    low, high = seen.min(axis=0), seen.max(axis=0)
+    span = np.maximum(high - low, narrowest * (high - low).max() + 1e-12)
     centre = (low + high) / 2
     low, high = centre - 0.62 * span, centre + 0.62 * span
 
@@ -45,10 +50,15 @@ def draw_loss_surface(plane: Plane, labels: tuple[str, str], num_steps: int) -> 
     axes.contourf(x, y, root, levels=levels, cmap="Blues", alpha=0.75)
     axes.contour(x, y, root, levels=levels[1:], colors="white", linewidths=0.7)
 
-    axes.plot(*path.T, color=RED, linewidth=1.4, marker="o", markersize=2.6, label=f"descent, {num_steps} steps")
-    axes.plot(*path[0], "o", color="white", markeredgecolor=INK, markersize=9, label="start", linestyle="none")
-    axes.plot(*optimum, "*", color=GREEN, markeredgecolor="white", markersize=17, label="optimum", linestyle="none")
-    axes.plot(*path[-1], "s", color=RED, markeredgecolor=INK, markersize=8, label="end", linestyle="none")
+    drawn = path if left_at is None else path[: max(left_at, 4) + 1]  # farther out the lines lie upon each other
+    axes.plot(*drawn.T, color=RED, linewidth=1.0, marker="o", markersize=2.6, label=f"descent, {num_steps:,} steps")
+    for point, label, look in (
+        (path[0], "start", {"marker": "o", "color": "white", "markeredgecolor": INK, "markersize": 9}),
+        (optimum, "optimum", {"marker": "*", "color": GREEN, "markeredgecolor": "white", "markersize": 17}),
+        (path[-1], "end", {"marker": "s", "color": RED, "markeredgecolor": INK, "markersize": 7}),
+    ):
+        if (low <= point).all() and (point <= high).all():
+            axes.plot(*point, label=label, linestyle="none", **look)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.set_xlabel(labels[0], color=INK)
     axes.set_ylabel(labels[1], color=INK)

@@ -19,11 +19,13 @@ def name_step(ratio: float) -> str:
     A step of s times the best length buys s(2 − s) of what the best one buys: at s = ½ three quarters, at 2 nothing.
 
     Example:
-        >>> [name_step(ratio) for ratio in (-0.1, 0.1, 0.9, 1.6, 2.2)]
-        ['backwards', 'too short', 'about right', 'overshoot', 'overshoot, uphill']
+        >>> [name_step(ratio) for ratio in (-0.1, 0.0, 0.1, 0.9, 1.6, 2.2)]
+        ['backwards', 'no step', 'too short', 'about right', 'overshoot', 'overshoot, uphill']
     """
     if ratio < 0:  # momentum, or a mini-batch whose gradient is another
         return "backwards"
+    if ratio == 0:
+        return "no step"
     if ratio < TOO_SHORT:
         return "too short"
     if ratio > UPHILL:
@@ -47,15 +49,20 @@ def draw_step_along_gradient(parabola: Parabola, learning_rate: float, step: int
     axes.plot(rates, [parabola(rate) for rate in rates], color=BLUE, linewidth=2.2, label="loss")
     low, high = parabola(best), max(parabola(rates[0]), parabola(right))
     drop = high - low
-    for rate, text, colour in ((best, "best, 1/λ$_g$", GREEN), (2 * best, "edge, 2/λ$_g$", ORANGE)):
+    crowded = right > 3.5 * best
+    for rate, text, colour, height in (
+        (best, "best, 1/λ$_g$", GREEN, 1.06 if crowded else 1.12),
+        (2 * best, "edge, 2/λ$_g$", ORANGE, 1.12),
+    ):
         axes.axvline(rate, color=colour, linewidth=1.4, linestyle=(0, (4, 3)))
         axes.annotate(
             f"{text} = {rate:.3g}",
-            (rate, low + 1.12 * drop),
-            xytext=(4, 0),
+            (rate, low + height * drop),
+            xytext=(5 if crowded else -5, 0),
             textcoords="offset points",
             color=INK,
             fontsize=9,
+            ha="left" if crowded else "right",
             va="top",
         )
     axes.axhline(parabola(0), color=INK, linewidth=0.8, linestyle=":")
@@ -70,6 +77,6 @@ def draw_step_along_gradient(parabola: Parabola, learning_rate: float, step: int
     axes.set(xlim=(rates[0], right), ylim=(low - 0.08 * drop, low + 1.15 * drop))
     axes.set_xlabel("learning rate: how far the step follows the gradient", color=INK)
     axes.set_ylabel("training loss after the step", color=INK)
-    below = f"Learning rate {learning_rate:.3g} is {learning_rate / best:.3g} × the best one along this gradient"
-    title(axes, f"Step {step:,}: {name}", below)
+    below = f"It goes {learning_rate:.3g} × the gradient: {learning_rate / best:.3g} × the best along this one"
+    title(axes, f"Step {step:,}: {name} along its gradient", below)
     return figure

@@ -29,6 +29,8 @@ def new_figure() -> "tuple[Figure, Axes]":
     for side in ("bottom", "left"):
         axes.spines[side].set_color(QUIET)
     axes.tick_params(colors=QUIET, labelsize=9)
+    for axis in (axes.xaxis, axes.yaxis):  # no "1e6" in a corner
+        axis.set_major_formatter(lambda value, _: f"{value:,.7g}".replace("-", "−"))
     axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
