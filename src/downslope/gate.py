@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
@@ -137,11 +138,8 @@ def _import_torchmetrics() -> None:
             cache.available, cache.message = False, "matplotlib is left out of the start-up"
         check(cache)
 
-    RequirementCache._check_available = pretend
-    try:
+    with patch.object(RequirementCache, "_check_available", pretend):
         import torchmetrics  # noqa: F401
-    finally:
-        RequirementCache._check_available = check
 
 
 def check_folder(folder: Path, key: str) -> None:

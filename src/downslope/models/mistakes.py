@@ -28,7 +28,7 @@ class MissingZeroGrad(ManualLinearRegression):
         return loss
 
     def on_validation_model_zero_grad(self) -> None:
-        """Leaves them: before each validation Lightning forgets gradients, and with one batch an epoch would heal it."""
+        """Keeps them: Lightning forgets gradients before a validation, which would heal one batch an epoch."""
 
 
 class DetachedGraph(ManualLinearRegression):

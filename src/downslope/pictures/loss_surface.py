@@ -1,8 +1,9 @@
 """The loss as a landscape seen from above, and the path of the descent over it."""
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from downslope.gradients.quadratic import Plane
 from downslope.pictures.style import GREEN, INK, QUIET, RED, new_figure, title
@@ -52,11 +53,12 @@ def draw_loss_surface(plane: Plane, labels: tuple[str, str], num_steps: int) -> 
 
     drawn = path if left_at is None else path[: max(left_at, 4) + 1]  # farther out the lines lie upon each other
     axes.plot(*drawn.T, color=RED, linewidth=1.0, marker="o", markersize=2.6, label=f"descent, {num_steps:,} steps")
-    for point, label, look in (
+    marks: tuple[tuple[NDArray[np.float64], str, dict[str, Any]], ...] = (
         (path[0], "start", {"marker": "o", "color": "white", "markeredgecolor": INK, "markersize": 9}),
         (optimum, "optimum", {"marker": "*", "color": GREEN, "markeredgecolor": "white", "markersize": 17}),
         (path[-1], "end", {"marker": "s", "color": RED, "markeredgecolor": INK, "markersize": 7}),
-    ):
+    )
+    for point, label, look in marks:
         if (low <= point).all() and (point <= high).all():
             axes.plot(*point, label=label, linestyle="none", **look)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
@@ -65,7 +67,7 @@ def draw_loss_surface(plane: Plane, labels: tuple[str, str], num_steps: int) -> 
     if left_at is None:
         title(axes, "The path of the descent", f"Darker is higher; the least loss is {plane.loss:.4g}")
     else:
-        ratio = float(np.linalg.norm(path[-1] - optimum) / max(np.linalg.norm(path[0] - optimum), 1e-12))
+        ratio = float(np.linalg.norm(path[-1] - optimum)) / max(float(np.linalg.norm(path[0] - optimum)), 1e-12)
         below = f"It leaves the picture, and ends {ratio:,.0f} times as far from the optimum as it began"
         title(axes, "The descent runs away", below)
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.11), ncols=4, frameon=False, fontsize=9, labelcolor=QUIET)

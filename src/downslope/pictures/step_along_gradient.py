@@ -46,8 +46,8 @@ def draw_step_along_gradient(parabola: Parabola, learning_rate: float, step: int
     right = 1.12 * max(2.1 * best, learning_rate)
     rates = np.linspace(min(-0.06 * right, 1.2 * learning_rate), right, 300)
     figure, axes = new_figure()
-    axes.plot(rates, [parabola(rate) for rate in rates], color=BLUE, linewidth=2.2, label="loss")
-    low, high = parabola(best), max(parabola(rates[0]), parabola(right))
+    axes.plot(rates, [parabola(rate) for rate in rates.tolist()], color=BLUE, linewidth=2.2, label="loss")
+    low, high = parabola(best), max(parabola(float(rates[0])), parabola(right))
     drop = high - low
     crowded = right > 3.5 * best
     for rate, text, colour, height in (
@@ -65,12 +65,12 @@ def draw_step_along_gradient(parabola: Parabola, learning_rate: float, step: int
             ha="left" if crowded else "right",
             va="top",
         )
-    axes.axhline(parabola(0), color=INK, linewidth=0.8, linestyle=":")
-    axes.plot(0, parabola(0), "o", color="white", markeredgecolor=INK, markersize=9)
+    axes.axhline(parabola(0.0), color=INK, linewidth=0.8, linestyle=":")
+    axes.plot(0, parabola(0.0), "o", color="white", markeredgecolor=INK, markersize=9)
     axes.annotate(
         "",
         (learning_rate, parabola(learning_rate)),
-        (0, parabola(0)),
+        (0, parabola(0.0)),
         arrowprops={"arrowstyle": "-|>", "color": RED, "linewidth": 1.8, "shrinkA": 6, "shrinkB": 5},
     )
     axes.plot(learning_rate, parabola(learning_rate), "o", color=RED, markeredgecolor=INK, markersize=9, label="taken")
