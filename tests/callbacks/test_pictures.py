@@ -131,6 +131,7 @@ def sharpness() -> float:
     return float(2 * np.linalg.norm(design, 2) ** 2 / len(design))
 
 
+@pytest.mark.filterwarnings("ignore:Diverged:UserWarning")  # what the recorder has to say
 def test_a_path_that_runs_away_shows_its_growing_zig_zag(tmp_path: Path) -> None:
     pictures = Kept(str(tmp_path))
     fit(tmp_path, 1.2 * 2 / sharpness(), pictures, FlightRecorder(folder=str(tmp_path)), epochs=100)

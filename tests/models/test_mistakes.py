@@ -131,6 +131,7 @@ def test_an_experiment_is_at_the_multiple_of_the_limit_that_it_says(name: str) -
     assert config["data"]["batch_size"] >= len(design)
 
 
+@pytest.mark.filterwarnings("ignore:Diverged:UserWarning")  # what the recorder has to say
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_an_experiment_runs_and_ends_with_its_exit_code(script: Any, tmp_path: Path, name: str) -> None:
     ended = script("train", f"experiment={name}", "hydra.run.dir=run", "callbacks=default", "device=cpu")
