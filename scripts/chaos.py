@@ -11,6 +11,7 @@ import random
 import runpy
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -44,7 +45,12 @@ COMMANDS = {
     "no validation": ["+trainer.limit_val_batches=0", *OBSERVED],
     "validation in mid-epoch": ["+trainer.val_check_interval=0.5", *OBSERVED],
     "schedule by epoch": ["scheduler=cosine", *OBSERVED],
-    "schedule by step": ["scheduler=warmup_cosine", "scheduler.interval=step", *OBSERVED],
+    "schedule by step": [
+        "scheduler=warmup_cosine",
+        "scheduler.scheduler.num_warmup=3",
+        "scheduler.interval=step",
+        *OBSERVED,
+    ],
     "plateau": ["scheduler=plateau", "scheduler.scheduler.patience=0", "lr=0.2", *OBSERVED],
     "manual, schedule by epoch": ["model=manual", "scheduler=step", "scheduler.scheduler.step_size=2", *OBSERVED],
     "manual, schedule by step": ["model=manual", "scheduler=cosine", "scheduler.interval=step"],
@@ -220,7 +226,7 @@ def in_write(number: int, share: float) -> Callable[[], None]:
 
     def fsync(handle: int) -> None:
         size = os.fstat(handle).st_size
-        if size and next(writes) == number:
+        if stat.S_ISREG(os.fstat(handle).st_mode) and next(writes) == number:
             os.ftruncate(handle, int(size * share)) if share < 1 else flush(handle)
             die()
         flush(handle)
@@ -310,8 +316,11 @@ def chaos(name: str, num_kills: int, rng: random.Random, folder: Path, count: Co
         for _ in range(rng.choice([1, 1, 2])):
             if kill_once(run, train, goes_on, rng, took):
                 kills += 1
-            goes_on = any((run / "checkpoints").glob("*.ckpt"))
-            if not goes_on:
+            goes_on = True
+            try:
+                newest_checkpoint(run)
+            except ValueError:
+                goes_on = False
                 shutil.rmtree(run, ignore_errors=True)
         if not kills:
             continue

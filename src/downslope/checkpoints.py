@@ -125,8 +125,9 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
         ValueError: There is none; the message has the reason for each file.
     """
     good: list[tuple[int, Path, dict[str, Any]]] = []
-    bad: list[str] = []
-    for file in sorted((run / LAST).parent.glob("*.ckpt*")):
+    folder = (run / LAST).parent
+    bad = [f"{file} was being written when the run was killed." for file in folder.glob("*" + PARTIAL)]
+    for file in sorted(folder.glob("*.ckpt")):
         try:
             checkpoint = load_checkpoint(file)
         except (UnreadableCheckpointError, OSError) as error:

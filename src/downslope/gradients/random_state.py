@@ -31,7 +31,7 @@ class RandomState:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the states as plain tensors and plain data."""
-        numpy = self._numpy and (self._numpy[0], self._numpy[1].tolist(), *self._numpy[2:])
+        numpy = self._numpy and (self._numpy[0], list(map(int, self._numpy[1])), *self._numpy[2:])
         return {"python": self._python, "numpy": numpy, "cpu": self._cpu, "cuda": self._cuda, "mps": self._mps}
 
     @classmethod
