@@ -1,4 +1,4 @@
-"""Kills training with SIGKILL at random moments, goes on with it, and compares every bit with a run that was not killed.
+"""Kills training at random moments, goes on with it, and compares every bit with a run that was not killed.
 
 python scripts/chaos.py [--kills 200] [--seed 0] [--only manual] [--commands 6]
 """
@@ -217,7 +217,15 @@ def die(*_: object) -> NoReturn:
 def after_step(number: int) -> Callable[[], None]:
     """Dies after so many optimizer steps."""
     steps = itertools.count(1)
-    return lambda: register_optimizer_step_post_hook(lambda *_: die() if next(steps) == number else None) and None
+
+    def count(*_: object) -> None:
+        if next(steps) == number:
+            die()
+
+    def plant() -> None:
+        register_optimizer_step_post_hook(count)
+
+    return plant
 
 
 def in_write(number: int, share: float) -> Callable[[], None]:
@@ -231,7 +239,7 @@ def in_write(number: int, share: float) -> Callable[[], None]:
             die()
         flush(handle)
 
-    return lambda: setattr(downslope.checkpoints.os, "fsync", fsync)
+    return lambda: setattr(os, "fsync", fsync)
 
 
 def at_rename(number: int, after: bool) -> Callable[[], None]:

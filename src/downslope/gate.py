@@ -50,7 +50,8 @@ class Gate(Callback):
             folder = Path(config.hydra.run.dir).absolute()
             if ended:
                 say(
-                    f"{config.resume} has ended at step {ended.num_optimizer_steps:,}, {ended.status}: nothing to go on with."
+                    f"{config.resume} has ended at step {ended.num_optimizer_steps:,}, {ended.status}: "
+                    "there is nothing to go on with."
                 )
                 say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])

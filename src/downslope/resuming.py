@@ -1,4 +1,4 @@
-"""Going on with a run in its own folder: with the configuration that it was made with, from its newest whole checkpoint."""
+"""Going on with a run in its own folder: with its own configuration, from its newest whole checkpoint."""
 
 import os
 from collections.abc import Iterator
@@ -48,7 +48,7 @@ def adopt(config: DictConfig) -> Result | None:
     result = read_result(run)
     ended = result is not None and result.status in ("completed", "diverged")
     with read_write(config), open_dict(config):
-        for key in [key for key in config if key != "hydra"]:
+        for key in [str(key) for key in config if key != "hydra"]:
             del config[key]
         for key in saved:
             config[key] = saved._get_node(key)
@@ -65,7 +65,7 @@ def keep_changes(config: DictConfig) -> None:
     if not config.resume_override or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     folder = Path(config.resume) / ".hydra"
-    own = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     with open_dict(own):
         own.resume, own.resume_override = None, []
     hydra = _read(Path(config.resume), "hydra.yaml")

@@ -1,6 +1,7 @@
 """Training: compose → build → fit → result."""
 
 import logging
+import os
 import platform
 import time
 from importlib.metadata import version
@@ -11,7 +12,6 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
-from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from downslope.callbacks import FlightRecorder
@@ -128,7 +128,7 @@ def train(config: DictConfig) -> float:
         raise
     except Interrupted:
         result.status = "interrupted"
-        if rank_zero_only.rank == 0:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
             result.write(folder)
             print_interrupted(result, folder)
         raise

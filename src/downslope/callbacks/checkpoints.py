@@ -1,4 +1,4 @@
-"""`last.ckpt` is the newest state, `best.ckpt` the one with the least validation loss; from both a run goes on exactly."""
+"""`last.ckpt` is the newest state, `best.ckpt` the one with the least validation loss; a run goes on from both."""
 
 import logging
 import math
@@ -26,11 +26,11 @@ Progress = dict[str, Any]
 class Checkpoints(Checkpoint):
     """Saves the state of the run, and never one that holds a non-finite weight.
 
-    A run that is killed and gone on with (`trainer.fit(ckpt_path=…)`) ends in the same bits as one that was not. So it is
-    saved where nothing is half done: after an optimizer step that no validation follows, and before an epoch. Beside what
-    Lightning saves a checkpoint has, in plain data and for every process, the random states, the metrics' sums, and where
-    in the epoch it is; an epoch is gone on with by making its order of rows again and passing over what was seen. SIGINT and
-    SIGTERM stop at such a place, and save there.
+    A run that is killed and gone on with (`trainer.fit(ckpt_path=…)`) ends in the same bits as one that was not. So it
+    is saved where nothing is half done: after an optimizer step that no validation follows, and before an epoch. Beside
+    what Lightning saves, a checkpoint has, in plain data and for every process, the random states, the metrics' sums,
+    and where in the epoch it is. An epoch is gone on with by making its order of rows again and passing over what was
+    seen. SIGINT and SIGTERM stop at such a place, and save there.
 
     Args:
         folder: Where `last.ckpt` and `best.ckpt` go.
@@ -148,7 +148,7 @@ class Checkpoints(Checkpoint):
 
     def _save_and_stop_if_due(self, trainer: Trainer, module: LightningModule, batch: int) -> None:
         """All processes together, whatever their clocks say and whichever of them the signal reached."""
-        due, signal = self._is_due(trainer), self._stop.number
+        due, signal = int(self._is_due(trainer)), self._stop.number
         if trainer.world_size > 1:
             wishes = torch.tensor([float(due), float(signal)], device=trainer.strategy.root_device)
             due, signal = (int(each) for each in trainer.strategy.all_gather(wishes).amax(dim=0))
@@ -267,7 +267,7 @@ def _copied(value: Any) -> Any:
     return [each.detach().cpu() for each in value] if isinstance(value, list) else value.detach().cpu()
 
 
-def _restore(metric: torch.nn.Module, state: dict[str, Any], device: torch.device) -> None:
+def _restore(metric: Any, state: dict[str, Any], device: torch.device) -> None:
     for name, value in state["states"].items():
         on_device = [each.to(device) for each in value] if isinstance(value, list) else value.to(device)
         setattr(metric, name, on_device)
