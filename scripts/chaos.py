@@ -297,13 +297,15 @@ def differences(run: Path, reference: Path) -> list[str]:
     return found
 
 
-def scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every curve, as TensorBoard reads it."""
+def scalars(run: Path) -> dict[str, list[tuple[int, str]]]:
+    """Every curve, as TensorBoard reads it; as text, because NaN equals nothing."""
     events = EventAccumulator(str(run), size_guidance={"scalars": 0, "histograms": 0})
     events.Reload()
-    curves = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    curves = {
+        tag: [(event.step, repr(event.value)) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]
+    }
     for tag in events.Tags()["histograms"]:
-        curves[f"histogram {tag}"] = [(event.step, event.histogram_value.sum) for event in events.Histograms(tag)]
+        curves[f"histogram {tag}"] = [(event.step, repr(event.histogram_value.sum)) for event in events.Histograms(tag)]
     return curves
 
 

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from downslope.checkpoints import SafeCheckpointIO
+from downslope.checkpoints import SafeCheckpointIO, load_checkpoint, write_checkpoint
 from downslope.gradients.random_state import RandomState
 from downslope.signals import Interrupted, StopRequest
 from downslope.tensorboard import announce_restart, event_files, flush_step_writer
@@ -139,6 +139,11 @@ class Checkpoints(Checkpoint):
         self._save(trainer, pl_module, "last.ckpt", batch=0)
         if self._io.error:
             raise self._io.error
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed and trainer.is_global_zero and Path(str(trainer.ckpt_path)).name == "best.ckpt":
+            # Nothing was left to train: the run was killed at its very end, between the writing of the two.
+            write_checkpoint(load_checkpoint(Path(str(trainer.ckpt_path))), self.folder / "last.ckpt")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop.forget()
