@@ -29,7 +29,8 @@ def look_for_best(loss: Callable[[float], float], start: float) -> Profile:
     """Returns a loss with the η of its valley, from some eight evaluations where the start is of the right order.
 
     η is doubled or halved until both its neighbours ½η and 2η are no better; then follows the vertex of the parabola
-    through the three, which is that of a quadratic loss, and of one more that is narrower. A loss that is not finite counts as infinitely high.
+    through the three, which is that of a quadratic loss, and of one more that is narrower. A loss that is not finite
+    counts as infinitely high.
 
     Args:
         loss: Maps η ≥ 0 to the loss, the same for the same η.
