@@ -1,6 +1,8 @@
 """The pictures that a run leaves, opened, and what is drawn on them held against the weights."""
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from downslope.data import DataModule
 from downslope.models import AutomaticLinearRegression
 from downslope.pictures.step_along_gradient import name_step
 from downslope.tensorboard import TensorBoard
-from tests.conftest import read_events
+from tests.conftest import ROOT, read_events
 
 RED_PIXEL = (0xD5, 0x5E, 0x00)
 
@@ -157,7 +159,7 @@ def test_the_path_is_bounded_in_bytes_and_keeps_both_sides_of_a_zig_zag(
 ) -> None:
     monkeypatch.setattr(downslope.callbacks.pictures, "PATH_BYTES", 10 * 2 * 4)  # ten places of two float32 each
     pictures = Kept(str(tmp_path))
-    fit(tmp_path, 0.99 * 2 / sharpness(), pictures, epochs=100)
+    fit(tmp_path, 0.99 * 2 / sharpness(), pictures, epochs=40)
     path = line_of(pictures.axes("loss_surface"), "descent").get_xydata()
     assert 4 <= len(path) <= 11
     steps = np.diff(path[:-1], axis=0)
@@ -300,3 +302,27 @@ def test_a_sound_step_along_the_flattest_direction_is_not_called_too_short() -> 
     assert name_step(0.04, 0.1, 0.2, uphill=False) == "0.04 × the best"
     assert name_step(0.04, 0.001, 0.2, uphill=False) == "too short"
     assert name_step(0.04, 0.1, None, uphill=False) == "0.04 × the best"
+
+
+WHO_IMPORTS = """
+import runpy, sys, traceback
+
+class Witness:
+    def find_spec(self, name, path=None, target=None):
+        if name == "matplotlib":
+            print("IMPORTED BY", *[frame.name for frame in traceback.extract_stack()])
+
+sys.meta_path.insert(0, Witness())
+sys.argv = ["train.py", "trainer.max_epochs=1", "hydra.run.dir=run", "device=cpu"]
+runpy.run_path(SCRIPT, run_name="__main__")
+"""
+
+
+def test_matplotlib_is_imported_when_the_first_picture_is_drawn_and_not_before(tmp_path: Path) -> None:
+    code = WHO_IMPORTS.replace("SCRIPT", repr(str(ROOT / "scripts" / "train.py")))
+    ended = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=True
+    )
+    (witnessed,) = [line for line in ended.stdout.splitlines() if line.startswith("IMPORTED BY")]
+    assert "on_train_end" in witnessed
+    assert "new_figure" in witnessed
