@@ -15,6 +15,7 @@ from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
 from omegaconf import DictConfig
 
 from downslope.callbacks import FlightRecorder
+from downslope.callbacks.pictures import HasLeastSquares
 from downslope.console import explain, print_header, print_interrupted, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
@@ -145,10 +146,14 @@ def _fit(
     datamodule.setup("fit")
     line = least_squares(*datamodule.parts["train"])
     result.least_squares_loss = line.loss
-    result.sharpness = line.sharpness
-    result.largest_stable_learning_rate = line.largest_stable_learning_rate
     result.device = str(trainer.strategy.root_device)
     first_loss = evaluate(module, *datamodule.parts["train"])["loss"]
+
+    def on_fit_start(trainer: Trainer, module: LightningModule) -> None:
+        own = module.least_squares() if isinstance(module, HasLeastSquares) else None
+        if own is not None:  # a network's curvature is not that of the line through its data
+            result.sharpness = own.sharpness
+            result.largest_stable_learning_rate = own.largest_stable_learning_rate
 
     def on_train_end(trainer: Trainer, module: LightningModule) -> None:
         result.metrics = {
@@ -160,7 +165,7 @@ def _fit(
         write_scalars(trainer, test, trainer.global_step)
 
     # The loggers close before fit returns. Lightning does not declare the attribute.
-    trainer.callbacks.append(LambdaCallback(on_train_end=on_train_end))  # type: ignore[attr-defined]
+    trainer.callbacks.append(LambdaCallback(on_fit_start=on_fit_start, on_train_end=on_train_end))  # type: ignore[attr-defined]
     started = time.perf_counter()
     try:
         trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
