@@ -1,0 +1,265 @@
+"""A sweep's pictures: the loss against the learning rate, and the curves of its jobs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from downslope.sweeps.table import GRADIENT_NORMS, LOSSES, Job, varied_keys
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_LINES = 7  # colours that the eye tells apart
+MOST_PANELS = 12
+SYMBOLS = {"diverged": "X", "failed": "s", "interrupted": "D", "not run": "o"}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours on light paper or on a dark screen (Okabe and Ito's, which colour-blind people tell apart)."""
+
+    paper: str
+    ink: str
+    quiet: str
+    grid: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "#ffffff", "#1f2328", "#656d76", "#e4e7ea",
+    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#7A3B9A"),
+)  # fmt: skip
+DARK = Theme(
+    "#161b22", "#e6edf3", "#9198a1", "#30363d",
+    ("#58A6FF", "#FF9E57", "#3FC99B", "#F29CC8", "#E8C547", "#8ED1F5", "#C297E8"),
+)  # fmt: skip
+
+
+def suggested_rate(jobs: Sequence[Job]) -> float | None:
+    """Returns the rate to try next: what the best job suggests."""
+    return jobs[0].result.suggested_learning_rate if jobs and jobs[0].result else None
+
+
+def lines_of(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+    """Groups the jobs by whatever was varied beside the learning rate: a line each, its points in the rate's order."""
+    others = [key for key in varied_keys(jobs) if key != "lr"]
+    lines: dict[str, list[Job]] = {}
+    for job in sorted(jobs, key=lambda job: (job.learning_rate or 0.0, job.name)):
+        if job.learning_rate:
+            lines.setdefault(", ".join(f"{key}={_short(job.overrides.get(key, ''))}" for key in others), []).append(job)
+    return dict(sorted(lines.items()))
+
+
+def _short(text: str, most: int = 24) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"
+
+
+def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
+    """Draws final and best validation loss against the learning rate; jobs without one stand at the top edge."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained", facecolor=theme.paper)
+    axes = figure.add_subplot()
+    lines = lines_of(jobs)
+    for index, (label, line) in enumerate(lines.items()):
+        _draw_line(axes, line, label if index < MOST_LINES else "", _color(theme, index, len(lines)), len(lines))
+    _draw_limits(axes, jobs, theme)
+    _draw_best(axes, jobs, theme)
+    axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss")
+    _finish(axes, theme)
+    _readable_ticks(axes)
+    axes.set_title(_headline(jobs), loc="left", pad=30, color=theme.ink, fontsize=13, fontweight="bold")
+    _legend(axes, theme, lines, jobs)
+    return figure
+
+
+def _color(theme: Theme, index: int, count: int) -> str:
+    """The line's own colour; where there are too many lines, one for all."""
+    return theme.lines[index] if count <= len(theme.lines) else theme.lines[0]
+
+
+def _draw_line(axes: "Axes", jobs: Sequence[Job], label: str, color: str, num_lines: int) -> None:
+    done = [job for job in jobs if math.isfinite(job.objective) and job.objective > 0]
+    rates = [job.learning_rate for job in done]
+    faint = 1.0 if num_lines <= MOST_LINES else 0.35
+    plain = {"color": color, "alpha": faint, "clip_on": False}
+    axes.plot(rates, [job.objective for job in done], label=label, marker="o", markersize=6, linewidth=2, **plain)
+    best = [job.best_loss or math.nan for job in done]
+    axes.plot(rates, best, marker="_", markersize=9, linestyle=":", linewidth=1.3, **plain)
+    for job in jobs:
+        if symbol := SYMBOLS.get(job.status):
+            axes.plot(job.learning_rate, 1.0, symbol, transform=axes.get_xaxis_transform(), markersize=9, zorder=4,
+                      markerfacecolor=color if job.status == "diverged" else "none", markeredgecolor=color,
+                      clip_on=False, alpha=faint)  # fmt: skip
+
+
+def _draw_limits(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
+    """2/λ of plain gradient descent: a line, or a band where the jobs' data differ."""
+    limits = sorted(job.limit for job in jobs if job.limit)
+    if not limits:
+        return
+    axes.axvspan(limits[0], limits[-1], color=theme.quiet, alpha=0.15, linewidth=0)
+    axes.axvline(limits[-1], color=theme.quiet, linestyle="--", linewidth=1.4)
+    axes.annotate(
+        f"2/λ = {limits[-1]:.3g}", (limits[-1], 0.5), (-5, 0), xycoords=axes.get_xaxis_transform(),
+        textcoords="offset points", rotation=90, ha="right", va="center", color=theme.quiet,
+    )  # fmt: skip
+
+
+def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
+    best = jobs[0]
+    if best.learning_rate and 0 < best.objective < math.inf:
+        axes.plot(best.learning_rate, best.objective, "o", markersize=15, markerfacecolor="none",
+                  markeredgecolor=theme.ink, markeredgewidth=1.6, clip_on=False)  # fmt: skip
+    if rate := suggested_rate(jobs):
+        axes.plot(rate, 0.0, "^", transform=axes.get_xaxis_transform(), color=theme.ink, markersize=11, clip_on=False)
+        axes.annotate(f"try {rate:.3g}", (rate, 0.0), (9, 6), xycoords=axes.get_xaxis_transform(),
+                      textcoords="offset points", color=theme.ink)  # fmt: skip
+
+
+def _headline(jobs: Sequence[Job]) -> str:
+    best = jobs[0]
+    if not math.isfinite(best.objective):
+        return "No job has a validation loss"
+    what = ", ".join(f"{key}={_short(value)}" for key, value in best.overrides.items() if key in varied_keys(jobs))
+    return f"Least validation loss {best.objective:.4g}" + (f" at {what}" if what else "")
+
+
+def _legend(axes: "Axes", theme: Theme, lines: Mapping[str, Sequence[Job]], jobs: Sequence[Job]) -> None:
+    """What lines and symbols mean, above the picture, so that nothing covers a point."""
+    from matplotlib.lines import Line2D
+
+    handles: list[Any] = []
+    labels: list[str] = []
+    if len(lines) > 1:
+        handles, labels = axes.get_legend_handles_labels()
+        labels += [f"… {len(lines) - len(handles)} more"] if len(lines) > len(handles) else []
+        handles += [Line2D([], [], linestyle="none")] * (len(labels) - len(handles))
+    signs = [(Line2D([], [], color=theme.quiet, marker="o"), "last"),
+             (Line2D([], [], color=theme.quiet, linestyle=":", marker="_"), "best on its way")]  # fmt: skip
+    statuses = {job.status for job in jobs if job.learning_rate}
+    for status in (status for status in SYMBOLS if status in statuses):
+        fill = theme.quiet if status == "diverged" else "none"
+        sign = Line2D([], [], linestyle="none", marker=SYMBOLS[status], markerfacecolor=fill, markersize=8,
+                      markeredgecolor=theme.quiet)  # fmt: skip
+        signs.append((sign, status))
+    handles += [sign for sign, _ in signs]
+    labels += [label for _, label in signs]
+    axes.figure.legend(handles, labels, loc="outside lower left", ncols=5, frameon=False, labelcolor=theme.ink)
+
+
+def _finish(axes: "Axes", theme: Theme) -> None:
+    axes.set_facecolor(theme.paper)
+    axes.grid(color=theme.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.quiet)
+    axes.tick_params(which="both", colors=theme.quiet)
+    axes.xaxis.label.set_color(theme.ink)
+    axes.yaxis.label.set_color(theme.ink)
+
+
+def _readable_ticks(axes: "Axes") -> None:
+    """0.4, 0.5, 0.6 where a logarithmic axis spans less than a decade, and 0.01 rather than 10⁻²."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    for axis in (axes.xaxis, axes.yaxis):
+        low, high = axis.get_view_interval()
+        decades = math.log10(high / low) if low > 0 else 1
+        axis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8) if decades < 1.2 else (1, 3)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
+    """Draws loss and gradient norm against steps, a column a job, on common scales; None if no job has a curve.
+
+    At most `MOST_PANELS` jobs, evenly over the learning rates, the best among them.
+    """
+    from matplotlib.figure import Figure
+
+    shown = _sample([job for job in jobs if job.folder.is_dir() and any(job.curves.values())])
+    if not shown:
+        return None
+    columns = min(len(shown), 6)
+    rows = 2 * math.ceil(len(shown) / columns)
+    size = (max(2.0 * columns, 5.0) + 0.8, 1.75 * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained", facecolor=theme.paper)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for index, axes in enumerate(grid.flat):
+        pair, column = divmod(index // columns, 2)[0], index % columns
+        if pair * columns + column >= len(shown):
+            axes.set_axis_off()
+    for kind, tags in enumerate((LOSSES, GRADIENT_NORMS)):
+        _share_scale(grid[kind::2].flat, shown, tags[0] if kind else None)
+    for index, job in enumerate(shown):
+        loss, norm = (grid[2 * (index // columns) + kind][index % columns] for kind in (0, 1))
+        for tag, color in zip(LOSSES, theme.lines, strict=False):
+            _draw_curve(loss, job.curves.get(tag, {}), color, tag)
+        _draw_curve(norm, job.curves.get(GRADIENT_NORMS[0], {}), theme.lines[2], "gradient norm")
+        words = job.name if not job.learning_rate else _panel_title(job, jobs)
+        loss.set_title(words, fontsize=9, color=theme.ink)
+        for axes in (loss, norm):
+            axes.set_yscale("log")
+            _finish(axes, theme)
+            axes.tick_params(labelsize=7)
+            axes.label_outer() if index % columns else axes.tick_params(labelleft=True)
+        norm.set_xlabel("step", fontsize=8)
+        if index % columns == 0:
+            loss.set_ylabel("loss", fontsize=9)
+            norm.set_ylabel("gradient norm", fontsize=9)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_color(theme.ink)
+    return figure
+
+
+def _sample(jobs: Sequence[Job]) -> list[Job]:
+    ordered = sorted(jobs, key=lambda job: (job.learning_rate or 0.0, job.name))
+    if len(ordered) <= MOST_PANELS:
+        return ordered
+    step = (len(ordered) - 1) / (MOST_PANELS - 1)
+    chosen = [ordered[round(index * step)] for index in range(MOST_PANELS)]
+    if jobs[0] not in chosen:
+        chosen[-2] = jobs[0]
+    return sorted(chosen, key=ordered.index)
+
+
+def _panel_title(job: Job, jobs: Sequence[Job]) -> str:
+    varied = [f"{key.rpartition('.')[2]}={_short(job.overrides.get(key, ''), 14)}" for key in varied_keys(jobs)]
+    mark = "" if job.status == "completed" else f" ({job.status})"
+    return "\n".join(varied or [f"lr={job.learning_rate:g}"]) + mark
+
+
+def _share_scale(panels: Any, jobs: Sequence[Job], tag: str | None) -> None:
+    """One scale for all panels: the eye compares heights. A job that blew up does not squeeze the others flat."""
+    tags = [tag] if tag else list(LOSSES)
+    values = sorted(
+        value
+        for job in jobs
+        for each in tags
+        for value in job.curves.get(each, {}).values()
+        if 0 < value < math.inf
+    )
+    if not values:
+        return
+    low, middle, high = values[0], values[len(values) // 2], values[-1]
+    for axes in panels:
+        axes.set_ylim(low / 1.3, min(high * 1.3, middle * 1e3))
+
+
+def _draw_curve(axes: "Axes", curve: Mapping[int, float], color: str, label: str) -> None:
+    steps = sorted(step for step, value in curve.items() if math.isfinite(value) and value > 0)
+    axes.plot(steps, [curve[step] for step in steps], color=color, linewidth=1.4, label=label,
+              marker="." if len(steps) < 3 else None)  # fmt: skip
+
+
+def save(figure: "Figure", file: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    beside = file.with_suffix(".tmp")
+    figure.savefig(beside, format="png", dpi=120)
+    beside.replace(file)
