@@ -65,33 +65,29 @@ def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
     axes = figure.add_subplot()
     lines = lines_of(jobs)
     for index, (label, line) in enumerate(lines.items()):
-        _draw_line(axes, line, label if index < MOST_LINES else "", _color(theme, index, len(lines)), len(lines))
+        few = len(lines) <= MOST_LINES
+        _draw_line(axes, line, label if index < MOST_LINES else "", theme.lines[index if few else 0], few, index)
     _draw_limits(axes, jobs, theme)
     _draw_best(axes, jobs, theme)
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss")
     _finish(axes, theme)
     _readable_ticks(axes)
-    axes.set_title(_headline(jobs), loc="left", pad=30, color=theme.ink, fontsize=13, fontweight="bold")
+    axes.set_title(_headline(jobs), loc="left", pad=22, color=theme.ink, fontsize=13, fontweight="bold")
     _legend(axes, theme, lines, jobs)
     return figure
 
 
-def _color(theme: Theme, index: int, count: int) -> str:
-    """The line's own colour; where there are too many lines, one for all."""
-    return theme.lines[index] if count <= len(theme.lines) else theme.lines[0]
-
-
-def _draw_line(axes: "Axes", jobs: Sequence[Job], label: str, color: str, num_lines: int) -> None:
+def _draw_line(axes: "Axes", jobs: Sequence[Job], label: str, color: str, few: bool, index: int) -> None:
     done = [job for job in jobs if math.isfinite(job.objective) and job.objective > 0]
     rates = [job.learning_rate for job in done]
-    faint = 1.0 if num_lines <= MOST_LINES else 0.35
+    faint, edge = (1.0, 1.0 + 0.03 * index) if few else (0.35, 1.0)  # so that no line hides the next one's
     plain = {"color": color, "alpha": faint, "clip_on": False}
     axes.plot(rates, [job.objective for job in done], label=label, marker="o", markersize=6, linewidth=2, **plain)
     best = [job.best_loss or math.nan for job in done]
     axes.plot(rates, best, marker="_", markersize=9, linestyle=":", linewidth=1.3, **plain)
     for job in jobs:
         if symbol := SYMBOLS.get(job.status):
-            axes.plot(job.learning_rate, 1.0, symbol, transform=axes.get_xaxis_transform(), markersize=9, zorder=4,
+            axes.plot(job.learning_rate, edge, symbol, transform=axes.get_xaxis_transform(), markersize=9, zorder=4,
                       markerfacecolor=color if job.status == "diverged" else "none", markeredgecolor=color,
                       clip_on=False, alpha=faint)  # fmt: skip
 
@@ -190,8 +186,7 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
     figure = Figure(figsize=size, layout="constrained", facecolor=theme.paper)
     grid = figure.subplots(rows, columns, squeeze=False)
     for index, axes in enumerate(grid.flat):
-        pair, column = divmod(index // columns, 2)[0], index % columns
-        if pair * columns + column >= len(shown):
+        if index // columns // 2 * columns + index % columns >= len(shown):
             axes.set_axis_off()
     for kind, tags in enumerate((LOSSES, GRADIENT_NORMS)):
         _share_scale(grid[kind::2].flat, shown, tags[0] if kind else None)
@@ -201,12 +196,14 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
             _draw_curve(loss, job.curves.get(tag, {}), color, tag)
         _draw_curve(norm, job.curves.get(GRADIENT_NORMS[0], {}), theme.lines[2], "gradient norm")
         words = job.name if not job.learning_rate else _panel_title(job, jobs)
+        loss.set_xlim(0, max((step for curve in job.curves.values() for step in curve), default=1) or 1)
+        norm.set_xlim(loss.get_xlim())
         loss.set_title(words, fontsize=9, color=theme.ink)
         for axes in (loss, norm):
             axes.set_yscale("log")
             _finish(axes, theme)
             axes.tick_params(labelsize=7)
-            axes.label_outer() if index % columns else axes.tick_params(labelleft=True)
+            axes.tick_params(labelleft=index % columns == 0)
         norm.set_xlabel("step", fontsize=8)
         if index % columns == 0:
             loss.set_ylabel("loss", fontsize=9)
@@ -249,7 +246,7 @@ def _share_scale(panels: Any, jobs: Sequence[Job], tag: str | None) -> None:
         return
     low, middle, high = values[0], values[len(values) // 2], values[-1]
     for axes in panels:
-        axes.set_ylim(low / 1.3, min(high * 1.3, middle * 1e3))
+        axes.set_ylim(low / 1.3, min(high * 1.3, middle * 100))
 
 
 def _draw_curve(axes: "Axes", curve: Mapping[int, float], color: str, label: str) -> None:
