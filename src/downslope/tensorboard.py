@@ -8,7 +8,8 @@ from weakref import WeakKeyDictionary
 
 import google_crc32c
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary
@@ -172,6 +173,19 @@ def write_scalars(trainer: Trainer, values: Mapping[str, float], step: int) -> N
     if writer.is_open:
         writer.add(step, Measurement(list(values), lambda row: row), list(values.values()))
         writer.flush()
+
+
+def write_text(trainer: Trainer, tag: str, text: str) -> None:
+    """Shows a text as it stands, in TensorBoard alone, when training begins (again): beside a resumed run's first."""
+
+    def on_train_start(trainer: Trainer, module: LightningModule) -> None:
+        writer = step_writer(trainer)
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # how Markdown spells a listing
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                writer.attempt(logger, lambda logger: logger.experiment.add_text(tag, indented, trainer.global_step))
+
+    trainer.callbacks.append(LambdaCallback(on_train_start=on_train_start))  # type: ignore[attr-defined]
 
 
 def close_step_writer(trainer: Trainer) -> None:

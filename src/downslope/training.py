@@ -12,15 +12,16 @@ from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from downslope.callbacks import FlightRecorder
 from downslope.console import explain, print_header, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
 from downslope.gradients.least_squares import least_squares
+from downslope.hparams import write_hparams
 from downslope.result import EXIT_CODES, Result
-from downslope.tensorboard import write_scalars
+from downslope.tensorboard import write_scalars, write_text
 
 log = logging.getLogger(__name__)
 
@@ -113,11 +114,13 @@ def train(config: DictConfig) -> float:
         datamodule, module, trainer = build(config)
         if trainer.is_global_zero:
             print_header(config, datamodule, trainer)
+        write_text(trainer, "configuration", OmegaConf.to_yaml(config))
         _fit(result, datamodule, module, trainer)
     except Exception as error:
         result.error = {"type": type(error).__name__, "message": explain(error)}
         log.info("failed", exc_info=True)
         result.write(folder)
+        write_hparams(folder, config, hydra.runtime.choices, result)
         raise
     except SystemExit as signal:  # how Lightning leaves on SIGTERM and on SIGINT
         result.status = "interrupted"
@@ -126,6 +129,7 @@ def train(config: DictConfig) -> float:
         raise SystemExit(SIGTERM_EXIT_CODE if sigterm else EXIT_CODES["interrupted"]) from None
     if trainer.is_global_zero:
         result.write(folder)
+        write_hparams(folder, config, hydra.runtime.choices, result)
         print_result(result, folder)
     return result.metrics["val/loss"]
 

@@ -1,0 +1,50 @@
+"""TensorBoard's HPARAMS tab: what a run was asked for, against what came of it."""
+
+import logging
+from pathlib import Path
+
+from omegaconf import DictConfig
+
+from downslope.result import Result
+
+log = logging.getLogger(__name__)
+
+CHOICES = ("device", "model", "optimizer", "data")
+
+
+def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], result: Result) -> None:
+    """Adds a run's line in HPARAMS to its event file: `lr` and choices against `val/loss` and `excess_loss`.
+
+    HPARAMS takes metrics that are numbers and, of a run, only the first line ever written. So the verdict, a word,
+    stands among the hyperparameters, and the line is written once, when the run has ended and its logger is closed.
+    `val/loss` is the last weights', in float64, at the last step. A run without an event file has no line; what cannot be
+    written is warned of.
+
+    Args:
+        folder: The run's.
+        config: As composed.
+        choices: Hydra's option of each group.
+        result: How the run ended.
+    """
+    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
+    if not files:
+        return
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
+    from torch.utils.tensorboard.summary import hparams
+
+    asked = {"lr": float(config.lr), **{name: str(choices.get(name)) for name in CHOICES}}
+    metrics = {"val/loss": result.metrics.get("val/loss"), "excess_loss": result.excess_loss}
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items() if value is not None]
+    ended = {"verdict": result.verdict or result.status, "status": result.status}
+    summaries = [*hparams({**asked, **ended}, dict.fromkeys(metrics, 0.0)), Summary(value=values)]
+    try:
+        with files[-1].open("ab") as stream:
+            writer = RecordWriter(stream)
+            for summary in summaries:
+                event = Event(wall_time=files[-1].stat().st_mtime, step=result.num_optimizer_steps, summary=summary)
+                writer.write(event.SerializeToString())
+            writer.flush()
+    except OSError as error:
+        log.warning("Cannot write the run's line for HPARAMS: %s", error)
