@@ -2,10 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
 from downslope.result import Result
+
+if TYPE_CHECKING:
+    from tensorboard.compat.proto.summary_pb2 import Summary
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +41,9 @@ def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], res
     asked = {"lr": float(config.lr), **{name: str(choices.get(name)) for name in CHOICES}}
     metrics = {"val/loss": result.metrics.get("val/loss"), "excess_loss": result.excess_loss}
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items() if value is not None]
-    ended = {"verdict": result.verdict or result.status, "status": result.status}
-    summaries = [*hparams({**asked, **ended}, dict.fromkeys(metrics, 0.0)), Summary(value=values)]
+    columns = {**asked, "verdict": result.verdict or result.status}
+    experiment, *session = hparams(columns, dict.fromkeys(metrics, 0.0))
+    summaries = [_in_sight(experiment), *session, Summary(value=values)]
     try:
         with files[-1].open("ab") as stream:
             writer = RecordWriter(stream)
@@ -48,3 +53,15 @@ def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], res
             writer.flush()
     except OSError as error:
         log.warning("Cannot write the run's line for HPARAMS: %s", error)
+
+
+def _in_sight(experiment: "Summary") -> "Summary":
+    """Marks what must be seen: the tab begins with five columns, those that are said to differ first; `data` can wait."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name != "data"
+    plugin.content = data.SerializeToString()
+    return experiment
