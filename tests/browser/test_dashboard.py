@@ -32,7 +32,9 @@ def wait_for(browser: "Chrome", *words: str, seconds: float = 20) -> str:
 def test_the_runs_are_named_by_their_rates(browser: "Chrome", dashboard: str, tab: str) -> None:
     browser.get("about:blank")
     browser.get(f"{dashboard}/#{tab}")
-    cards = ["Gradients", "Learning-rate effects"] if tab == "custom_scalars" else ["gradient_norm", "learning_rate_effect"]
+    cards = (
+        ["Gradients", "Learning-rate effects"] if tab == "custom_scalars" else ["gradient_norm", "learning_rate_effect"]
+    )
     wait_for(browser, *cards, *(f"lr={rate}" for rate in RATES))
 
 

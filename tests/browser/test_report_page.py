@@ -29,7 +29,11 @@ def test_the_page_opens_from_disk_and_shows_the_rates(browser: "Chrome", sweep: 
     assert min(widths) > 500
     assert browser.get_log("browser") == []
     sent = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    asked = {each["params"]["request"]["url"].partition(":")[0] for each in sent if each["method"] == "Network.requestWillBeSent"}
+    asked = {
+        each["params"]["request"]["url"].partition(":")[0]
+        for each in sent
+        if each["method"] == "Network.requestWillBeSent"
+    }
     assert asked <= {"file", "data"}
 
 

@@ -236,11 +236,7 @@ def _share_scale(panels: Any, jobs: Sequence[Job], tag: str | None) -> None:
     """One scale for all panels: the eye compares heights. A job that blew up does not squeeze the others flat."""
     tags = [tag] if tag else list(LOSSES)
     values = sorted(
-        value
-        for job in jobs
-        for each in tags
-        for value in job.curves.get(each, {}).values()
-        if 0 < value < math.inf
+        value for job in jobs for each in tags for value in job.curves.get(each, {}).values() if 0 < value < math.inf
     )
     if not values:
         return

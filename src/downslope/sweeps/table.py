@@ -97,7 +97,9 @@ def read_jobs(sweep: Path) -> list[Job]:
         ValueError: It is not a sweep's folder.
     """
     if not sweep.is_dir():
-        raise ValueError(f"A sweep's folder must be given, such as outputs/sweeps/…, got {str(sweep)!r}: no such folder.")
+        raise ValueError(
+            f"A sweep's folder must be given, such as outputs/sweeps/…, got {str(sweep)!r}: no such folder."
+        )
     folders = [Path(path) for path, names, files in os.walk(sweep) if ".hydra" in names or FILE_NAME in files]
     jobs = [_read_job(sweep, folder) for folder in folders if folder != sweep]
     jobs += _never_started(sweep, jobs)
@@ -152,7 +154,9 @@ def _never_started(sweep: Path, started: Sequence[Job]) -> list[Job]:
     known = {frozenset(job.overrides.items()) for job in started}
     planned = [by_key(overrides) for batch in batches for overrides in batch]
     return [
-        Job(name=",".join(f"{key}={value}" for key, value in overrides.items()), folder=sweep / "-", overrides=overrides)
+        Job(
+            name=",".join(f"{key}={value}" for key, value in overrides.items()), folder=sweep / "-", overrides=overrides
+        )
         for overrides in planned
         if frozenset(overrides.items()) not in known
     ]
