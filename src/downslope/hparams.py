@@ -21,8 +21,8 @@ def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], res
 
     HPARAMS takes metrics that are numbers and, of a run, only the first line ever written. So the verdict, a word,
     stands among the hyperparameters, and the line is written once, when the run has ended and its logger is closed.
-    `val/loss` is the last weights', in float64, at the last step. A run without an event file has no line; what cannot be
-    written is warned of.
+    `val/loss` is the last weights', in float64, at the last step. A run without an event file has no line; what cannot
+    be written is warned of.
 
     Args:
         folder: The run's.
@@ -56,7 +56,7 @@ def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], res
 
 
 def _in_sight(experiment: "Summary") -> "Summary":
-    """Marks what must be seen: the tab begins with five columns, those that are said to differ first; `data` can wait."""
+    """Marks what must be seen: the tab begins with five columns, those said to differ first; `data` can wait."""
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
     plugin = experiment.value[0].metadata.plugin_data

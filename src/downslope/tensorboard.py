@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import google_crc32c
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
@@ -15,6 +14,8 @@ from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import record_writer
 from torch import Tensor
+
+from downslope.event_files import masked_checksum
 
 log = logging.getLogger(__name__)
 
@@ -55,15 +56,6 @@ class TensorBoard(TensorBoardLogger):
 
     def save(self) -> None:
         """Leaves the writing to the writer's own thread: Lightning calls this after every metric."""
-
-
-def masked_checksum(data: bytes) -> int:
-    """Returns the CRC-32C of a record as an event file wants it: rotated by 15 bits, plus a constant.
-
-    TensorBoard computes it in Python, a byte at a time: 300 µs for the numbers of one step, more than the step itself.
-    """
-    checksum: int = google_crc32c.value(data)
-    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 record_writer.masked_crc32c = masked_checksum

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # TensorBoard's tabs nest shadow roots, which `document.body.innerText` leaves out, and one of them is an <iframe>.
 TEXT = """
-const text = node => node.nodeType === 3 ? node.data + " " : node.nodeName === "STYLE" || node.nodeName === "SCRIPT" ? "" :
+const text = node => node.nodeType === 3 ? node.data + " " : ["STYLE", "SCRIPT"].includes(node.nodeName) ? "" :
   [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes].map(text).join("");
 return text(document.body);
 """

@@ -17,8 +17,15 @@ if TYPE_CHECKING:
 WORDS = ("job", "error")
 
 
-def write_page(jobs: Sequence[Job], file: Path, title: str) -> None:
-    """Writes `report.html`: pictures for light and dark, and a row a job with the command that runs it again."""
+def write_page(jobs: Sequence[Job], file: Path, title: str, picture: Path) -> None:
+    """Writes `report.html`: pictures for light and dark, and a row a job with the command that runs it again.
+
+    Args:
+        jobs: The best first.
+        file: Where to.
+        title: The sweep's name.
+        picture: `draw_learning_rate` on light paper, as saved.
+    """
     from jinja2 import Environment, PackageLoader
 
     keys = varied_keys(jobs)
@@ -31,7 +38,7 @@ def write_page(jobs: Sequence[Job], file: Path, title: str) -> None:
         counts=Counter(job.status for job in jobs),
         best=jobs[0] if math.isfinite(jobs[0].objective) else None,
         suggested=suggested_rate(jobs),
-        pictures=_pictures(jobs),
+        pictures=_pictures(jobs, picture),
         most_panels=MOST_PANELS,
         columns=columns,
         rows=[(job, [_cell(name, cells[name]) for name in columns]) for job, cells in rows],
@@ -41,20 +48,26 @@ def write_page(jobs: Sequence[Job], file: Path, title: str) -> None:
     beside.replace(file)
 
 
-def _pictures(jobs: Sequence[Job]) -> list[tuple[str, str, str, str]]:
+def _pictures(jobs: Sequence[Job], picture: Path) -> list[tuple[str, str, str, str]]:
     """Title, description, and the picture for light and for dark surroundings."""
     rate, curves = "validation loss against the learning rate", "loss and gradient norm against steps, a column a job"
-    pictures = [("Learning rate", rate, *(_data_uri(draw_learning_rate(jobs, theme)) for theme in (LIGHT, DARK)))]
-    light, dark = (draw_curves(jobs, theme) for theme in (LIGHT, DARK))
-    if light and dark:
+    light, dark = picture.read_bytes(), _png(draw_learning_rate(jobs, DARK))
+    pictures = [("Learning rate", rate, _data_uri(light), _data_uri(dark))]
+    figures = [figure for theme in (LIGHT, DARK) if (figure := draw_curves(jobs, theme))]
+    if figures:
+        light, dark = map(_png, figures)
         pictures.append(("Curves", curves, _data_uri(light), _data_uri(dark)))
     return pictures
 
 
-def _data_uri(figure: "Figure") -> str:
+def _png(figure: "Figure") -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=110)
-    return f"data:image/png;base64,{base64.b64encode(picture.getvalue()).decode()}"
+    return picture.getvalue()
+
+
+def _data_uri(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
 
 
 def _cell(name: str, value: Any) -> tuple[Any, str, str]:

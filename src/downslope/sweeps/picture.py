@@ -64,32 +64,40 @@ def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
     figure = Figure(figsize=(9.6, 5.4), layout="constrained", facecolor=theme.paper)
     axes = figure.add_subplot()
     lines = lines_of(jobs)
-    for index, (label, line) in enumerate(lines.items()):
-        few = len(lines) <= MOST_LINES
-        _draw_line(axes, line, label if index < MOST_LINES else "", theme.lines[index if few else 0], few, index)
+    if len(lines) <= MOST_LINES:
+        for index, (label, line) in enumerate(lines.items()):
+            edge = 1.0 + 0.03 * index  # so that no line hides the next one's
+            _draw_lines(axes, [line], label, color=theme.lines[index], edge=edge)
+    else:
+        others = ", ".join(key for key in varied_keys(jobs) if key != "lr")
+        _draw_lines(axes, [*lines.values()], f"{len(lines)} lines: {others}", color=theme.lines[0], alpha=0.35)
     _draw_limits(axes, jobs, theme)
     _draw_best(axes, jobs, theme)
     axes.set(xscale="log", yscale="log", xlabel="learning rate", ylabel="validation loss")
     _finish(axes, theme)
     _readable_ticks(axes)
     axes.set_title(_headline(jobs), loc="left", pad=22, color=theme.ink, fontsize=13, fontweight="bold")
-    _legend(axes, theme, lines, jobs)
+    _legend(axes, theme, len(lines) > 1, jobs)
     return figure
 
 
-def _draw_line(axes: "Axes", jobs: Sequence[Job], label: str, color: str, few: bool, index: int) -> None:
-    done = [job for job in jobs if math.isfinite(job.objective) and job.objective > 0]
-    rates = [job.learning_rate for job in done]
-    faint, edge = (1.0, 1.0 + 0.03 * index) if few else (0.35, 1.0)  # so that no line hides the next one's
-    plain = {"color": color, "alpha": faint, "clip_on": False}
-    axes.plot(rates, [job.objective for job in done], label=label, marker="o", markersize=6, linewidth=2, **plain)
-    best = [job.best_loss or math.nan for job in done]
-    axes.plot(rates, best, marker="_", markersize=9, linestyle=":", linewidth=1.3, **plain)
-    for job in jobs:
-        if symbol := SYMBOLS.get(job.status):
-            axes.plot(job.learning_rate, edge, symbol, transform=axes.get_xaxis_transform(), markersize=9, zorder=4,
-                      markerfacecolor=color if job.status == "diverged" else "none", markeredgecolor=color,
-                      clip_on=False, alpha=faint)  # fmt: skip
+def _draw_lines(axes: "Axes", lines: Sequence[Sequence[Job]], label: str, edge: float = 1.0, **look: Any) -> None:
+    """Draws lines of one colour: as one, with gaps, as a thousand single ones take many seconds."""
+    done = [[job for job in line if 0 < job.objective < math.inf] for line in lines]
+    rates = _with_gaps([[job.learning_rate for job in line] for line in done])
+    last = _with_gaps([[job.objective for job in line] for line in done])
+    best = _with_gaps([[job.best_loss for job in line] for line in done])
+    axes.plot(rates, last, label=label, marker="o", markersize=6, linewidth=2, clip_on=False, **look)
+    axes.plot(rates, best, marker="_", markersize=9, linestyle=":", linewidth=1.3, clip_on=False, **look)
+    for status, symbol in SYMBOLS.items():
+        without = [job.learning_rate or math.nan for line in lines for job in line if job.status == status]
+        fill = look["color"] if status == "diverged" else "none"
+        axes.plot(without, [edge] * len(without), symbol, transform=axes.get_xaxis_transform(), markersize=9, zorder=4,
+                  markerfacecolor=fill, markeredgecolor=look["color"], clip_on=False, **look)  # fmt: skip
+
+
+def _with_gaps(lines: Sequence[Sequence[float | None]]) -> list[float]:
+    return [math.nan if value is None else value for line in lines for value in (*line, None)]
 
 
 def _draw_limits(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
@@ -124,16 +132,14 @@ def _headline(jobs: Sequence[Job]) -> str:
     return f"Least validation loss {best.objective:.4g}" + (f" at {what}" if what else "")
 
 
-def _legend(axes: "Axes", theme: Theme, lines: Mapping[str, Sequence[Job]], jobs: Sequence[Job]) -> None:
+def _legend(axes: "Axes", theme: Theme, several: bool, jobs: Sequence[Job]) -> None:
     """What lines and symbols mean, above the picture, so that nothing covers a point."""
     from matplotlib.lines import Line2D
 
     handles: list[Any] = []
     labels: list[str] = []
-    if len(lines) > 1:
+    if several:
         handles, labels = axes.get_legend_handles_labels()
-        labels += [f"… {len(lines) - len(handles)} more"] if len(lines) > len(handles) else []
-        handles += [Line2D([], [], linestyle="none")] * (len(labels) - len(handles))
     signs = [(Line2D([], [], color=theme.quiet, marker="o"), "last"),
              (Line2D([], [], color=theme.quiet, linestyle=":", marker="_"), "best on its way")]  # fmt: skip
     statuses = {job.status for job in jobs if job.learning_rate}

@@ -39,7 +39,7 @@ def make_report(sweep: Path) -> Report:
     report = Report(jobs, sweep / "sweep.csv", sweep / "learning_rate.png", sweep / "report.html")
     write_table(jobs, report.table)
     save(draw_learning_rate(jobs), report.picture)
-    write_page(jobs, report.page, title=sweep.resolve().name)
+    write_page(jobs, report.page, title=sweep.resolve().name, picture=report.picture)
     return report
 
 
