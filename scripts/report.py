@@ -19,10 +19,10 @@ def newest_sweep() -> Path:
     Raises:
         ValueError: There is none.
     """
-    sweeps = [folder for folder in SWEEPS.glob("*") if folder.is_dir()]
-    if not sweeps:
+    begun = list(SWEEPS.glob("*/multirun.yaml"))  # Hydra writes it before the first job
+    if not begun:
         raise ValueError(f"A sweep's folder must be given, got none, and there is none below {SWEEPS}.")
-    return max(sweeps, key=lambda folder: folder.name)  # the name begins with date and time
+    return max(begun, key=lambda file: file.stat().st_mtime).parent
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -1,11 +1,13 @@
 """TensorBoard's HPARAMS tab: what a run was asked for, against what came of it."""
 
 import logging
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from downslope.event_files import records
 from downslope.result import Result
 
 if TYPE_CHECKING:
@@ -13,14 +15,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+PREFIX = b"_hparams_/"  # of the tags that the tab reads
 CHOICES = ("device", "model", "optimizer", "data")
 
 
 def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], result: Result) -> None:
     """Adds a run's line in HPARAMS to its event file: `lr` and choices against `val/loss` and `excess_loss`.
 
-    HPARAMS takes metrics that are numbers and, of a run, only the first line ever written. So the verdict, a word,
-    stands among the hyperparameters, and the line is written once, when the run has ended and its logger is closed.
+    HPARAMS takes metrics that are numbers and, of a run, only the first line it finds. So the verdict, a word, stands
+    among the hyperparameters, and the line is written when the run has ended and its logger is closed; a run that was
+    resumed loses the line of its former end.
     `val/loss` is the last weights', in float64, at the last step. A run without an event file has no line; what cannot
     be written is warned of.
 
@@ -45,6 +49,8 @@ def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], res
     experiment, *session = hparams(columns, dict.fromkeys(metrics, 0.0))
     summaries = [_in_sight(experiment), *session, Summary(value=values)]
     try:
+        for former in files[:-1]:
+            _forget_line(former)
         with files[-1].open("ab") as stream:
             writer = RecordWriter(stream)
             for summary in summaries:
@@ -53,6 +59,24 @@ def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], res
             writer.flush()
     except OSError as error:
         log.warning("Cannot write the run's line for HPARAMS: %s", error)
+
+
+def _forget_line(file: Path) -> None:
+    """Leaves a former end's line out of an event file."""
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    content = file.read_bytes()
+    if PREFIX not in content:
+        return
+    beside = file.with_name("events.tmp")  # not a name that TensorBoard reads
+    with beside.open("wb") as stream:
+        writer = RecordWriter(stream)
+        for record in records(content):
+            if PREFIX not in record:
+                writer.write(record)
+        writer.flush()
+    shutil.copystat(file, beside)
+    beside.replace(file)
 
 
 def _in_sight(experiment: "Summary") -> "Summary":

@@ -120,7 +120,6 @@ def train(config: DictConfig) -> float:
         result.error = {"type": type(error).__name__, "message": explain(error)}
         log.info("failed", exc_info=True)
         result.write(folder)
-        write_hparams(folder, config, hydra.runtime.choices, result)
         raise
     except SystemExit as signal:  # how Lightning leaves on SIGTERM and on SIGINT
         result.status = "interrupted"

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from downslope.result import FILE_NAME, Result, read_result
+from downslope.result import EXIT_CODES, FILE_NAME, Result, read_result
 from downslope.sweeps.curves import Curve, read_curves
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
@@ -111,13 +111,27 @@ def read_jobs(sweep: Path) -> list[Job]:
 def _read_job(sweep: Path, folder: Path) -> Job:
     job = Job(name=str(folder.relative_to(sweep)), folder=folder, overrides={})
     try:
-        result = read_result(folder)
+        result = _checked(read_result(folder))
         typed = _read_yaml(folder / ".hydra" / "overrides.yaml") or (result.overrides if result else [])
         rate = (_read_yaml(folder / ".hydra" / "config.yaml") or {}).get("lr")
         rate = float(rate) if isinstance(rate, int | float) else None
         return replace(job, overrides=by_key(typed), result=result, default_learning_rate=rate)
     except (AttributeError, OSError, TypeError, ValueError, json.JSONDecodeError, yaml.YAMLError) as error:
         return replace(job, problem=f"Cannot read its files: {type(error).__name__}: {error}")
+
+
+def _checked(result: Result | None) -> Result | None:
+    """Raises for what no run writes, so that one file that somebody edited does not cost the whole report."""
+    if result:
+        figures = (
+            result.learning_rate, result.largest_stable_learning_rate, result.suggested_learning_rate,
+            result.excess_loss, result.num_optimizer_steps, result.seconds, *result.metrics.values(),
+        )  # fmt: skip
+        if result.status not in EXIT_CODES or not all(isinstance(each, int | float | None) for each in figures):
+            raise ValueError(f"{FILE_NAME} has a status that is none, or a figure that is not a number")
+        if not isinstance(result.error, dict | None):
+            raise ValueError(f"the error in {FILE_NAME} has no type and message")
+    return result
 
 
 def _read_yaml(file: Path) -> Any:
@@ -155,11 +169,21 @@ def _never_started(sweep: Path, started: Sequence[Job]) -> list[Job]:
     planned = [by_key(overrides) for batch in batches for overrides in batch]
     return [
         Job(
-            name=",".join(f"{key}={value}" for key, value in overrides.items()), folder=sweep / "-", overrides=overrides
+            name=",".join(f"{key}={value}" for key, value in overrides.items()),
+            folder=sweep / "-",
+            overrides=overrides,
+            default_learning_rate=_number(overrides.get("lr", "")),
         )
         for overrides in planned
         if frozenset(overrides.items()) not in known
     ]
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
