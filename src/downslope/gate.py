@@ -77,6 +77,13 @@ class Gate(Callback):
                     hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
                     raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
 
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Makes the sweep's report; one that fails is told, which Hydra would not do."""
+        from downslope.sweeps.report import make_report, print_report
+
+        with refusing("train"):
+            print_report(make_report(Path(config.hydra.sweep.dir)))
+
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Leaves with the exit code of the run's status."""
         result = read_result(Path(config.hydra.runtime.output_dir))

@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import google_crc32c
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import record_writer
 from torch import Tensor
+
+from downslope.event_files import masked_checksum
 
 log = logging.getLogger(__name__)
 
@@ -58,15 +60,6 @@ class TensorBoard(TensorBoardLogger):
 
     def save(self) -> None:
         """Leaves the writing to the writer's own thread: Lightning calls this after every metric."""
-
-
-def masked_checksum(data: bytes) -> int:
-    """Returns the CRC-32C of a record as an event file wants it: rotated by 15 bits, plus a constant.
-
-    TensorBoard computes it in Python, a byte at a time: 300 µs for the numbers of one step, more than the step itself.
-    """
-    checksum: int = google_crc32c.value(data)
-    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 record_writer.masked_crc32c = masked_checksum
@@ -215,6 +208,19 @@ def announce_restart(trainer: Trainer) -> None:
             step_writer(trainer).attempt(
                 logger, lambda logger, event=event: logger.experiment.file_writer.add_event(event)
             )
+
+
+def write_text(trainer: Trainer, tag: str, text: str) -> None:
+    """Shows a text as it stands, in TensorBoard alone, when training begins (again): beside a resumed run's first."""
+
+    def on_train_start(trainer: Trainer, module: LightningModule) -> None:
+        writer = step_writer(trainer)
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # how Markdown spells a listing
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                writer.attempt(logger, lambda logger: logger.experiment.add_text(tag, indented, trainer.global_step))
+
+    trainer.callbacks.append(LambdaCallback(on_train_start=on_train_start))  # type: ignore[attr-defined]
 
 
 def close_step_writer(trainer: Trainer) -> None:

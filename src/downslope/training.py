@@ -12,7 +12,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from downslope.callbacks import FlightRecorder
 from downslope.callbacks.pictures import HasLeastSquares
@@ -20,10 +20,11 @@ from downslope.console import explain, print_header, print_interrupted, print_re
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
 from downslope.gradients.least_squares import least_squares
+from downslope.hparams import write_hparams
 from downslope.result import Result
 from downslope.resuming import checkpoint_of
 from downslope.signals import Interrupted
-from downslope.tensorboard import close_step_writer, rewind_event_files, write_scalars
+from downslope.tensorboard import close_step_writer, rewind_event_files, write_scalars, write_text
 
 log = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def train(config: DictConfig) -> float:
             result.seconds = state["progress"]["seconds"]
             if trainer.is_global_zero:
                 rewind_event_files(folder, state["progress"]["event_files"])
+        write_text(trainer, "configuration", OmegaConf.to_yaml(config))
         _fit(result, datamodule, module, trainer, checkpoint)
     except Exception as error:
         result.error = {"type": type(error).__name__, "message": explain(error)}
@@ -135,6 +137,7 @@ def train(config: DictConfig) -> float:
         raise
     if trainer.is_global_zero:
         result.write(folder)
+        write_hparams(folder, config, hydra.runtime.choices, result)
         print_result(result, folder)
     return result.metrics["val/loss"]
 
