@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import datetime
@@ -107,9 +108,13 @@ def _hydra_config(config: DictConfig) -> Iterator[None]:
 def _heavy_imports() -> Iterator[None]:
     """Imports torch and Lightning without the garbage collector, which would walk every object they make.
 
+    Only the first time: freezing again would keep for ever whatever garbage an earlier run in this process has left.
+
     Logging is not configured yet: what they have to say now would land in the terminal.
     """
-    gc.disable()
+    first = "torch" not in sys.modules
+    if first:
+        gc.disable()
     logging.disable()
     try:
         with warnings.catch_warnings():
@@ -117,8 +122,9 @@ def _heavy_imports() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-        gc.freeze()
-        gc.enable()
+        if first:
+            gc.freeze()
+            gc.enable()
 
 
 def check_folder(folder: Path, key: str) -> None:
