@@ -66,8 +66,19 @@ def refusing(config_name: str) -> Iterator[None]:
         if SHOW_TRACEBACK:
             traceback.print_exception(error)
         else:
-            print(f"error: {explain(error, config_name)}", file=sys.stderr)
+            print(f"error: {one_line(explain(error, config_name))}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def one_line(message: str) -> str:
+    """Returns a message in one line that a terminal can show, whatever bytes came in.
+
+    Example:
+        >>> one_line("Missing keys:\\n\\tlinear.weight\\x00")
+        'Missing keys: linear.weight?'
+    """
+    words = " ".join(message.split()).encode("utf-8", "replace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def explain(error: BaseException, config_name: str = "train") -> str:

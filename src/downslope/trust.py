@@ -1,0 +1,140 @@
+"""A run's folder may be a stranger's: what its configuration may name, told before any of it is used.
+
+Your own `conf/` and command line are trusted, and so is what `conf/` names. A stored configuration is data: it may
+name what the project's own `conf/` names, the packages below, and what the key `trust` adds.
+"""
+
+import functools
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import GrammarParseError, OmegaConfBaseException
+from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
+
+from downslope.configuration import CONFIGURATION
+from downslope.data.table import PACKAGE_PREFIX
+
+PACKAGES = (
+    "downslope.callbacks.",
+    "downslope.data.",
+    "downslope.models.",
+    "lightning.pytorch.callbacks.",
+    "torch.optim.",
+)
+RESOLVERS = {"hydra"}
+MAX_BYTES = 2**20
+TARGET = re.compile(r"^\s*_target_:\s*['\"]?([\w.]+)", re.MULTILINE)
+ADDRESS = re.compile(r"^\w{2,}:/")  # a drive's name has one letter
+
+
+def check_local(path: Any, key: str) -> None:
+    """Raises for an address: nothing is ever fetched."""
+    if isinstance(path, str) and ADDRESS.match(path) and not path.startswith(PACKAGE_PREFIX):
+        raise ValueError(f"`{key}` must be on this machine, got {path!r}: nothing is fetched from an address.")
+
+
+def read_untrusted(file: Path, trusted: Sequence[str] = ()) -> DictConfig:
+    """Reads a stored configuration, and refuses what could do more than describe a run.
+
+    Args:
+        file: As Hydra has written it into a run's folder.
+        trusted: Packages, functions and resolvers that it may name beside those of this project.
+
+    Raises:
+        ValueError: It is no configuration, or names what nobody vouches for. Nothing of it has been executed.
+    """
+    config = _read(file)
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{file} must be a configuration, got {type(config).__name__}.")
+    for key, value in _values(OmegaConf.to_container(config)):
+        place = f"{file}: `{key}`"
+        if key.rpartition(".")[2] == "_target_":
+            _check_target(place, value, trusted)
+        elif isinstance(value, str):
+            _check_text(place, value, trusted)
+    return config
+
+
+def _read(file: Path) -> Any:
+    """The file as plain data: no tags, and no aliases, of which a few lines make a billion."""
+    if file.stat().st_size > MAX_BYTES:
+        raise ValueError(f"{file} must be a configuration, got more than {MAX_BYTES:,} bytes.")
+    try:
+        text = file.read_text(encoding="utf-8")
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
+            raise ValueError("it has an alias.")
+        return OmegaConf.load(file)
+    except (ValueError, yaml.YAMLError, RecursionError, OSError, OmegaConfBaseException) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{file} cannot be read as a configuration: {reason}") from error
+
+
+def _values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value below a node, with its dotted key."""
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for key, value in pairs:
+        name = f"{path}.{key}" if path else str(key)
+        yield name, value
+        yield from _values(value, name)
+
+
+def _check_target(place: str, target: Any, trusted: Sequence[str]) -> None:
+    if isinstance(target, str) and (target in own_targets() or _is_below(target, trusted)):
+        return
+    if isinstance(target, str) and target.startswith(PACKAGES):
+        # `torch.optim.optimizer.os.system` begins well too: what counts is where it was defined.
+        try:
+            origin = get_object(target)
+        except Exception as error:
+            raise ValueError(f"{place} must name something to import, got {target!r}.") from error
+        if f"{getattr(origin, '__module__', '')}.".startswith(PACKAGES):
+            return
+    raise ValueError(
+        f"{place} names {target!r}, which neither your conf/ nor {', '.join(PACKAGES)} holds: nothing of it was run. "
+        f"If you trust it: 'trust=[{str(target).partition('.')[0]}]'."
+    )
+
+
+def _check_text(place: str, text: str, trusted: Sequence[str]) -> None:
+    for resolver in _resolvers(place, text):
+        if resolver not in RESOLVERS and resolver not in trusted:
+            raise ValueError(
+                f"{place} calls the resolver {resolver!r}: nothing of it was run. If you trust it: 'trust=[{resolver}]'."
+            )
+    if text.startswith(PACKAGE_PREFIX):  # looking for its file would import the package
+        package = text.removeprefix(PACKAGE_PREFIX).partition("/")[0]
+        if not f"{package}.".startswith(PACKAGES) and not _is_below(package, trusted):
+            raise ValueError(f"{place} names the package {package!r}. If you trust it: 'trust=[{package}]'.")
+
+
+def _resolvers(place: str, text: str) -> list[str]:
+    """What would be called to work out the interpolations in a text."""
+    if "${" not in text:
+        return []
+    try:
+        return list(_calls(parse(text)))
+    except GrammarParseError as error:
+        raise ValueError(f"{place} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _calls(tree: Any) -> Iterator[str]:
+    if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
+        yield tree.resolverName().getText()
+    for child in getattr(tree, "children", None) or ():
+        yield from _calls(child)
+
+
+def _is_below(name: str, packages: Sequence[str]) -> bool:
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
+
+
+@functools.cache
+def own_targets() -> frozenset[str]:
+    """Every `_target_` that the project's own `conf/` names."""
+    texts = (file.read_text(encoding="utf-8") for file in CONFIGURATION.rglob("*.yaml"))
+    return frozenset(target for text in texts for target in TARGET.findall(text))
