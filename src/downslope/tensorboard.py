@@ -1,6 +1,6 @@
 """TensorBoard's events: straight into the run's folder, one for all the numbers of a step."""
 
-import logging
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,10 +12,11 @@ from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer import record_writer
+from tensorboard.summary.writer import event_file_writer, record_writer
+from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
 from torch import Tensor
 
-log = logging.getLogger(__name__)
+from downslope.forgiving import silence
 
 LAYOUT = {
     "Loss": {"loss": ["Multiline", ["train/loss", "val/loss"]]},
@@ -68,6 +69,18 @@ def masked_checksum(data: bytes) -> int:
 record_writer.masked_crc32c = masked_checksum
 
 
+class QuietThread(_AsyncWriterThread):  # type: ignore[misc]
+    """Keeps to itself what ends it, such as a full disk: the next write raises it, where it is dealt with."""
+
+    def run(self) -> None:
+        """Writes until told to stop."""
+        with contextlib.suppress(Exception):
+            super().run()
+
+
+event_file_writer._AsyncWriterThread = QuietThread
+
+
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """What an observer measures at many steps in the same way.
@@ -96,7 +109,7 @@ class StepWriter:
         self._loggers: list[Logger] = list(trainer.loggers) if trainer.is_global_zero else []
         self._num_rows = num_rows
         self._rows: list[tuple[int, Measurement, Row]] = []
-        for logger in self._loggers:
+        for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger):
                 self.attempt(logger, lambda logger: logger.experiment.add_custom_scalars(LAYOUT))
 
@@ -115,7 +128,7 @@ class StepWriter:
         """Writes a histogram of the finite values: TensorBoard has no place for the others."""
         values = values.detach().float()
         values = values[torch.isfinite(values)]
-        for logger in self._loggers:
+        for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger) and values.numel():
                 self.attempt(logger, lambda logger: logger.experiment.add_histogram(tag, values.cpu(), step))
 
@@ -130,7 +143,7 @@ class StepWriter:
             parts = [_stack(part) for part in zip(*(row for _, row in taken), strict=True)]
             for (step, _), values in zip(taken, measurement.derive(*parts).tolist(), strict=True):
                 steps[step].update(zip(measurement.tags, values, strict=True))
-        for logger in self._loggers:
+        for logger in tuple(self._loggers):
             self.attempt(logger, lambda logger: _write(logger, steps))
 
     def attempt(self, logger: Any, write: Any) -> None:
@@ -139,7 +152,7 @@ class StepWriter:
             write(logger)
         except Exception as error:
             self._loggers.remove(logger)
-            log.warning("Cannot write to %s any more, training goes on: %s", type(logger).__name__, error)
+            silence(logger, error)
 
 
 def _stack(part: Sequence[Any]) -> Tensor:

@@ -1,5 +1,6 @@
 """Training: compose → build → fit → result."""
 
+import contextlib
 import logging
 import platform
 import time
@@ -18,6 +19,7 @@ from downslope.callbacks import FlightRecorder
 from downslope.console import explain, print_header, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
+from downslope.forgiving import forgiving
 from downslope.gradients.least_squares import least_squares
 from downslope.result import EXIT_CODES, Result
 from downslope.tensorboard import write_scalars
@@ -69,7 +71,7 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    loggers = [instantiate(node) for node in config.logger.values()]
+    loggers = [forgiving(instantiate(node)) for node in config.logger.values()]
     trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks, _convert_="all")
     if not module.automatic_optimization:
         _check_manual(trainer)
@@ -117,7 +119,8 @@ def train(config: DictConfig) -> float:
     except Exception as error:
         result.error = {"type": type(error).__name__, "message": explain(error)}
         log.info("failed", exc_info=True)
-        result.write(folder)
+        with contextlib.suppress(OSError):  # a disk that is full must not hide the error
+            result.write(folder)
         raise
     except SystemExit as signal:  # how Lightning leaves on SIGTERM and on SIGINT
         result.status = "interrupted"
@@ -125,8 +128,10 @@ def train(config: DictConfig) -> float:
         sigterm = isinstance(signal, SIGTERMException)
         raise SystemExit(SIGTERM_EXIT_CODE if sigterm else EXIT_CODES["interrupted"]) from None
     if trainer.is_global_zero:
-        result.write(folder)
-        print_result(result, folder)
+        try:
+            result.write(folder)
+        finally:  # where the file cannot be written, the terminal is all there is
+            print_result(result, folder)
     return result.metrics["val/loss"]
 
 
