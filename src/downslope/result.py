@@ -1,5 +1,6 @@
 """A run as data: `result.json`."""
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -65,7 +66,8 @@ class Result:
             beside.write_text(text, encoding="utf-8")
             beside.replace(target)
         except OSError as error:
-            beside.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                beside.unlink()
             raise OSError(f"The result cannot be written to {target}: {error.strerror or error}.") from error
 
 

@@ -104,7 +104,8 @@ def _check_text(place: str, text: str, trusted: Sequence[str]) -> None:
     for resolver in _resolvers(place, text):
         if resolver not in RESOLVERS and resolver not in trusted:
             raise ValueError(
-                f"{place} calls the resolver {resolver!r}: nothing of it was run. If you trust it: 'trust=[{resolver}]'."
+                f"{place} calls the resolver {resolver!r}: nothing of it was run. "
+                f"If you trust it: 'trust=[{resolver}]'."
             )
     if text.startswith(PACKAGE_PREFIX):  # looking for its file would import the package
         package = text.removeprefix(PACKAGE_PREFIX).partition("/")[0]
