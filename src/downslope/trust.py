@@ -28,6 +28,7 @@ PACKAGES = (
 )
 RESOLVERS = {"hydra"}
 MAX_BYTES = 2**20
+MAX_DEPTH = 50
 TARGET = re.compile(r"^\s*_target_:\s*['\"]?([\w.]+)", re.MULTILINE)
 ADDRESS = re.compile(r"^\w{2,}:/")  # a drive's name has one letter
 
@@ -66,8 +67,11 @@ def _read(file: Path) -> Any:
         raise ValueError(f"{file} must be a configuration, got more than {MAX_BYTES:,} bytes.")
     try:
         text = file.read_text(encoding="utf-8")
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, yaml.SafeLoader)):
-            raise ValueError("it has an alias.")
+        depth = 0
+        for event in yaml.parse(text, yaml.SafeLoader):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
+                raise ValueError("it has an alias, or is nested too deeply.")
         return OmegaConf.load(file)
     except (ValueError, yaml.YAMLError, RecursionError, OSError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
