@@ -1,3 +1,4 @@
+import contextlib
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -48,7 +49,8 @@ def test_an_evil_pickle_is_never_executed(
         assert ended.err.startswith(f"error: {file} cannot be read as a checkpoint: ")
         assert len(ended.err.splitlines()) == 1
     assert not Path("canary").exists()
-    torch.load(file, weights_only=False)  # the trap does snap
+    with contextlib.suppress(RuntimeError):  # no checkpoint after all
+        torch.load(file, weights_only=False)  # the trap does snap
     assert Path("canary").exists()
 
 

@@ -18,6 +18,14 @@ from downslope.gradients.norms import norms, total_norm
 log = logging.getLogger(__name__)
 
 
+class Terminal(Console):
+    """A console whose reader may go away: rich itself would leave the whole process with `SystemExit`."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what happened, to be dealt with where it happened."""
+        raise BrokenPipeError("the reader has gone")
+
+
 class Progress(ProgressBar):
     """Shows where the run is: a bar in a terminal, elsewhere a line of plain text now and then.
 
@@ -30,7 +38,7 @@ class Progress(ProgressBar):
 
     def __init__(self, every_n_seconds: float = 0.1, line_every_n_seconds: float = 10.0) -> None:
         super().__init__()
-        self.console = Console(stderr=True)
+        self.console = Terminal(stderr=True)
         self.every_n_seconds = every_n_seconds if self.console.is_terminal else line_every_n_seconds
         self._shown_at = 0.0
         self._enabled = True
