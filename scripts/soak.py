@@ -78,7 +78,7 @@ def long_run(num_steps: int) -> list[Sample]:
             *("trainer.max_epochs=-1", f"+trainer.max_steps={num_steps}", "+callbacks.probe._target_=soak.Probe"),
             *(f"+callbacks.probe.run={folder}/run", f"+callbacks.probe.every_n_steps={every}"),
         )
-    return sys.modules["soak"].Probe.samples
+    return list(sys.modules["soak"].Probe.samples)
 
 
 def train(*overrides: str) -> None:

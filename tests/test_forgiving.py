@@ -4,15 +4,19 @@ import resource
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, read_json
+from tests.conftest import ROOT, Outcome, read_json
 
-SHORT = ("hydra.run.dir=run", "trainer.max_epochs=30", "callbacks.gradient_monitor.every_n_steps=1")
+SHORT = (
+    *("hydra.run.dir=run", "trainer.max_epochs=20", "callbacks.gradient_monitor.every_n_steps=1"),
+    "~callbacks.pictures",
+)
 
 
 def train(folder: Path, *overrides: str, **how: Any) -> subprocess.CompletedProcess[str]:
@@ -56,32 +60,34 @@ def test_a_full_disk_under_a_logger_is_one_warning_and_the_same_bits(
     assert read_json(tmp_path / "run")["status"] == "completed"
 
 
-def test_a_result_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run/result.tmp").mkdir()
-    ended = train(tmp_path)
-    assert ended.returncode == 1
-    assert len(ended.stderr.splitlines()) == 1
-    assert ended.stderr.startswith("error: The result cannot be written to ")
-    assert "  loss      train " in ended.stdout
+def test_a_result_that_cannot_be_written_is_an_error(script: Callable[..., Outcome]) -> None:
+    Path("run/result.tmp").mkdir(parents=True)
+    ended = script("train", *SHORT)
+    assert ended.code == 1
+    assert len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("error: The result cannot be written to ")
+    assert "  loss      train " in ended.out
 
 
-@pytest.mark.parametrize("stream", ["stdout", "stderr"])
-@pytest.mark.parametrize("kind", ["pipe", "terminal", "closed", "full"])
-def test_nobody_listening_changes_nothing(tmp_path: Path, undisturbed: torch.Tensor, stream: str, kind: str) -> None:
-    shown = (
-        "callbacks.progress.every_n_seconds=0" if kind == "terminal" else "callbacks.progress.line_every_n_seconds=0"
-    )
+@pytest.mark.parametrize(
+    ("kind", "streams"),
+    [("pipe", ["stdout"]), *((kind, ["stdout", "stderr"]) for kind in ("pipe", "terminal", "closed", "full"))],
+)
+def test_nobody_listening_changes_nothing(
+    tmp_path: Path, undisturbed: torch.Tensor, kind: str, streams: list[str]
+) -> None:
+    frequency = "every_n_seconds" if kind == "terminal" else "line_every_n_seconds"
+    how: dict[str, Any] = {}
     if kind == "closed":
-        how: dict[str, Any] = {"preexec_fn": lambda: os.close({"stdout": 1, "stderr": 2}[stream])}
+        how["preexec_fn"] = lambda: os.closerange(1, 3)
     elif kind == "full":
-        how = {stream: os.open("/dev/full", os.O_WRONLY)}
+        how |= dict.fromkeys(streams, os.open("/dev/full", os.O_WRONLY))
     else:
         mine, other = pty.openpty() if kind == "terminal" else os.pipe()
-        os.close(mine)  # a read end that is closed, a terminal that is hung up
-        how = {stream: other}
-    ended = train(tmp_path, f"+{shown}", **how)
+        os.close(mine)  # a terminal that is hung up, a read end that is closed
+        how |= dict.fromkeys(streams, other)
+    ended = train(tmp_path, f"+callbacks.progress.{frequency}=0", **how)
     assert ended.returncode == 0, ended.stderr
-    assert "Traceback" not in f"{ended.stdout}{ended.stderr}"
+    assert "Traceback" not in (ended.stderr or "")
     assert torch.equal(weights(tmp_path), undisturbed)
     assert read_json(tmp_path / "run")["status"] == "completed"

@@ -1,14 +1,17 @@
 import contextlib
 import pickle
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from downslope.trust import read_untrusted
-from tests.conftest import Outcome, only_run, run_process
+from tests.conftest import Outcome, run_process
 
 Script = Callable[..., Outcome]
 EVIL = "import pathlib; pathlib.Path('canary').touch()\ndef Model(**_): pass\n"
@@ -21,14 +24,21 @@ class Evil:
         return exec, ("import pathlib; pathlib.Path('canary').touch()",)
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("trained")
+    ended = run_process(folder, "train", "trainer.max_epochs=1", "hydra.run.dir=run", "logger=none")
+    assert ended.returncode == 0, ended.stderr
+    return folder / "run"
+
+
 @pytest.fixture
-def run(script: Script) -> Path:
-    assert script("train", "trainer.max_epochs=1").code == 0
-    return only_run(Path.cwd())
+def run(script: Script, trained: Path) -> Path:
+    return Path(shutil.copytree(trained, Path.cwd() / "run"))
 
 
 def commands(run: Path) -> list[tuple[str, ...]]:
-    (run.parents[2] / "new.csv").write_text("age,sex,bmi,bp,s1,s2,s3,s4,s5,s6\n" + "1,2,3,4,5,6,7,8,9,10\n")
+    (run.parent / "new.csv").write_text("age,sex,bmi,bp,s1,s2,s3,s4,s5,s6\n" + "1,2,3,4,5,6,7,8,9,10\n")
     return [("evaluate", f"run={run}"), ("predict", f"run={run}", "data.path=new.csv")]
 
 
@@ -79,30 +89,39 @@ def test_the_variable_has_no_say_in_a_process_of_its_own(run: Path, tmp_path: Pa
         ("data.target", "${run_name:}", "calls the resolver 'run_name'"),
         ("data.target", "${${lr}:HOME}", "calls the resolver '${lr}'"),
         ("data.target", "${a:", "cannot be read"),
+        ("hydra", {"job_logging": {"handlers": {"file": {"()": "evil.Model"}}}}, "got `hydra`"),
         ("data.path", "pkg://evil/x.csv", "names the package 'evil'"),
         ("data.path", "https://localhost:1/x.csv", "nothing is fetched from an address"),
     ],
 )
 def test_a_strangers_configuration_is_refused_before_anything_is_imported(
-    script: Script, run: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: object, said: str
+    run: Path, monkeypatch: pytest.MonkeyPatch, key: str, value: object, said: str
 ) -> None:
     Path("evil.py").write_text(EVIL)
     monkeypatch.syspath_prepend(str(Path.cwd()))
     file = run / ".hydra/config.yaml"
-    config = OmegaConf.to_container(OmegaConf.load(file))
+    config = yaml.safe_load(file.read_text())
     node = config
     *parents, last = key.split(".")
     for parent in parents:
         node = node[parent]
     node[last] = value
     config["trust"] = ["evil", "os", "oc.env"]  # nobody vouches for himself
-    import yaml
-
     file.write_text(yaml.safe_dump(config))
-    ended = script("evaluate", f"run={run}")
-    assert ended.code == 1
-    assert said in ended.err
-    assert len(ended.err.splitlines()) == 1
+    with pytest.raises(ValueError, match=re.escape(said)):
+        read_untrusted(file)
+    assert not Path("canary").exists()
+
+
+def test_a_strangers_configuration_ends_a_command_with_one_line(script: Script, run: Path) -> None:
+    Path("evil.py").write_text(EVIL)
+    file = run / ".hydra/config.yaml"
+    file.write_text(file.read_text().replace("downslope.models.AutomaticLinearRegression", "evil.Model"))
+    for command in commands(run):
+        ended = script(*command)
+        assert ended.code == 1
+        assert "names 'evil.Model'" in ended.err
+        assert len(ended.err.splitlines()) == 1
     assert not Path("canary").exists()
 
 
@@ -124,6 +143,20 @@ def test_what_is_no_configuration_is_refused(tmp_path: Path, text: str) -> None:
     file.write_text(text)
     with pytest.raises(ValueError, match="configuration") if text else pytest.MonkeyPatch.context():
         read_untrusted(file)
+
+
+def test_of_what_hydra_wrote_only_what_is_wanted_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "hydra.yaml"
+    file.write_text("hydra:\n  launcher:\n    _target_: evil.Model\n  overrides:\n    task: [lr=1, 'seed=${lr}']\n")
+    with pytest.raises(ValueError, match="got `hydra`"):
+        read_untrusted(file)
+    selected = read_untrusted(file, only=["hydra.overrides.task"])
+    assert OmegaConf.to_container(selected) == {"hydra": {"overrides": {"task": ["lr=1", "seed=${lr}"]}}}
+    with pytest.raises(ValueError, match=r"must hold `hydra\.runtime\.choices`"):
+        read_untrusted(file, only=["hydra.runtime.choices"])
+    file.write_text(file.read_text().replace("seed=${lr}", "${oc.env:HOME}"))
+    with pytest.raises(ValueError, match=r"calls the resolver 'oc\.env'"):
+        read_untrusted(file, only=["hydra.overrides.task"])
 
 
 @pytest.mark.parametrize("address", ["http://localhost:1/run", "https://localhost:1/x", "s3://x/y", "file:///etc"])

@@ -1,6 +1,6 @@
 """TensorBoard's events: straight into the run's folder, one for all the numbers of a step."""
 
-import contextlib
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,8 +12,7 @@ from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer import event_file_writer, record_writer
-from tensorboard.summary.writer.event_file_writer import _AsyncWriterThread
+from tensorboard.summary.writer import record_writer
 from torch import Tensor
 
 from downslope.forgiving import silence
@@ -69,16 +68,13 @@ def masked_checksum(data: bytes) -> int:
 record_writer.masked_crc32c = masked_checksum
 
 
-class QuietThread(_AsyncWriterThread):  # type: ignore[misc]
-    """Keeps to itself what ends it, such as a full disk: the next write raises it, where it is dealt with."""
-
-    def run(self) -> None:
-        """Writes until told to stop."""
-        with contextlib.suppress(Exception):
-            super().run()
+def no_traceback(arguments: threading.ExceptHookArgs, usual: Callable[..., object] = threading.excepthook) -> None:
+    """Lets TensorBoard's thread end in silence, on a full disk say: the next write raises why, and is dealt with."""
+    if not type(arguments.thread).__module__.startswith("tensorboard."):
+        usual(arguments)
 
 
-event_file_writer._AsyncWriterThread = QuietThread
+threading.excepthook = no_traceback
 
 
 @dataclass(frozen=True, eq=False)

@@ -40,29 +40,43 @@ def check_local(path: Any, key: str) -> None:
         raise ValueError(f"`{key}` must be on this machine, got {path!r}: nothing is fetched from an address.")
 
 
-def read_untrusted(file: Path, trusted: Sequence[str] = ()) -> DictConfig:
+def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] = ()) -> DictConfig:
     """Reads a stored configuration, and refuses what could do more than describe a run.
 
     Args:
         file: As Hydra has written it into a run's folder.
         trusted: Packages, functions and resolvers that it may name beside those of this project.
+        only: Dotted keys of what is wanted; the rest is left out, and may name anything.
 
     Raises:
         ValueError: It is no configuration, or names what nobody vouches for. Nothing of it has been executed.
     """
     config = _read(file)
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{file} must be a configuration, got {type(config).__name__}.")
+    if only:
+        config = _select(file, config, only)
+    elif "hydra" in config:
+        raise ValueError(f"{file} must describe a run, got `hydra`, which says how commands are to behave.")
     for key, value in _values(OmegaConf.to_container(config)):
         place = f"{file}: `{key}`"
-        if key.rpartition(".")[2] == "_target_":
+        if _is_target(key):
             _check_target(place, value, trusted)
         elif isinstance(value, str):
             _check_text(place, value, trusted)
     return config
 
 
-def _read(file: Path) -> Any:
+def names_in(config: DictConfig) -> list[str]:
+    """Returns every `_target_` and resolver that a configuration of one's own names, which vouches for them.
+
+    Example:
+        >>> names_in(OmegaConf.create({"model": {"_target_": "mine.Model", "size": "${oc.env:SIZE}"}}))
+        ['mine.Model', 'oc.env']
+    """
+    texts = [(key, value) for key, value in _values(OmegaConf.to_container(config)) if isinstance(value, str)]
+    return [name for key, value in texts for name in ([value] if _is_target(key) else _resolvers(key, value))]
+
+
+def _read(file: Path) -> DictConfig:
     """The file as plain data: no tags, and no aliases, of which a few lines make a billion."""
     if file.stat().st_size > MAX_BYTES:
         raise ValueError(f"{file} must be a configuration, got more than {MAX_BYTES:,} bytes.")
@@ -73,10 +87,26 @@ def _read(file: Path) -> Any:
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
                 raise ValueError("it has an alias, or is nested too deeply.")
-        return OmegaConf.load(file)
+        config = OmegaConf.load(file)
     except (ValueError, yaml.YAMLError, RecursionError, OSError, OmegaConfBaseException) as error:
         reason = " ".join(str(error).split())
         raise ValueError(f"{file} cannot be read as a configuration: {reason}") from error
+    if not isinstance(config, DictConfig):
+        raise ValueError(f"{file} must be a configuration, got {type(config).__name__}.")
+    return config
+
+
+def _select(file: Path, config: DictConfig, keys: Sequence[str]) -> DictConfig:
+    """What is wanted of a configuration, as it stands there: nothing is resolved."""
+    selected = OmegaConf.create()
+    for key in keys:
+        node: Any = OmegaConf.to_container(config)
+        for name in key.split("."):
+            node = node.get(name) if isinstance(node, dict) else None
+        if node is None:
+            raise ValueError(f"{file} must hold `{key}`.")
+        OmegaConf.update(selected, key, node)
+    return selected
 
 
 def _values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -86,6 +116,10 @@ def _values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         name = f"{path}.{key}" if path else str(key)
         yield name, value
         yield from _values(value, name)
+
+
+def _is_target(key: str) -> bool:
+    return key.rpartition(".")[2] == "_target_"
 
 
 def _check_target(place: str, target: Any, trusted: Sequence[str]) -> None:
@@ -130,7 +164,7 @@ def _resolvers(place: str, text: str) -> list[str]:
 
 def _calls(tree: Any) -> Iterator[str]:
     if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
-        yield tree.resolverName().getText()
+        yield tree.resolverName().getText()  # type: ignore[no-untyped-call]
     for child in getattr(tree, "children", None) or ():
         yield from _calls(child)
 
