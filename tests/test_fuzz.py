@@ -110,8 +110,9 @@ def check(ended: Outcome, before: set[Path]) -> None:
     if ended.code == 1:
         assert len(ended.err.splitlines()) == 1, ended
         assert ended.err.startswith("error: "), ended
-        assert set(Path.cwd().iterdir()) == before, ended
-    shutil.rmtree("run", ignore_errors=True)
+    else:
+        shutil.rmtree("run", ignore_errors=True)
+    assert set(Path.cwd().iterdir()) == before, ended
 
 
 @FUZZ

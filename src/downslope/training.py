@@ -72,7 +72,10 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
     loggers = [forgiving(instantiate(node)) for node in config.logger.values()]
-    trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks, _convert_="all")
+    # Where nobody keeps checkpoints, Lightning would, in the folder that one happens to stand in.
+    keeps = config.trainer.get("enable_checkpointing", any(isinstance(each, Checkpoint) for each in callbacks))
+    parts = {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": keeps}
+    trainer = instantiate(config.trainer, **parts, _convert_="all")
     if not module.automatic_optimization:
         _check_manual(trainer)
     return datamodule, module, trainer
