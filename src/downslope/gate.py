@@ -91,7 +91,8 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
         from downslope.training import build
 
         check_nodes(config)
-        build(config)
+        datamodule, _, _ = build(config)
+        datamodule.setup("fit")  # are its numbers too large for float32?
 
 
 @contextlib.contextmanager
