@@ -21,11 +21,11 @@ from downslope.configuration import CONFIGURATION
 from downslope.data.table import PACKAGE_PREFIX
 
 PACKAGES = (
-    "downslope.callbacks.",
-    "downslope.data.",
-    "downslope.models.",
-    "lightning.pytorch.callbacks.",
-    "torch.optim.",
+    "downslope.callbacks",
+    "downslope.data",
+    "downslope.models",
+    "lightning.pytorch.callbacks",
+    "torch.optim",
 )
 RESOLVERS = {"hydra"}
 MAX_BYTES = 2**20
@@ -125,13 +125,13 @@ def _is_target(key: str) -> bool:
 def _check_target(place: str, target: Any, trusted: Sequence[str]) -> None:
     if isinstance(target, str) and (target in own_targets() or _is_below(target, trusted)):
         return
-    if isinstance(target, str) and target.startswith(PACKAGES):
+    if isinstance(target, str) and _is_below(target, PACKAGES):
         # `torch.optim.optimizer.os.system` begins well too: what counts is where it was defined.
         try:
             origin = get_object(target)
         except Exception as error:
             raise ValueError(f"{place} must name something to import, got {target!r}.") from error
-        if f"{getattr(origin, '__module__', '')}.".startswith(PACKAGES):
+        if _is_below(str(getattr(origin, "__module__", "")), PACKAGES):
             return
     raise ValueError(
         f"{place} names {target!r}, which neither your conf/ nor {', '.join(PACKAGES)} holds: nothing of it was run. "
@@ -148,7 +148,7 @@ def _check_text(place: str, text: str, trusted: Sequence[str]) -> None:
             )
     if text.startswith(PACKAGE_PREFIX):  # looking for its file would import the package
         package = text.removeprefix(PACKAGE_PREFIX).partition("/")[0]
-        if not f"{package}.".startswith(PACKAGES) and not _is_below(package, trusted):
+        if not _is_below(package, [*PACKAGES, *trusted]):
             raise ValueError(f"{place} names the package {package!r}. If you trust it: 'trust=[{package}]'.")
 
 
