@@ -1,10 +1,12 @@
 """A run's checkpoints: plain tensors and plain data, written whole or not at all, and read as nothing else."""
 
+import contextlib
 import hashlib
 import io
 import logging
 import os
 import pickle
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,9 @@ import torch
 from hydra.utils import instantiate
 from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from downslope.trust import read_untrusted
 
 log = logging.getLogger(__name__)
 
@@ -111,10 +115,15 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
         )
     try:
         checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, ValueError) as error:
+    except Exception as error:  # bytes that somebody has spoiled fail in many ways
         reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "it holds more than plain tensors and plain data, and is not read any further."
         raise UnreadableCheckpointError(f"{file} cannot be read as a checkpoint: {reason}") from error
-    assert isinstance(checkpoint, dict)
+    if not isinstance(checkpoint, dict):
+        raise UnreadableCheckpointError(
+            f"{file} cannot be read as a checkpoint: it holds a {type(checkpoint).__name__}."
+        )
     return checkpoint
 
 
@@ -148,18 +157,20 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
     return file, checkpoint
 
 
-def read_configuration(run: Path) -> DictConfig:
-    """Reads the configuration that a run was made with.
+def read_configuration(run: Path, trusted: Sequence[str] = ()) -> DictConfig:
+    """Reads the configuration that a run was made with, as data: the run may be a stranger's.
+
+    Args:
+        run: The run's folder.
+        trusted: What it may name beside what `downslope.trust` allows.
 
     Raises:
-        ValueError: The folder is not a run's.
+        ValueError: The folder is not a run's, or its configuration names what is not trusted.
     """
     file = run / ".hydra" / "config.yaml"
     if not file.is_file():
         raise ValueError(f"`run` must be the folder of a run, outputs/runs/…, got {str(run)!r}: it has no {file.name}.")
-    config = OmegaConf.load(file)
-    assert isinstance(config, DictConfig)
-    return config
+    return read_untrusted(file, trusted)
 
 
 def read_checkpoint(run: Path, name: str = BEST) -> dict[str, Any]:
@@ -172,6 +183,20 @@ def read_checkpoint(run: Path, name: str = BEST) -> dict[str, Any]:
     if not file.is_file():
         raise ValueError(f"`run` must be a run that has saved a checkpoint, got {str(run)!r}: it has no {name}.")
     return load_checkpoint(file)
+
+
+@contextlib.contextmanager
+def belonging(run: Path, name: str = BEST) -> Iterator[None]:
+    """Explains what fails because configuration and checkpoint are not of one and the same run.
+
+    Raises:
+        ValueError: In place of whatever somebody else's values lead to.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(f"{run / name} does not belong to the configuration of its run: {reason}") from error
 
 
 def load_module(config: DictConfig, checkpoint: dict[str, Any], num_features: int) -> LightningModule:

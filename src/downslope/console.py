@@ -63,13 +63,41 @@ def refusing(config_name: str) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush()
     except Exception as error:
         if SHOW_TRACEBACK:
             traceback.print_exception(error)
         else:
-            print(f"error: {explain(error, config_name)}", file=sys.stderr)
+            print(f"error: {one_line(explain(error, config_name))}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Lets a run go on that nobody listens to: a terminal that was closed, a full disk behind `>`."""
+    try:
+        yield
+    except OSError as error:
+        logging.getLogger(__name__).warning("Cannot print any more, the run goes on: %s", error)
+        _hush()
+
+
+def _hush() -> None:
+    """Sends what is still printed, and what waits in the buffer, nowhere: else Python exits with 120."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def one_line(message: str) -> str:
+    r"""Returns a message in one line that a terminal can show, whatever bytes came in.
+
+    Example:
+        >>> one_line("Missing keys:\n\tlinear.weight\x00")
+        'Missing keys: linear.weight?'
+    """
+    words = " ".join(message.split()).encode("utf-8", "replace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def explain(error: BaseException, config_name: str = "train") -> str:
@@ -108,6 +136,16 @@ def _explain_composition(message: str, config_name: str) -> str:
     return " ".join(lines)
 
 
+class LogFile(logging.FileHandler):
+    """The log of a run: a disk that is full is told of once, and training goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Says it on the terminal, and closes the file's door."""
+        self.addFilter(lambda _: False)
+        with contextlib.suppress(OSError):
+            print(f"WARNING: Cannot write {self.baseFilename} any more: {sys.exception()}", file=sys.stderr)
+
+
 class Quiet(logging.Filter):
     """Lets our own warnings through to the terminal, and everything when Hydra was told to be verbose."""
 
@@ -117,6 +155,7 @@ class Quiet(logging.Filter):
         return verbose or (record.name.startswith("downslope") and record.levelno >= logging.WARNING)
 
 
+@unheard()
 def print_header(config: "DictConfig", datamodule: "DataModule", trainer: "Trainer") -> None:
     """Prints what is about to be trained, in one line."""
     from hydra.core.hydra_config import HydraConfig
@@ -131,6 +170,7 @@ def print_header(config: "DictConfig", datamodule: "DataModule", trainer: "Train
     )
 
 
+@unheard()
 def print_result(result: Result, folder: Path) -> None:
     """Prints what came of a run, and where to look next."""
     say("")

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import datetime
@@ -113,6 +114,7 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
 
         check_nodes(config)
         datamodule, module, _ = build(config)
+        datamodule.setup("fit")  # are its numbers too large for float32?
         if config.get("resume"):
             checkpoint_of(Path(config.resume), datamodule, module)
 
@@ -132,9 +134,13 @@ def _hydra_config(config: DictConfig) -> Iterator[None]:
 def _heavy_imports() -> Iterator[None]:
     """Imports torch and Lightning without the garbage collector, which would walk every object they make.
 
+    Only the first time: freezing again would keep for ever whatever garbage an earlier run in this process has left.
+
     Logging is not configured yet: what they have to say now would land in the terminal.
     """
-    gc.disable()
+    first = "torch" not in sys.modules
+    if first:
+        gc.disable()
     logging.disable()
     try:
         with warnings.catch_warnings():
@@ -143,8 +149,9 @@ def _heavy_imports() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-        gc.freeze()
-        gc.enable()
+        if first:
+            gc.freeze()
+            gc.enable()
 
 
 def _import_torchmetrics() -> None:

@@ -12,13 +12,14 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from downslope.configuration import show
 from downslope.result import Result, read_result
+from downslope.trust import check_local, read_untrusted
 
 if TYPE_CHECKING:
     from lightning import LightningModule
 
     from downslope.data import DataModule
 
-OWN_KEYS = ("resume", "resume_override")
+OWN_KEYS = ("resume", "resume_override", "trust")
 FIXED = ("data", "seed")  # another order of rows, or other rows: nothing that could be gone on with
 
 
@@ -37,7 +38,9 @@ def adopt(config: DictConfig) -> Result | None:
         ValueError: The folder is not a run's, or a value differs from the run's own.
     """
     run = Path(str(config.resume)).absolute()
-    saved, hydra = _read(run, "config.yaml"), _read(run, "hydra.yaml").hydra
+    check_local(config.resume, "resume")
+    saved = read_untrusted(_file(run, "config.yaml"), config.trust)
+    hydra = read_untrusted(_file(run, "hydra.yaml"), only=("hydra.overrides.task", "hydra.runtime.choices")).hydra
     typed = [override for override in _typed(config) if not override.key_or_group.startswith(("hydra.", *OWN_KEYS))]
     allowed = list(config.resume_override or [])
     keys = [override.key_or_group for override in typed]
@@ -68,7 +71,7 @@ def keep_changes(config: DictConfig) -> None:
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     with open_dict(own):
         own.resume, own.resume_override = None, []
-    hydra = _read(Path(config.resume), "hydra.yaml")
+    hydra = OmegaConf.load(_file(Path(config.resume), "hydra.yaml"))
     hydra.hydra.overrides.task = config.hydra.overrides.task
     hydra.hydra.runtime.choices = config.hydra.runtime.choices
     for name, content in {"config": own, "overrides": config.hydra.overrides.task, "hydra": hydra}.items():
@@ -77,15 +80,13 @@ def keep_changes(config: DictConfig) -> None:
         partial.replace(folder / f"{name}.yaml")
 
 
-def _read(run: Path, name: str) -> DictConfig:
+def _file(run: Path, name: str) -> Path:
     file = run / ".hydra" / name
     if not file.is_file():
         raise ValueError(
             f"`resume` must be the folder of a run, outputs/runs/…, got {str(run)!r}: it has no .hydra/{name}."
         )
-    config = OmegaConf.load(file)
-    assert isinstance(config, DictConfig)
-    return config
+    return file
 
 
 def _typed(config: DictConfig) -> list[Override]:

@@ -1,7 +1,7 @@
 """TensorBoard's events: straight into the run's folder, one for all the numbers of a step."""
 
-import logging
 import os
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +19,7 @@ from tensorboard.summary.writer import record_writer
 from torch import Tensor
 
 from downslope.event_files import masked_checksum
-
-log = logging.getLogger(__name__)
+from downslope.forgiving import silence
 
 EVENT_FILES = "events.out.tfevents.*"
 LAYOUT = {
@@ -65,6 +64,15 @@ class TensorBoard(TensorBoardLogger):
 record_writer.masked_crc32c = masked_checksum
 
 
+def no_traceback(arguments: threading.ExceptHookArgs, usual: Callable[..., object] = threading.excepthook) -> None:
+    """Lets TensorBoard's thread end in silence, on a full disk say: the next write raises why, and is dealt with."""
+    if not type(arguments.thread).__module__.startswith("tensorboard."):
+        usual(arguments)
+
+
+threading.excepthook = no_traceback
+
+
 @dataclass(frozen=True, eq=False)
 class Measurement:
     """What an observer measures at many steps in the same way.
@@ -93,7 +101,7 @@ class StepWriter:
         self._loggers: list[Logger] = list(trainer.loggers) if trainer.is_global_zero else []
         self._num_rows = num_rows
         self._rows: list[tuple[int, Measurement, Row]] = []
-        for logger in self._loggers:
+        for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger):
                 self.attempt(logger, lambda logger: logger.experiment.add_custom_scalars(LAYOUT))
 
@@ -112,7 +120,7 @@ class StepWriter:
         """Writes a histogram of the finite values: TensorBoard has no place for the others."""
         values = values.detach().float()
         values = values[torch.isfinite(values)]
-        for logger in self._loggers:
+        for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger) and values.numel():
                 self.attempt(logger, lambda logger: logger.experiment.add_histogram(tag, values.cpu(), step))
 
@@ -127,7 +135,7 @@ class StepWriter:
             parts = [_stack(part) for part in zip(*(row for _, row in taken), strict=True)]
             for (step, _), values in zip(taken, measurement.derive(*parts).tolist(), strict=True):
                 steps[step].update(zip(measurement.tags, values, strict=True))
-        for logger in self._loggers:
+        for logger in tuple(self._loggers):
             self.attempt(logger, lambda logger: _write(logger, steps))
 
     def attempt(self, logger: Any, write: Any) -> None:
@@ -136,7 +144,7 @@ class StepWriter:
             write(logger)
         except Exception as error:
             self._loggers.remove(logger)
-            log.warning("Cannot write to %s any more, training goes on: %s", type(logger).__name__, error)
+            silence(logger, error)
 
 
 def _stack(part: Sequence[Any]) -> Tensor:

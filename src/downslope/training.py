@@ -1,5 +1,6 @@
 """Training: compose → build → fit → result."""
 
+import contextlib
 import logging
 import os
 import platform
@@ -19,6 +20,7 @@ from downslope.callbacks.pictures import HasLeastSquares
 from downslope.console import explain, print_header, print_interrupted, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
+from downslope.forgiving import forgiving
 from downslope.gradients.least_squares import least_squares
 from downslope.hparams import write_hparams
 from downslope.result import Result
@@ -72,8 +74,11 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    loggers = [instantiate(node) for node in config.logger.values()]
-    trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks, _convert_="all")
+    loggers = [forgiving(instantiate(node)) for node in config.logger.values()]
+    # Where nobody keeps checkpoints, Lightning would, in the folder that one happens to stand in.
+    keeps = config.trainer.get("enable_checkpointing", any(isinstance(each, Checkpoint) for each in callbacks))
+    parts = {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": keeps}
+    trainer = instantiate(config.trainer, **parts, _convert_="all")
     if not module.automatic_optimization:
         _check_manual(trainer)
     return datamodule, module, trainer
@@ -127,7 +132,8 @@ def train(config: DictConfig) -> float:
     except Exception as error:
         result.error = {"type": type(error).__name__, "message": explain(error)}
         log.info("failed", exc_info=True)
-        result.write(folder)
+        with contextlib.suppress(OSError):  # a disk that is full must not hide the error
+            result.write(folder)
         raise
     except Interrupted:
         result.status = "interrupted"
@@ -136,9 +142,11 @@ def train(config: DictConfig) -> float:
             print_interrupted(result, folder)
         raise
     if trainer.is_global_zero:
-        result.write(folder)
-        write_hparams(folder, config, hydra.runtime.choices, result)
-        print_result(result, folder)
+        try:
+            result.write(folder)
+            write_hparams(folder, config, hydra.runtime.choices, result)
+        finally:  # where the file cannot be written, the terminal is all there is
+            print_result(result, folder)
     return result.metrics["val/loss"]
 
 

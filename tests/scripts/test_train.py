@@ -182,6 +182,7 @@ def test_every_option_trains(script: Script, tmp_path: Path, overrides: list[str
     ended = script("train", *overrides, *FAST)
     assert ended.code == 0, ended.err
     assert read_json(only_run(tmp_path))["status"] == "completed"
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
 @pytest.mark.parametrize("overrides", [[], ["+trainer.accumulate_grad_batches=2"], ["model=manual"]], ids=str)

@@ -135,6 +135,8 @@ def _resolve(path: str) -> Path:
     file = Path(path).expanduser()
     if not file.is_file():
         what = "a folder" if file.is_dir() else "there is no such file"
+        if "://" in path:
+            what = "nothing is fetched from an address"
         raise ValueError(f"`data.path` must name a CSV or Parquet file, got {path!r}: {what}.")
     return file
 
