@@ -172,6 +172,8 @@ class Pictures(Callback):
         """Draws the last step that still stands: a FlightRecorder takes back one that diverged."""
         last_two = [flat(place) for place in self._last_two]
         taken_back = torch.equal(last_two[-1], end) and len(last_two) == 2
+        if not taken_back and any(torch.equal(flat(place), end) for place in self._path):
+            raise ValueError("neither of the last two steps stands")
         before = last_two[-2 if taken_back else -1]
         if not (before.isfinite().all() and end.isfinite().all()):
             raise ValueError("the parameters are not finite")
