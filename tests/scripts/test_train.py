@@ -28,7 +28,10 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[a-z2-9]{4}", run.name)
     events = [file.name for file in run.iterdir() if file.name.startswith("events.out.tfevents.")]
     assert len(events) == 1
-    assert {file.name for file in run.iterdir()} - set(events) == {".hydra", "checkpoints", "result.json", "train.log"}
+    pictures = {"loss_surface.png", "step_along_gradient.png"}
+    others = {file.name for file in run.iterdir()} - set(events) - pictures
+    assert others == {".hydra", "checkpoints", "result.json", "train.log"}
+    assert all((run / name).exists() for name in pictures)
     assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     lines = ended.stdout.splitlines()
     assert lines[0] == (

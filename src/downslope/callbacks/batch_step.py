@@ -66,11 +66,12 @@ class BatchStep:
         with _silent(trainer), random_state(self._random_state):
             function = LossFunction(self.module, self.batch)
             _, gradient = function.value_and_gradient(self._before)
-        slope = sum(float(each.double().square().sum()) for each in gradient.values())
+        slope = sum(float(each.cpu().double().square().sum()) for each in gradient.values())
         if not 0 < slope < math.inf:
             raise ValueError("the gradient is zero" if slope == 0 else "the gradient is not finite")
         followed = sum(
-            float(((self._before[name] - self._after[name]).double() * each).sum()) for name, each in gradient.items()
+            float(((self._before[name] - self._after[name]).cpu().double() * each.cpu()).sum())
+            for name, each in gradient.items()
         )
 
         def loss(learning_rate: float) -> float:

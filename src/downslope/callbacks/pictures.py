@@ -70,12 +70,14 @@ class Pictures(Callback):
         self._batch_step: BatchStep | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
+        if not trainer.is_global_zero:
+            return
         self._told: set[str] = set()
+        line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
         reason = why_no_batch_step(trainer, pl_module) if line is None else None
         if reason:
             self._tell(reason)
-        if reason or not trainer.is_global_zero or len(trainer.optimizers) != 1:
+        if reason or len(trainer.optimizers) != 1:
             return
         self._line, self._batch_step = line, None
         self._parameters = [parameter.detach() for parameter in pl_module.parameters()]
@@ -145,12 +147,14 @@ class Pictures(Callback):
 
     def figures(self, trainer: Trainer) -> "dict[str, Figure]":
         """Returns the pictures of the run so far by name; the log says why one is left out."""
-        end = flat(self._parameters)  # a run that diverged may have taken back its last step
-        figures = {} if self._line is None else {"loss_surface": self._surface(self._line, end)}
+        figures: dict[str, Figure] = {}
         try:
-            figures["step_along_gradient"] = (
-                self._step_on_the_batch(trainer) if self._line is None else self._step_on_the_line(self._line, end)
-            )
+            if self._line is None:
+                figures["step_along_gradient"] = self._step_on_the_batch(trainer)
+            else:
+                end = flat(self._parameters)  # a run that diverged may have taken back its last step
+                figures["loss_surface"] = self._surface(self._line, end)
+                figures["step_along_gradient"] = self._step_on_the_line(self._line, end)
         except ValueError as error:
             self._tell(str(error))
         return figures
@@ -172,6 +176,8 @@ class Pictures(Callback):
         """Draws the last step that still stands: a FlightRecorder takes back one that diverged."""
         last_two = [flat(place) for place in self._last_two]
         taken_back = torch.equal(last_two[-1], end) and len(last_two) == 2
+        if not taken_back and any(torch.equal(flat(place), end) for place in self._path):
+            raise ValueError("neither of the last two steps stands")
         before = last_two[-2 if taken_back else -1]
         if not (before.isfinite().all() and end.isfinite().all()):
             raise ValueError("the parameters are not finite")

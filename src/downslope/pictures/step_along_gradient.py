@@ -102,8 +102,10 @@ def draw_step_along_gradient(
     axes.set_ylabel(f"{'loss of the batch' if sampled else 'training loss'} after the step", color=INK)
     uphill = not loss(learning_rate) <= loss(0.0) if sampled else ratio > UPHILL
     name = name_step(ratio, learning_rate, largest_stable, uphill)
-    below = f"{learning_rate:.3g} × the gradient, best {best:.3g}"
+    below = f"It goes {learning_rate:.3g} × the gradient"
     if largest_stable and SHORT * largest_stable <= learning_rate < TOO_SHORT * best:
-        below += f"; beyond {largest_stable:.3g} the steepest direction diverges"
+        below += f"; beyond {largest_stable:.3g} × the steepest direction diverges"
+    else:
+        below += f": {ratio:.3g} × the best along this one"
     title(axes, f"Step {step:,}: {name} along its gradient", below)
     return figure
