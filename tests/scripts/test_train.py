@@ -87,7 +87,7 @@ def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) 
     tags = read_events(run).Tags()
     elements = [f"linear.weight[0,{index}]" for index in range(10)] + ["linear.bias[0]"]
     assert set(tags["scalars"]) == {
-        *("train/loss", "val/loss", "val/mae", "val/r2", "test/loss", "test/mae", "test/r2"),
+        *("train/loss", "val/loss", "val/mae", "val/r2", "test/loss", "test/mae", "test/r2", "excess_loss"),
         *("gradient_norm/total", "gradient_norm/linear.weight", "gradient_norm/linear.bias"),
         "gradient_norm/applied",
         *("curvature/sharpness", "learning_rate_effect/stability"),
@@ -103,7 +103,7 @@ def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) 
     }
     assert tags["histograms"] == ["gradient/linear.weight", "gradient/linear.bias"]
     assert [step for step, _ in scalars(run, "gradient_norm/total")] == [0, 5, 10, 15]
-    assert [step for step, _ in scalars(run, "val/loss")] == [6, 12, 18]
+    assert [step for step, _ in scalars(run, "val/loss")] == [6, 12, 18, 18]  # again in float64, for HPARAMS
     assert [step for step, _ in scalars(run, "train/loss")] == [6, 12, 18]
     assert scalars(run, "val/loss")[-1][1] == pytest.approx(read_json(run)["metrics"]["val/loss"], rel=1e-6)
 
