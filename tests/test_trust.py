@@ -10,6 +10,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from downslope.data.table import column_names
 from downslope.trust import read_untrusted
 from tests.conftest import Outcome, run_process
 
@@ -90,7 +91,6 @@ def test_the_variable_has_no_say_in_a_process_of_its_own(run: Path, tmp_path: Pa
         ("data.target", "${${lr}:HOME}", "calls the resolver '${lr}'"),
         ("data.target", "${a:", "cannot be read"),
         ("hydra", {"job_logging": {"handlers": {"file": {"()": "evil.Model"}}}}, "got `hydra`"),
-        ("data.path", "pkg://evil/x.csv", "names the package 'evil'"),
     ],
 )
 def test_a_strangers_configuration_is_refused_before_anything_is_imported(
@@ -164,6 +164,19 @@ def test_a_strangers_configuration_fetches_nothing(script: Script, run: Path) ->
     ended = script("evaluate", f"run={run}")
     assert ended.code == 1
     assert "nothing is fetched from an address" in ended.err
+
+
+@pytest.mark.parametrize("path", ["pkg://evil/x.csv", "pkg://evil.sub/x.csv", "pkg://nobody/x.csv", "pkg:///x.csv"])
+def test_looking_for_a_file_in_a_package_does_not_import_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (tmp_path / "evil/sub").mkdir(parents=True)
+    (tmp_path / "evil/__init__.py").write_text(EVIL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no such file"):
+        column_names(path)
+    assert not Path("canary").exists()
 
 
 @pytest.mark.parametrize("address", ["http://localhost:1/run", "https://localhost:1/x", "s3://x/y", "file:///etc"])

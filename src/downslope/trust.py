@@ -18,7 +18,6 @@ from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
 from downslope.configuration import CONFIGURATION
-from downslope.data.table import PACKAGE_PREFIX
 
 PACKAGES = (
     "downslope.callbacks",
@@ -36,7 +35,7 @@ ADDRESS = re.compile(r"^\w{2,}:/")  # a drive's name has one letter
 
 def check_local(path: Any, key: str) -> None:
     """Raises for an address: nothing is ever fetched."""
-    if isinstance(path, str) and ADDRESS.match(path) and not path.startswith(PACKAGE_PREFIX):
+    if isinstance(path, str) and ADDRESS.match(path):
         raise ValueError(f"`{key}` must be on this machine, got {path!r}: nothing is fetched from an address.")
 
 
@@ -146,10 +145,6 @@ def _check_text(place: str, text: str, trusted: Sequence[str]) -> None:
                 f"{place} calls the resolver {resolver!r}: nothing of it was run. "
                 f"If you trust it: 'trust=[{resolver}]'."
             )
-    if text.startswith(PACKAGE_PREFIX):  # looking for its file would import the package
-        package = text.removeprefix(PACKAGE_PREFIX).partition("/")[0]
-        if not _is_below(package, [*PACKAGES, *trusted]):
-            raise ValueError(f"{place} names the package {package!r}. If you trust it: 'trust=[{package}]'.")
 
 
 def _resolvers(place: str, text: str) -> list[str]:
