@@ -72,6 +72,10 @@ check: lint typecheck test ## Everything that CI runs
 benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README claims
 	$(BIN)/python scripts/benchmark.py
 
+.PHONY: chaos
+chaos: $(VENV)/.installed-dev ## Kill 200 runs at random moments, go on with them, compare every bit (KILLS=, SEED=)
+	$(BIN)/python scripts/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
 .PHONY: fuzz
 fuzz: $(VENV)/.installed-dev ## Try 10,000 broken inputs
 	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_fuzz.py

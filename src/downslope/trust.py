@@ -65,13 +65,15 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
 
 
 def names_in(config: DictConfig) -> list[str]:
-    """Returns every `_target_` and resolver that a configuration of one's own names, which vouches for them.
+    """Returns every `_target_` and resolver that a composed configuration names: its user vouches for them.
 
     Example:
         >>> names_in(OmegaConf.create({"model": {"_target_": "mine.Model", "size": "${oc.env:SIZE}"}}))
         ['mine.Model', 'oc.env']
     """
-    texts = [(key, value) for key, value in _values(OmegaConf.to_container(config)) if isinstance(value, str)]
+    plain: Any = OmegaConf.to_container(config)
+    values = _values({key: plain[key] for key in plain if key != "hydra"})
+    texts = [(key, value) for key, value in values if isinstance(value, str)]
     return [name for key, value in texts for name in ([value] if _is_target(key) else _resolvers(key, value))]
 
 
