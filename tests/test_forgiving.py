@@ -51,7 +51,7 @@ def at_most(num_bytes: int) -> Any:
 def test_a_full_disk_under_a_logger_is_one_warning_and_the_same_bits(
     tmp_path: Path, undisturbed: torch.Tensor, logger: str
 ) -> None:
-    ended = train(tmp_path, f"logger={logger}", preexec_fn=at_most(12_000))
+    ended = train(tmp_path, f"logger={logger}", "~callbacks.progress", preexec_fn=at_most(12_000))
     assert ended.returncode == 0, ended.stderr
     (line,) = ended.stderr.splitlines()
     assert line.startswith("WARNING: Cannot write to ")
@@ -62,7 +62,7 @@ def test_a_full_disk_under_a_logger_is_one_warning_and_the_same_bits(
 
 def test_a_result_that_cannot_be_written_is_an_error(script: Callable[..., Outcome]) -> None:
     Path("run/result.tmp").mkdir(parents=True)
-    ended = script("train", *SHORT)
+    ended = script("train", *SHORT, "~callbacks.progress")
     assert ended.code == 1
     assert len(ended.err.splitlines()) == 1
     assert ended.err.startswith("error: The result cannot be written to ")

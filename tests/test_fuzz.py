@@ -14,7 +14,7 @@ from tests.conftest import Outcome
 
 Script = Callable[..., Outcome]
 # In `make fuzz` 10,000 in all, over the five tests.
-NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "300")) // 5
+NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200")) // 5
 FUZZ = settings(
     max_examples=NUM_EXAMPLES,
     deadline=20_000,  # ms: never a hang

@@ -10,6 +10,8 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 
+from downslope.checkpoints import write_checkpoint
+from downslope.data.table import column_names
 from downslope.trust import read_untrusted
 from tests.conftest import Outcome, run_process
 
@@ -90,7 +92,6 @@ def test_the_variable_has_no_say_in_a_process_of_its_own(run: Path, tmp_path: Pa
         ("data.target", "${${lr}:HOME}", "calls the resolver '${lr}'"),
         ("data.target", "${a:", "cannot be read"),
         ("hydra", {"job_logging": {"handlers": {"file": {"()": "evil.Model"}}}}, "got `hydra`"),
-        ("data.path", "pkg://evil/x.csv", "names the package 'evil'"),
     ],
 )
 def test_a_strangers_configuration_is_refused_before_anything_is_imported(
@@ -122,6 +123,34 @@ def test_a_strangers_configuration_ends_a_command_with_one_line(script: Script, 
         assert "names 'evil.Model'" in ended.err
         assert len(ended.err.splitlines()) == 1
     assert not Path("canary").exists()
+
+
+def test_a_strangers_run_is_not_gone_on_with(script: Script, run: Path) -> None:
+    more = (f"resume={run}", "resume_override=[trainer.max_epochs]", "trainer.max_epochs=3")
+    Path("evil.py").write_text(EVIL)
+    file = run / ".hydra/config.yaml"
+    own = file.read_text()
+    file.write_text(own.replace("downslope.models.AutomaticLinearRegression", "evil.Model"))
+    assert "names 'evil.Model'" in script("train", *more).err
+    file.write_text(own)
+    for checkpoint in (run / "checkpoints").iterdir():
+        write_checkpoint({"state_dict": Evil()}, checkpoint)  # a checksum vouches for nobody
+    ended = script("train", *more)
+    assert ended.code == 1
+    assert "it holds more than plain tensors and plain data" in ended.err
+    assert len(ended.err.splitlines()) == 1
+    assert not Path("canary").exists()
+
+
+def test_what_the_command_line_names_is_vouched_for(script: Script, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Path("mine.py").write_text("from downslope.models import AutomaticLinearRegression as Model\n")
+    monkeypatch.syspath_prepend(str(Path.cwd()))
+    file = run / ".hydra/config.yaml"
+    file.write_text(file.read_text().replace("downslope.models.AutomaticLinearRegression", "mine.Model"))
+    assert "If you trust it: 'trust=[mine]'" in script("train", f"resume={run}").err
+    ended = script("train", f"resume={run}", "model._target_=mine.Model")
+    assert ended.code == 0, ended.err
+    assert "there is nothing to go on with" in ended.out
 
 
 def test_what_the_user_vouches_for_is_used(script: Script, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +193,19 @@ def test_a_strangers_configuration_fetches_nothing(script: Script, run: Path) ->
     ended = script("evaluate", f"run={run}")
     assert ended.code == 1
     assert "nothing is fetched from an address" in ended.err
+
+
+@pytest.mark.parametrize("path", ["pkg://evil/x.csv", "pkg://evil.sub/x.csv", "pkg://nobody/x.csv", "pkg:///x.csv"])
+def test_looking_for_a_file_in_a_package_does_not_import_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    (tmp_path / "evil/sub").mkdir(parents=True)
+    (tmp_path / "evil/__init__.py").write_text(EVIL)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ValueError, match="there is no such file"):
+        column_names(path)
+    assert not Path("canary").exists()
 
 
 @pytest.mark.parametrize("address", ["http://localhost:1/run", "https://localhost:1/x", "s3://x/y", "file:///etc"])

@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from downslope.configuration import show
 from downslope.result import Result, read_result
-from downslope.trust import check_local, read_untrusted
+from downslope.trust import check_local, names_in, read_untrusted
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -39,7 +39,7 @@ def adopt(config: DictConfig) -> Result | None:
     """
     run = Path(str(config.resume)).absolute()
     check_local(config.resume, "resume")
-    saved = read_untrusted(_file(run, "config.yaml"), config.trust)
+    saved = read_untrusted(_file(run, "config.yaml"), [*config.trust, *names_in(config)])
     hydra = read_untrusted(_file(run, "hydra.yaml"), only=("hydra.overrides.task", "hydra.runtime.choices")).hydra
     typed = [override for override in _typed(config) if not override.key_or_group.startswith(("hydra.", *OWN_KEYS))]
     allowed = list(config.resume_override or [])

@@ -18,7 +18,6 @@ from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
 from downslope.configuration import CONFIGURATION
-from downslope.data.table import PACKAGE_PREFIX
 
 PACKAGES = (
     "downslope.callbacks",
@@ -36,7 +35,7 @@ ADDRESS = re.compile(r"^\w{2,}:/")  # a drive's name has one letter
 
 def check_local(path: Any, key: str) -> None:
     """Raises for an address: nothing is ever fetched."""
-    if isinstance(path, str) and ADDRESS.match(path) and not path.startswith(PACKAGE_PREFIX):
+    if isinstance(path, str) and ADDRESS.match(path):
         raise ValueError(f"`{key}` must be on this machine, got {path!r}: nothing is fetched from an address.")
 
 
@@ -66,13 +65,15 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
 
 
 def names_in(config: DictConfig) -> list[str]:
-    """Returns every `_target_` and resolver that a configuration of one's own names, which vouches for them.
+    """Returns every `_target_` and resolver that a composed configuration names: its user vouches for them.
 
     Example:
         >>> names_in(OmegaConf.create({"model": {"_target_": "mine.Model", "size": "${oc.env:SIZE}"}}))
         ['mine.Model', 'oc.env']
     """
-    texts = [(key, value) for key, value in _values(OmegaConf.to_container(config)) if isinstance(value, str)]
+    plain: Any = OmegaConf.to_container(config)
+    values = _values({key: plain[key] for key in plain if key != "hydra"})
+    texts = [(key, value) for key, value in values if isinstance(value, str)]
     return [name for key, value in texts for name in ([value] if _is_target(key) else _resolvers(key, value))]
 
 
@@ -146,10 +147,6 @@ def _check_text(place: str, text: str, trusted: Sequence[str]) -> None:
                 f"{place} calls the resolver {resolver!r}: nothing of it was run. "
                 f"If you trust it: 'trust=[{resolver}]'."
             )
-    if text.startswith(PACKAGE_PREFIX):  # looking for its file would import the package
-        package = text.removeprefix(PACKAGE_PREFIX).partition("/")[0]
-        if not _is_below(package, [*PACKAGES, *trusted]):
-            raise ValueError(f"{place} names the package {package!r}. If you trust it: 'trust=[{package}]'.")
 
 
 def _resolvers(place: str, text: str) -> list[str]:
