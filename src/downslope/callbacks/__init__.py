@@ -7,6 +7,7 @@ from downslope.callbacks.gradient_monitor import GradientMonitor
 from downslope.callbacks.learning_rate_effects import LearningRateEffects
 from downslope.callbacks.progress import Progress
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
+from downslope.callbacks.verdict_monitor import VerdictMonitor
 
 __all__ = [
     "Checkpoints",
@@ -17,4 +18,5 @@ __all__ = [
     "LearningRateEffects",
     "Progress",
     "SharpnessMonitor",
+    "VerdictMonitor",
 ]
