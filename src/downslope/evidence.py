@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam, RMSprop
 
+from downslope.gradients.least_squares import LeastSquares
 from downslope.gradients.norms import norms
-from downslope.gradients.outlook import Outlook
+from downslope.gradients.outlook import Outlook, best_learning_rate, outlook
 from downslope.verdict import Evidence, Method
 
 FIRST_JUDGEMENTS = (8, 16, 32)  # at 10 × the limit float32 overflows after some 30 steps
@@ -78,7 +79,9 @@ class EvidenceCollector:
         self.optimizer = optimizer
         self.step = step
         self._others = sorted({*FIRST_JUDGEMENTS, *([] if last_step is None else [last_step])})
-        self.first_excess: float | None = None
+        self._line: LeastSquares | None = None
+        self._first_excess: float | None = None
+        self._best_learning_rate: float | None = None
         self._names = names
         self._every_n_steps = every_n_steps
         self._window = window
@@ -88,6 +91,7 @@ class EvidenceCollector:
         self._gradient_norms: list[tuple[int, float]] = []
         self._first_loss: float | None = None
         self._largest_curvature: float | None = None
+        self._largest_rate = 0.0
         self._leftover: Tensor | None = None
         self._begin_window()
 
@@ -97,16 +101,45 @@ class EvidenceCollector:
             "blocks": [list(block) for block in self._blocks],
             "gradient_norms": [list(pair) for pair in self._gradient_norms],
             "first_loss": self._first_loss,
-            "first_excess": self.first_excess,
+            "first_excess": self._first_excess,
+            "best_learning_rate": self._best_learning_rate,
             "largest_curvature": self._largest_curvature,
+            "largest_rate": self._largest_rate,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
         self._blocks = [Block(*block) for block in state["blocks"]]
         self._gradient_norms = [(step, norm) for step, norm in state["gradient_norms"]]
-        self._first_loss, self.first_excess = state["first_loss"], state["first_excess"]
-        self._largest_curvature = state["largest_curvature"]
+        self._first_loss, self._first_excess = state["first_loss"], state["first_excess"]
+        self._best_learning_rate = state["best_learning_rate"]
+        self._largest_curvature, self._largest_rate = state["largest_curvature"], state["largest_rate"]
+
+    def set_line(
+        self, line: LeastSquares, parameters: Sequence[Tensor], tolerance: float, names: Sequence[str] = ()
+    ) -> None:
+        """Takes a line's closed form, to hold the weights against it: at the first step, or where a run is resumed.
+
+        Args:
+            line: Over all rows that are trained on.
+            parameters: The module's, weight then bias.
+            tolerance: Share of the first excess loss at which it has arrived.
+            names: Of the features.
+        """
+        weights = _flat([parameter.detach() for parameter in parameters])
+        if len(weights) != len(line.parameters):
+            return
+        self._line, self._line_parameters, self._line_names = line, parameters, names
+        if self._first_excess is None:
+            self._first_excess = outlook(line, weights, 0.0, 0.0).excess
+            self._best_learning_rate = best_learning_rate(line, weights, tolerance * self._first_excess)
+        self._target = tolerance * self._first_excess
+
+    def _outlook(self, learning_rate: float) -> Outlook | None:
+        if self._line is None:
+            return None
+        weights = _flat([parameter.detach() for parameter in self._line_parameters])
+        return outlook(self._line, weights, learning_rate, self._target, self._line_names)
 
     def _begin_window(self) -> None:
         self._watched: list[Watched] = []
@@ -179,33 +212,32 @@ class EvidenceCollector:
         self,
         frozen: Mapping[str, int] | None = None,
         sharpness: float | None = None,
-        line: Outlook | None = None,
     ) -> Evidence:
         """Returns what was seen, and begins a new window.
 
         Args:
             frozen: Parameters of the module that no optimizer can move, and their sizes.
             sharpness: λ, where somebody has measured it.
-            line: The closed form's view, for a line.
         """
         losses = [float(loss) for loss in torch.stack(self._losses).double().cpu()] if self._losses else []
         rows = torch.stack([each.products for each in self._watched]).double().tolist() if self._watched else []
         non_finite = sum(not math.isfinite(value) for value in losses)
         # A square that overflows is no infinite gradient.
         non_finite += sum(not math.isfinite(float(row.gradient_norms.double().sum())) for row in self._watched)  # type: ignore[union-attr]
-        if line is not None and self.first_excess is None:
-            self.first_excess = line.excess
+        rate = max(float(group["lr"]) for group in self.optimizer.param_groups)
+        self._largest_rate = max(self._largest_rate, rate)
         method, momentum = _method(self.optimizer)
         seen: dict[str, Any] = {
             "step": self.step,
-            "learning_rate": max(float(group["lr"]) for group in self.optimizer.param_groups),
+            "learning_rate": rate,
             "method": method,
             "momentum": momentum,
             "full_batch": self._full_batch,
             "num_non_finite": non_finite,
-            "sharpness": sharpness,
-            "line": line,
-            "first_excess": self.first_excess,
+            "sharpness": self._line.sharpness if self._line else sharpness,
+            "line": self._outlook(rate),
+            "first_excess": self._first_excess,
+            "best_learning_rate": self._best_learning_rate,
             "frozen": tuple(frozen or ()),
             "without_gradient": tuple(sorted(self._missing)),
             "leftover_gradient": self._leftover is not None and bool(self._leftover > 0),
@@ -268,8 +300,9 @@ class EvidenceCollector:
         cosine_after_two = _cosine(twos[2:], squares, lag=2)
         noise = 0.0
         if not self._full_batch and first_cosine is not None:
-            # A step that overshoots turns the gradient round, and the next one back: noise never comes back.
-            noise = 1 - max(0.0, first_cosine, cosine_after_two or 0.0)
+            # A step that overshoots turns the gradient round, and the next one back: noise does not come back.
+            bounces = first_cosine < -0.8 and (cosine_after_two or 0.0) > 0.8
+            noise = 0.0 if bounces else 1 - max(0.0, first_cosine)
         curvatures = [turn / before for *_, before, turn in rows if before > 0]
         curvature = median(curvatures) if curvatures and noise < 0.1 else None
         if curvature and curvature > (self._largest_curvature or 0.0):
@@ -319,7 +352,8 @@ class EvidenceCollector:
     ) -> float:
         """Σ of a geometric series: the loss falls by `gain` a step, and by decay² less each time.
 
-        But never more than ten times the steps taken would bring at an undiminished pace. Where noise prevails, the
+        But never more than ten times the steps taken would bring at an undiminished pace, and at the largest rate so
+        far: that a schedule ends is no convergence. Where noise prevails, the
         excess at which a rate η holds the weights, ησ²/4 for isotropic noise of variance σ² (per step, all elements).
         """
         if noise > 0.5:
@@ -327,7 +361,8 @@ class EvidenceCollector:
             floor = abs(rate) * noise * fmean(squares) / 4
             return floor if seen.get("loss_trend", 0.0) > -3.0 else math.inf
         falls = (1 - decay**2) if decay is not None and decay < 1 else 0.0
-        return max(0.0, gain) * (1 - noise) / max(falls, 0.1 / max(self.step, 1))
+        faster = self._largest_rate / seen["learning_rate"] if seen["learning_rate"] else 1.0
+        return max(0.0, gain) * faster * (1 - noise) / max(falls, 0.1 / max(self.step, 1))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -44,9 +44,11 @@ class Evidence:
         noise_share: Share of ‖g‖² that differs from batch to batch: 0 for full batches.
         descent_ratio: Change of the loss in the window over the −Σ⟨g, Δθ⟩ that the gradient promised.
         update_ratio: ‖Δθ‖ / ‖θ‖, mean of the window.
-        left_to_gain: By how much the loss will still fall if the gradient goes on to fall as it does.
+        left_to_gain: By how much the loss will still fall if the gradient goes on to fall as it does; where noise
+            prevails, how far above its least it holds the loss.
         sharpness: λ, the largest eigenvalue of the Hessian, where it was measured.
         first_excess: Excess loss of a line's first weights.
+        best_learning_rate: Which takes a line from there in the fewest steps of plain gradient descent on all rows.
         line: What the closed form says, for a line.
         without_gradient: Parameters that an optimizer holds and no gradient reached.
         zero_gradient: Parameters whose gradient was exactly zero throughout the window.
@@ -81,6 +83,7 @@ class Evidence:
     left_to_gain: float | None = None
     sharpness: float | None = None
     first_excess: float | None = None
+    best_learning_rate: float | None = None
     line: Outlook | None = None
     without_gradient: tuple[str, ...] = ()
     zero_gradient: tuple[str, ...] = ()
@@ -290,7 +293,8 @@ def _why_oscillating(seen: Evidence, limits: Thresholds) -> str | None:
     falling = seen.loss_trend < -limits.trend_certainty
     if seen.leftover_gradient:
         return "each step follows the sum of all gradients so far, and swings past the optimum"
-    if seen.gradient_cosine is not None and seen.gradient_cosine < limits.bouncing:
+    overshoots = seen.full_batch or (seen.stability or 1.0) > 0.5  # else the two halves of an epoch look the same
+    if seen.gradient_cosine is not None and seen.gradient_cosine < limits.bouncing and overshoots:
         state = "slowly" if falling else "hardly"
         where = f", at {seen.stability:.3g} × the largest stable rate" if seen.stability else ""
         return (
@@ -299,7 +303,7 @@ def _why_oscillating(seen: Evidence, limits: Thresholds) -> str | None:
         )
     if falling or (seen.gradient_decay or 1.0) < 1 - 1e-2:
         return None
-    if seen.noise_share > limits.noisy and not _has_hardly_begun(seen):
+    if _is_held_by_noise(seen, limits):
         return (
             f"the loss does not fall any more, and {seen.noise_share:.0%} of the gradient is the noise of its batches: "
             "the rate holds the weights at that distance"
@@ -307,6 +311,12 @@ def _why_oscillating(seen: Evidence, limits: Thresholds) -> str | None:
     if seen.best_loss is not None and seen.loss is not None and seen.loss > 1.1 * seen.best_loss:
         return f"the loss goes up and down, and is {seen.loss / seen.best_loss:.3g} × its best"
     return None
+
+
+def _is_held_by_noise(seen: Evidence, limits: Thresholds) -> bool:
+    """Whether noise prevails, and for a line also explains where it is (by a factor of 3): it may just be slow."""
+    explained = seen.line is None or seen.left_to_gain is None or seen.line.excess < 3 * seen.left_to_gain
+    return seen.noise_share > limits.noisy and explained and not _has_hardly_begun(seen)
 
 
 def _has_hardly_begun(seen: Evidence) -> bool:
@@ -322,10 +332,13 @@ def num_steps_left(seen: Evidence, thresholds: Thresholds | None = None) -> floa
     left = _left(seen)
     if left is None or seen.gradient_decay is None or left[0] <= 0:
         return None
-    if seen.gradient_decay >= 1:
+    decay = seen.gradient_decay
+    if seen.full_batch and seen.gradient_ratio and (seen.gradient_cosine or 0.0) > 0.9:
+        decay = max(decay, seen.gradient_ratio)  # creeping; under a schedule it was quicker before
+    if decay >= 1:
         return math.inf
     target = limits.tolerance * max(left[1], 0.0)
-    return math.inf if target == 0 else max(0.0, math.log(left[0] / target) / (-2 * math.log(seen.gradient_decay)))
+    return math.inf if target == 0 else max(0.0, math.log(left[0] / target) / (-2 * math.log(decay)))
 
 
 def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
@@ -371,8 +384,8 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
 
     On a parabola, with λ its largest curvature:
 
-    - gradient descent: 2/(λ_max + λ_min) where the spectrum is known, the best constant rate; else 1/λ, half the limit,
-      which needs at most twice its steps.
+    - gradient descent: where the closed form is known the rate that needs the fewest steps, at most 2/(λ_max + λ_min),
+      the best for the worst start; else 1/λ, half the limit, which needs at most twice the steps of the best.
     - momentum β: (1 + √β)²/λ, where the steepest direction stops being the slowest, below the limit 2(1 + β)/λ;
       Nesterov's: 1/λ.
     - Adam divides each gradient by its own recent size, so that its limit, 2(1 + β₁)/((1 − β₁)λ(P⁻¹H)), moves with
@@ -396,9 +409,9 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     known = "λ" if seen.sharpness else "the largest curvature that its steps met"
     if seen.method == "momentum":
         rate, reason = (1 + math.sqrt(seen.momentum)) ** 2 / seen.steepest, f"(1 + √β)²/λ, with {known}"
-    elif seen.method == "gradient_descent" and seen.line is not None:
-        rate = 2 / (seen.steepest + seen.line.smallest_curvature)
-        reason = "2/(λ_max + λ_min), the best constant rate: the whole spectrum is known"
+    elif seen.method == "gradient_descent" and seen.full_batch and seen.best_learning_rate:
+        rate = seen.best_learning_rate
+        reason = "the closed form: no constant rate up to 2/(λ_max + λ_min) needs fewer steps from the first weights"
     else:
         rate, reason = 1 / seen.steepest, f"1/λ, with {known}: at most twice the steps of the best rate"
     if not seen.full_batch:

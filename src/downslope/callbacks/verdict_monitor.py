@@ -13,7 +13,6 @@ from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, c
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 from downslope.evidence import EvidenceCollector
 from downslope.gradients.least_squares import LeastSquares
-from downslope.gradients.outlook import Outlook, outlook
 from downslope.tensorboard import step_writer
 from downslope.verdict import Thresholds, Verdict, judge
 
@@ -101,12 +100,10 @@ class VerdictMonitor(Callback):
         }
         self._sharpness = [each for each in trainer.callbacks if isinstance(each, SharpnessMonitor)]  # type: ignore[attr-defined]
         decays = any(group.get("weight_decay") for group in optimizer.param_groups)  # another optimum than the line's
-        self._line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) and not decays else None
-        self._names = _feature_names(trainer)
-        if (line := self._outlook(pl_module)) and self._collector.first_excess is None:
-            self._collector.first_excess = line.excess
+        line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) and not decays else None
+        if line:
+            self._collector.set_line(line, list(pl_module.parameters()), self.thresholds.tolerance, _names(trainer))
         self._losses: list[Tensor] = []
-        self._judged_at = trainer.global_step
         self._taken = trainer.global_step
         self._begins_step = True
         self._steps = OptimizerSteps(trainer, after=self._after)
@@ -138,30 +135,17 @@ class VerdictMonitor(Callback):
             collector.add_loss(self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean())
             self._losses.clear()
         if collector.is_due:
-            self._judge(trainer, pl_module)
+            self._judge(trainer)
 
-    def _judge(self, trainer: Trainer, module: LightningModule) -> None:
+    def _judge(self, trainer: Trainer) -> None:
         assert self._collector
-        self._judged_at = self._collector.step
-        line = self._outlook(module)
-        sharpness = self._line.sharpness if self._line else next((each.sharpness for each in self._sharpness), None)
+        sharpness = next((each.sharpness for each in self._sharpness), None)
         last = self.verdict
-        self.verdict = judge(self._collector.evidence(self._frozen, sharpness, line), self.thresholds)
+        self.verdict = judge(self._collector.evidence(self._frozen, sharpness), self.thresholds)
         if self.verdict.word == "diverging" and self.first_diverging_step is None:
             self.first_diverging_step = self._collector.step
         if last is None or last.word != self.verdict.word:
             self._write(trainer, self._collector.step, self.verdict.sentence)
-
-    def _outlook(self, module: LightningModule) -> Outlook | None:
-        collector = self._collector
-        if self._line is None or collector is None:
-            return None
-        parameters = torch.cat([parameter.detach().reshape(-1) for parameter in module.parameters()])
-        if len(parameters) != len(self._line.parameters):
-            return None
-        rate = max(float(group["lr"]) for group in collector.optimizer.param_groups)
-        target = self.thresholds.tolerance * (collector.first_excess or 0.0)
-        return outlook(self._line, parameters, rate, target, self._names)
 
     def _write(self, trainer: Trainer, step: int, sentence: str) -> None:
         writer = step_writer(trainer)
@@ -186,7 +170,7 @@ def _num_steps(trainer: Trainer) -> int | None:
     return int(steps) if steps != float("inf") else None
 
 
-def _feature_names(trainer: Trainer) -> Sequence[str]:
+def _names(trainer: Trainer) -> Sequence[str]:
     """The columns' own names, where the data has a table."""
     table = getattr(getattr(trainer, "datamodule", None), "table", None)
     return tuple(getattr(table, "feature_names", ()))
