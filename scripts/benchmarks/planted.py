@@ -7,6 +7,7 @@ for twenty times as long. A draw that lies on a border between two words is draw
 
 import math
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +124,7 @@ def train(
         follow: Whether to note the full data's loss at every step.
     """
     steps = num_steps or run.num_steps
-    module = _copy(run.module).to(dtype)
+    module = deepcopy(run.module).to(dtype)
     features, target = run.features.to(dtype), run.target.to(dtype)
     held = [parameter for parameter in module.parameters() if parameter.requires_grad]
     optimizer = optimizer_of(run, held)
@@ -139,17 +140,17 @@ def train(
     for step, rows in zip(range(steps), batches(run), strict=False):
         loss = _backward(run, module, optimizer, features[rows], target[rows], collector)
         optimizer.step()
-        if schedule:
-            schedule.step()
         value = loss.item()
         if follow:
-            course.losses.append(value if full else float(_loss(module, features, target)))
+            course.losses.append(value if full else _loss(module, features, target).item())
         if collector:
             collector.add_step()
             collector.add_loss(loss)
             if collector.is_due:
                 course.evidence = collector.evidence(frozen, sharpness)
                 course.verdicts.append((step + 1, judge(course.evidence)))
+        if schedule:
+            schedule.step()
         if not math.isfinite(value):
             course.first_non_finite = step
             if collector and not collector.is_due:
@@ -177,17 +178,11 @@ def _loss(module: nn.Module, features: Tensor, target: Tensor) -> Tensor:
     return nn.functional.mse_loss(module(features).squeeze(-1), target)
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    import copy
-
-    return copy.deepcopy(module)
-
-
 def _sharpness(run: Run) -> float:
     """λ at the start, as a SharpnessMonitor has it."""
     if run.is_line:
         return run.line.sharpness
-    module = _copy(run.module)
+    module = deepcopy(run.module)
     hessian = Hessian(_loss(module, run.features, run.target), [p for p in module.parameters() if p.requires_grad])
     generator = torch.Generator().manual_seed(0)
     return largest_eigenvalue(hessian.product, torch.randn(hessian.num_rows, generator=generator), 12).value
@@ -318,7 +313,10 @@ def _truth_by_running_on(run: Run) -> Word | None:
     optimum = run.line.loss if run.is_line else min(losses.min(), losses[-run.num_steps :].mean())
     excess = losses - optimum
     quarter = run.num_steps // 4
-    earlier, later = excess[run.num_steps - 2 * quarter : run.num_steps - quarter], excess[run.num_steps - quarter : run.num_steps]
+    earlier, later = (
+        excess[run.num_steps - 2 * quarter : run.num_steps - quarter],
+        excess[run.num_steps - quarter : run.num_steps],
+    )
     left = later.mean() / excess[0]
     if left < TOLERANCE / 2:
         return "converged"
@@ -417,11 +415,18 @@ def decaying(seed: int) -> Run:
 
 def mini_batch(seed: int) -> Run:
     """A line on batches of 1 to 32 rows."""
-    run, random = linear(seed, float(10 ** np.random.default_rng([seed, 2]).uniform(0, 3))), np.random.default_rng([seed, 1])
+    run, random = (
+        linear(seed, float(10 ** np.random.default_rng([seed, 2]).uniform(0, 3))),
+        np.random.default_rng([seed, 1]),
+    )
     run.family = "line, mini-batches, SGD"
     run.batch_size = int(random.choice([1, 2, 4, 8, 16, 32]))
     run.num_steps = int(random.choice([120, 300, 500]))
-    ratio = float(random.choice([random.uniform(2, 10), random.uniform(0.1, 0.3), 10 ** random.uniform(-4.5, -2)], p=[0.3, 0.45, 0.25]))
+    ratio = float(
+        random.choice(
+            [random.uniform(2, 10), random.uniform(0.1, 0.3), 10 ** random.uniform(-4.5, -2)], p=[0.3, 0.45, 0.25]
+        )
+    )
     run.details |= {"η ÷ limit": ratio, "batch": run.batch_size}
     run.learning_rate = ratio * limit(run)
     run.decays = bool(random.random() < 0.15)
@@ -459,9 +464,9 @@ def mistaken(seed: int) -> Run:
     run.mistake, run.family = mistake, f"mistake: {mistake}"
     ratio = random.uniform(0.1, 0.9)
     if mistake == "dead":
-        first = run.module[0]  # type: ignore[index]
-        nn.init.constant_(first.bias, -20.0)
-        run.module[1] = nn.ReLU()  # type: ignore[index, operator]
+        assert isinstance(run.module, nn.Sequential) and isinstance(run.module[0], nn.Linear)
+        nn.init.constant_(run.module[0].bias, -20.0)
+        run.module[1] = nn.ReLU()
         ratio = random.uniform(0.2, 0.9)
     if mistake == "frozen":
         next(run.module.parameters()).requires_grad_(False)
@@ -471,7 +476,16 @@ def mistaken(seed: int) -> Run:
     return run
 
 
-FAMILIES: list[Callable[[int], Run]] = [full_batch, momentum, mini_batch, adam, small_network, decaying, mistaken, full_batch]
+FAMILIES: list[Callable[[int], Run]] = [
+    full_batch,
+    momentum,
+    mini_batch,
+    adam,
+    small_network,
+    decaying,
+    mistaken,
+    full_batch,
+]
 
 
 def planted(num_runs: int, first_seed: int) -> Iterator[tuple[Run, Word, int]]:

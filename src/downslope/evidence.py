@@ -1,12 +1,12 @@
 """What the verdict rests on, collected from the steps of any training loop: torch alone.
 
-    collector = EvidenceCollector(optimizer, names)
-    for batch in batches:
-        loss = …; optimizer.zero_grad(); loss.backward(); optimizer.step()
-        collector.add_loss(loss)
-        collector.add_step()
-        if collector.is_due:
-            print(judge(collector.evidence()).sentence)
+collector = EvidenceCollector(optimizer, names)
+for batch in batches:
+loss = …; optimizer.zero_grad(); loss.backward(); optimizer.step()
+collector.add_loss(loss)
+collector.add_step()
+if collector.is_due:
+print(judge(collector.evidence()).sentence)
 """
 
 import math
@@ -91,7 +91,7 @@ class EvidenceCollector:
         self._gradient_norms: list[tuple[int, float]] = []
         self._first_loss: float | None = None
         self._largest_curvature: float | None = None
-        self._largest_rate = 0.0
+        self._rate = self._largest_rate = _rate(optimizer)
         self._leftover: Tensor | None = None
         self._begin_window()
 
@@ -143,7 +143,7 @@ class EvidenceCollector:
 
     def _begin_window(self) -> None:
         self._watched: list[Watched] = []
-        self._gradients: list[Tensor] = []
+        self._gradients: list[Tensor] = []  # the last two
         self._parameters: list[Tensor] = []
         self._missing: set[str] = set()
 
@@ -174,6 +174,8 @@ class EvidenceCollector:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied."""
         watching = self.is_watching
         self.step += 1
+        self._rate = _rate(self.optimizer)  # a schedule may change it before anybody asks
+        self._largest_rate = max(self._largest_rate, self._rate)
         if not watching:
             return
         held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -224,18 +226,16 @@ class EvidenceCollector:
         non_finite = sum(not math.isfinite(value) for value in losses)
         # A square that overflows is no infinite gradient.
         non_finite += sum(not math.isfinite(float(row.gradient_norms.double().sum())) for row in self._watched)  # type: ignore[union-attr]
-        rate = max(float(group["lr"]) for group in self.optimizer.param_groups)
-        self._largest_rate = max(self._largest_rate, rate)
         method, momentum = _method(self.optimizer)
         seen: dict[str, Any] = {
             "step": self.step,
-            "learning_rate": rate,
+            "learning_rate": self._rate,
             "method": method,
             "momentum": momentum,
             "full_batch": self._full_batch,
             "num_non_finite": non_finite,
             "sharpness": self._line.sharpness if self._line else sharpness,
-            "line": self._outlook(rate),
+            "line": self._outlook(self._rate),
             "first_excess": self._first_excess,
             "best_learning_rate": self._best_learning_rate,
             "frozen": tuple(frozen or ()),
@@ -361,8 +361,8 @@ class EvidenceCollector:
             floor = abs(rate) * noise * fmean(squares) / 4
             return floor if seen.get("loss_trend", 0.0) > -3.0 else math.inf
         falls = (1 - decay**2) if decay is not None and decay < 1 else 0.0
-        faster = self._largest_rate / seen["learning_rate"] if seen["learning_rate"] else 1.0
-        return max(0.0, gain) * faster * (1 - noise) / max(falls, 0.1 / max(self.step, 1))
+        faster = self._largest_rate / self._rate if self._rate else 1.0
+        return abs(gain) * faster * (1 - noise) / max(falls, 0.1 / max(self.step, 1))
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
@@ -403,6 +403,10 @@ def _certainty(before: Sequence[Block], after: Sequence[Block]) -> float:
     error = math.sqrt(one.spread / one.num + other.spread / other.num)
     difference = other.level - one.level
     return difference / max(error, FEW + 1e-7 * abs(one.level)) if difference else 0.0
+
+
+def _rate(optimizer: Optimizer) -> float:
+    return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 def _method(optimizer: Optimizer) -> tuple[Method, float]:

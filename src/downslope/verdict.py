@@ -129,6 +129,7 @@ class Thresholds:
             network overshoots by some percent and comes back; a factor is no wobble, and leaves a finite loss of
             float32 another 10³⁰ to go.
         growth_certainty: … and by so many standard errors, which chance reaches once in 30,000 looks.
+        far: Diverging, too: the loss is this many times the first one and grows.
         trend_certainty: A recent fall or rise is believed from so many standard errors on (once in 700 looks).
         bouncing: Oscillating: the mean cosine of successive gradients is below this. Independent batches give 0,
             overshooting −1; half way is twice the angle that chance makes of 8 steps.
@@ -143,6 +144,7 @@ class Thresholds:
     tolerance: float = 1e-3
     growth: float = 2.0
     growth_certainty: float = 4.0
+    far: float = 100.0
     trend_certainty: float = 3.0
     bouncing: float = -0.5
     noisy: float = 0.5
@@ -250,13 +252,13 @@ def _is_diverging(seen: Evidence, limits: Thresholds) -> bool:
     if seen.loss is None or seen.best_loss is None:
         return False
     has_grown = seen.loss - seen.best_loss > (limits.growth - 1) * abs(seen.best_loss)
-    bounces_out = (
-        (seen.gradient_cosine or 0) < limits.bouncing
-        and (seen.gradient_ratio or 0) > 1
-        and (seen.window_growth or 0) > 1
-    )
+    grows = (seen.gradient_ratio or 0) > 1 and (seen.window_growth or 0) > 1
+    # Momentum beats: it swells and ebbs on its way down, so that a window alone tells nothing.
+    lasts = seen.method == "gradient_descent" if seen.gradient_decay is None else seen.gradient_decay > 1
+    bounces_out = grows and lasts and (seen.gradient_cosine or 0) < limits.bouncing
+    far_out = grows and seen.first_loss is not None and seen.loss > limits.far * abs(seen.first_loss)
     is_rising = seen.loss_growth > limits.growth_certainty and seen.loss_rise > limits.trend_certainty
-    return has_grown and (bounces_out or is_rising)
+    return has_grown and (bounces_out or is_rising or far_out)
 
 
 def _why_diverging(seen: Evidence) -> str:
@@ -281,7 +283,7 @@ def _left(seen: Evidence) -> tuple[float, float] | None:
 
 def _is_converged(seen: Evidence, limits: Thresholds) -> bool:
     left = _left(seen)
-    return left is not None and left[1] >= 0 and left[0] <= limits.tolerance * left[1]
+    return left is not None and math.isfinite(left[0]) and left[1] >= 0 and left[0] <= limits.tolerance * left[1]
 
 
 def _why_converged(seen: Evidence, limits: Thresholds) -> str:
@@ -463,7 +465,9 @@ def gradient_excess(seen: Evidence) -> float | None:
 def _figures(seen: Evidence) -> dict[str, float]:
     """The numbers of the evidence, those that were measured."""
     figures = {
-        name: value for name, value in vars(seen).items() if isinstance(value, int | float) and not isinstance(value, bool)
+        name: value
+        for name, value in vars(seen).items()
+        if isinstance(value, int | float) and not isinstance(value, bool)
     }
     if seen.line is not None:
         figures |= {"excess_loss": seen.line.excess, "condition_number": seen.line.condition_number}

@@ -31,10 +31,10 @@ class HasLeastSquares(Protocol):
 class VerdictMonitor(Callback):
     """Judges the run every so many steps: `downslope.verdict` says how, `downslope.evidence` what it looks at.
 
-    The verdict's word stands in `Progress`, its sentence goes to TensorBoard's texts as `verdict` when the word changes.
-    λ is taken from a `SharpnessMonitor` beside it, and a line that has a closed form (`least_squares`) is asked for it.
-    Training is the same to the bit: only what is there already is read. Of several optimizers the first is judged, under
-    DDP on the first process, by its own batches' loss.
+    The word stands in `Progress`; the sentence goes to TensorBoard's texts as `verdict` whenever the word changes. λ is
+    taken from a `SharpnessMonitor` beside it, and a line that knows its closed form (`least_squares`) is asked for it.
+    Training is the same to the bit: only what is there already is read. Of several optimizers the first is judged;
+    under DDP the first process judges, by the loss of its own batches.
 
     Args:
         every_n_steps: Optimizer steps between two judgements; the first come after 8, 16 and 32 steps, because at ten
@@ -51,7 +51,9 @@ class VerdictMonitor(Callback):
         check_frequency("every_n_steps", every_n_steps)
         check_frequency("window", window)
         if window < 3:
-            raise ValueError(f"`window` must be at least 3, got {window}. This is because a gradient is compared twice.")
+            raise ValueError(
+                f"`window` must be at least 3, got {window}. This is because a gradient is compared twice."
+            )
         try:
             self.thresholds = Thresholds(**(thresholds or {}))
         except TypeError as error:
@@ -94,9 +96,7 @@ class VerdictMonitor(Callback):
             self._resumed = None
         held = {id(p) for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
         self._frozen = {
-            name: p.numel()
-            for name, p in pl_module.named_parameters()
-            if not p.requires_grad or id(p) not in held
+            name: p.numel() for name, p in pl_module.named_parameters() if not p.requires_grad or id(p) not in held
         }
         self._sharpness = [each for each in trainer.callbacks if isinstance(each, SharpnessMonitor)]  # type: ignore[attr-defined]
         decays = any(group.get("weight_decay") for group in optimizer.param_groups)  # another optimum than the line's
