@@ -6,7 +6,9 @@ import gc
 import logging
 import os
 import re
+import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -192,9 +194,26 @@ def print_result(result: Result, folder: Path) -> None:
         say(f"  diverged  {why}: try a smaller lr")
         if (folder / FLIGHT_RECORD).is_file():
             say(f"            the last steps before it and its batch: {FLIGHT_RECORD}")
+    for line in _verdict_lines(result):
+        say(line)
     say("")
     say(f"  run       {_shortest(folder)}")
-    say("  look      make dashboard")
+    say("  look      make dashboard" + _again(result))
+
+
+def _verdict_lines(result: Result) -> list[str]:
+    """Returns the verdict's sentence, in lines that stand under each other."""
+    sentence = result.evidence.get("sentence")
+    return textwrap.wrap(sentence, 118, initial_indent="  verdict   ", subsequent_indent=" " * 12) if sentence else []
+
+
+def _again(result: Result) -> str:
+    """The command that follows the suggestion, where the sentence makes one."""
+    if "Try lr=" not in result.evidence.get("sentence", ""):
+        return ""
+    others = [override for override in result.overrides if not override.startswith("lr=")]
+    rate = f"lr={result.suggested_learning_rate:.3g}"
+    return f"        again   {shlex.join(['python', 'scripts/train.py', *others, rate])}"
 
 
 def print_interrupted(result: Result, folder: Path) -> None:

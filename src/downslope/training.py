@@ -15,13 +15,12 @@ from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
 from omegaconf import DictConfig, OmegaConf
 
-from downslope.callbacks import FlightRecorder
-from downslope.callbacks.pictures import HasLeastSquares
+from downslope.callbacks import FlightRecorder, VerdictMonitor
 from downslope.console import explain, print_header, print_interrupted, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
 from downslope.forgiving import forgiving
-from downslope.gradients.least_squares import least_squares
+from downslope.gradients.least_squares import HasLeastSquares, least_squares
 from downslope.hparams import write_hparams
 from downslope.result import Result
 from downslope.resuming import checkpoint_of
@@ -191,9 +190,29 @@ def _fit(
     loss = result.metrics["train/loss"]
     result.excess_loss = loss - line.loss
     result.status = "completed" if loss <= DIVERGED_BEYOND * first_loss else "diverged"  # NaN is no ≤ either
+    for observer in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(observer, VerdictMonitor) and observer.verdict:
+            _tell_verdict(result, observer)
     for recorder in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(recorder, FlightRecorder) and recorder.diverged:
             _tell_divergence(result, recorder)
+    if result.status == "diverged" and result.verdict not in ("diverging", "non_finite"):
+        result.verdict = "diverging"  # between two judgements
+
+
+def _tell_verdict(result: Result, monitor: VerdictMonitor) -> None:
+    """Fills in the verdict, in words and figures."""
+    verdict = monitor.verdict
+    assert verdict
+    result.verdict = verdict.word
+    result.suggested_learning_rate = verdict.suggestion.learning_rate
+    result.evidence |= {
+        "sentence": verdict.sentence,
+        "suggestion": verdict.suggestion.reason,
+        "hints": list(verdict.hints),
+        "first_diverging_step": monitor.first_diverging_step,
+        **verdict.figures,
+    }
 
 
 def _tell_divergence(result: Result, recorder: FlightRecorder) -> None:

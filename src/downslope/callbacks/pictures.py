@@ -4,7 +4,7 @@ import logging
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -14,7 +14,7 @@ from torch import Tensor
 from downslope.callbacks.batch_step import BatchStep, why_no_batch_step
 from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency
 from downslope.callbacks.unclipped_gradients import clones
-from downslope.gradients.least_squares import LeastSquares
+from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.gradients.quadratic import loss_along_gradient, plane_of
 from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
@@ -31,15 +31,6 @@ PATH_BYTES = 64 * 2**20
 THINNING = 3  # odd: of a zig-zag's points every third still lie on both sides
 PARAMETER_AXES = ("weight", "bias")
 EIGENVECTOR_AXES = ("along the steepest direction", "along the flattest direction")
-
-
-@runtime_checkable
-class HasLeastSquares(Protocol):
-    """A module whose training loss is an exact quadratic of its parameters: the weights, then the bias."""
-
-    def least_squares(self) -> LeastSquares | None:
-        """Returns the loss over all training rows in closed form; None where it is not known."""
-        ...
 
 
 class Pictures(Callback):

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from torch.optim import Optimizer
 
+from downslope.callbacks.verdict_monitor import VerdictMonitor
 from downslope.gradients.norms import norms, total_norm
 
 log = logging.getLogger(__name__)
@@ -116,13 +117,19 @@ class Progress(ProgressBar):
         total = _num_steps(trainer)
         epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs or 0)}/{trainer.max_epochs}"
         steps = f"{trainer.global_step}/{total if total is not None else '?'} steps"
-        state = f"loss {self._loss:.4f}  ‖gradient‖ {self._gradient_norm:.4g}"
+        state = "  ".join([f"loss {self._loss:.4f}", f"‖gradient‖ {self._gradient_norm:.4g}", *_verdict(trainer)])
         with self._unseen():
             if self._bar:
                 self._bar.update(self._task, completed=trainer.global_step, epoch=epoch, steps=steps, state=state)
                 self._bar.refresh()
             else:
                 self.console.print(f"  {epoch}  {steps}  {state}", highlight=False, soft_wrap=True)
+
+
+def _verdict(trainer: Trainer) -> list[str]:
+    """The word of whoever judges, as soon as there is one."""
+    monitors = [each for each in trainer.callbacks if isinstance(each, VerdictMonitor)]  # type: ignore[attr-defined]
+    return [monitor.verdict.word for monitor in monitors if monitor.verdict]
 
 
 def _num_steps(trainer: Trainer) -> int | None:

@@ -51,6 +51,9 @@ class SharpnessMonitor(Callback):
         num_products: Hessian-vector products a measurement, from the last eigenvector on; the first takes at least 10.
         batch: Measure on the first batch, kept (`probe`), or on the batch of the step (`training`), the first of
             several where gradients are accumulated.
+
+    Attributes:
+        sharpness: λ, as measured last; None before.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class SharpnessMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.num_products = num_products
         self.batch = batch
+        self.sharpness: float | None = None
         self._on = False
         self._loaded: dict[str, Any] = {}
 
@@ -101,6 +105,7 @@ class SharpnessMonitor(Callback):
         self._measured_at = step
         try:
             sharpness = self._measure(trainer, pl_module, batch, batch_idx) if self._exact is None else self._exact
+            self.sharpness = sharpness
             rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
             values = {"curvature/sharpness": sharpness, "learning_rate_effect/stability": rate * sharpness / 2}
             write_scalars(trainer, values, step)
