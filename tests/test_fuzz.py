@@ -1,5 +1,6 @@
 """Broken input of every kind: one line and exit code 1, or a run that ends; never a traceback, never half a folder."""
 
+import hashlib
 import os
 import random
 import shutil
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
+from downslope.checkpoints import CHECKSUM, COMMENT_LENGTH
 from tests.conftest import Outcome
 
 Script = Callable[..., Outcome]
@@ -150,10 +152,19 @@ def run(script: Script) -> Path:
 
 
 @FUZZ
-@given(seed=st.integers(0, 2**32), spoil=st.integers(1, 3), name=st.sampled_from(["evaluate", "predict"]))
-def test_checkpoints(script: Script, run: Path, seed: int, spoil: int, name: str) -> None:
+@given(
+    seed=st.integers(0, 2**32),
+    spoil=st.integers(1, 3),
+    name=st.sampled_from(["evaluate", "predict"]),
+    forged=st.booleans(),
+)
+def test_checkpoints(script: Script, run: Path, seed: int, spoil: int, name: str, forged: bool) -> None:
     shutil.copy("kept/checkpoints/best.ckpt", run / "checkpoints/best.ckpt")
     spoiled(run / "checkpoints/best.ckpt", random.Random(seed), spoil)
+    if forged:  # past the checksum
+        body = (run / "checkpoints/best.ckpt").read_bytes()[:-COMMENT_LENGTH]
+        digest = hashlib.sha256(body).hexdigest().encode()
+        (run / "checkpoints/best.ckpt").write_bytes(body + CHECKSUM + digest)
     Path("new.csv").write_text("age,sex,bmi,bp,s1,s2,s3,s4,s5,s6\n1,2,3,4,5,6,7,8,9,10\n")
     before = set(Path.cwd().iterdir())
     check(script(name, f"run={run}", *(["data.path=new.csv"] if name == "predict" else [])), before)
