@@ -464,7 +464,8 @@ def mistaken(seed: int) -> Run:
     run.mistake, run.family = mistake, f"mistake: {mistake}"
     ratio = random.uniform(0.1, 0.9)
     if mistake == "dead":
-        assert isinstance(run.module, nn.Sequential) and isinstance(run.module[0], nn.Linear)
+        assert isinstance(run.module, nn.Sequential)
+        assert isinstance(run.module[0], nn.Linear)
         nn.init.constant_(run.module[0].bias, -20.0)
         run.module[1] = nn.ReLU()
         ratio = random.uniform(0.2, 0.9)

@@ -11,7 +11,7 @@ print(judge(collector.evidence()).sentence)
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import fmean, median, variance
 from typing import Any, NamedTuple
@@ -92,6 +92,7 @@ class EvidenceCollector:
         self._first_loss: float | None = None
         self._largest_curvature: float | None = None
         self._rate = self._largest_rate = _rate(optimizer)
+        self._gradient_excess: float | None = None
         self._leftover: Tensor | None = None
         self._begin_window()
 
@@ -249,7 +250,9 @@ class EvidenceCollector:
         self._losses.clear()
         self._leftover = None
         self._begin_window()
-        return Evidence(**seen)
+        evidence = Evidence(**seen)
+        self._gradient_excess = _gradient_excess(evidence) or self._gradient_excess
+        return replace(evidence, gradient_excess=self._gradient_excess)
 
     def _of_the_parameters(self, frozen: Mapping[str, int]) -> dict[str, Any]:
         """Which have a gradient that is not zero."""
@@ -403,6 +406,23 @@ def _certainty(before: Sequence[Block], after: Sequence[Block]) -> float:
     error = math.sqrt(one.spread / one.num + other.spread / other.num)
     difference = other.level - one.level
     return difference / max(error, FEW + 1e-7 * abs(one.level)) if difference else 0.0
+
+
+def _gradient_excess(seen: Evidence) -> float | None:
+    """By how much the gradient is longer than the loss's slope; None where that cannot be told.
+
+    Along a step Δθ a parabola's loss changes by ⟨∇L, Δθ⟩ + ½c‖Δθ‖². Of a gradient g = k∇L both are seen k times as
+    large, so that the descent ratio is (1 − s)/k instead of 1 − s, where s = ½c‖Δθ‖² / −⟨g, Δθ⟩ is of the gradients
+    alone. Or, for a line: by how much the curvature along the steps exceeds the exact λ.
+    """
+    if not seen.full_batch or seen.method != "gradient_descent" or not seen.curvature:
+        return None
+    if seen.line is not None and seen.sharpness and seen.curvature > 1.05 * seen.sharpness:
+        return seen.curvature / seen.sharpness
+    overshoot = seen.learning_rate * seen.curvature / 2
+    if seen.descent_ratio is None or overshoot > 0.5 or seen.descent_ratio < 0.05:
+        return None
+    return (1 - overshoot) / seen.descent_ratio
 
 
 def _rate(optimizer: Optimizer) -> float:

@@ -43,6 +43,7 @@ class Evidence:
         full_batch: Whether every step sees all rows.
         noise_share: Share of ‖g‖² that differs from batch to batch: 0 for full batches.
         descent_ratio: Change of the loss in the window over the −Σ⟨g, Δθ⟩ that the gradient promised.
+        gradient_excess: How many times the loss's slope the gradient is, where that can be told: 1 in a sound run.
         update_ratio: ‖Δθ‖ / ‖θ‖, mean of the window.
         left_to_gain: By how much the loss will still fall if the gradient goes on to fall as it does; where noise
             prevails, how far above its least it holds the loss.
@@ -79,6 +80,7 @@ class Evidence:
     full_batch: bool = True
     noise_share: float = 0.0
     descent_ratio: float | None = None
+    gradient_excess: float | None = None
     update_ratio: float | None = None
     left_to_gain: float | None = None
     sharpness: float | None = None
@@ -136,8 +138,8 @@ class Thresholds:
         noisy: More than this share of ‖g‖² is noise: the mini-batches move the weights, not the slope.
         slow_factor: Too slow: more than this many times the steps taken are still needed …
         slow_rate: … at less than this share of the largest stable rate: another rate would be as many times faster.
-        gradient_excess: The steps met a curvature that many times λ, or the gradient is that many times the loss's
-            slope: then it is not the gradient of this loss.
+        gradient_excess: The gradient is more than that many times the loss's slope: then it is not of this loss. The
+            least that a sum instead of a mean does is 2.
         worth_changing: A suggestion is said aloud if it differs from η by this factor.
     """
 
@@ -207,7 +209,7 @@ def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
     suggestion = suggest(evidence, word, limits)
     sentence = f"{word}: {why}."
     for hint in hints:
-        sentence += f" {hint[0].upper()}{hint[1:]}."
+        sentence += f" {hint[0].upper()}{hint[1:]}" + "." * (not hint.endswith("?"))
     if _is_worth_saying(evidence, word, suggestion, limits):
         sentence += f" Try lr={suggestion.learning_rate:.3g}."
     return Verdict(word, sentence, suggestion, _figures(evidence), hints)
@@ -417,7 +419,9 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     else:
         rate, reason = 1 / seen.steepest, f"1/λ, with {known}: at most twice the steps of the best rate"
     if not seen.full_batch:
-        return Suggestion(rate / 2, f"half of {reason}: on mini-batches the limit is lower")
+        rate, reason = rate / 2, f"half of {reason}: on mini-batches the limit is lower"
+    if seen.sharpness and _is_not_of_this_loss(seen, limits):
+        rate, reason = rate / (seen.gradient_excess or 1), f"for a gradient that is too long by as much: {reason}"
     return Suggestion(rate, reason)
 
 
@@ -439,27 +443,15 @@ def _hints(seen: Evidence, limits: Thresholds) -> list[str]:
         hints.append(f"the gradient of {_list(seen.zero_gradient)} is exactly zero: dead units, or a constant loss?")
     if seen.frozen:
         hints.append(f"{_list(seen.frozen)} is frozen: requires_grad is off, or no optimizer holds it")
-    factor = gradient_excess(seen)
-    if factor is not None and factor > limits.gradient_excess:
-        hints.append(f"the gradient is about {factor:.2g} × that of the loss: a sum over batches instead of a mean?")
-    return [hint.removesuffix(".") for hint in hints]
+    if _is_not_of_this_loss(seen, limits):
+        hints.append(
+            f"the gradient is about {seen.gradient_excess:.2g} × that of the loss: a sum over batches instead of a mean?"
+        )
+    return hints
 
 
-def gradient_excess(seen: Evidence) -> float | None:
-    """Returns by how much the gradient is longer than the loss's slope; None where that cannot be told.
-
-    Along a step Δθ a parabola's loss changes by ⟨∇L, Δθ⟩ + ½c‖Δθ‖². Of a gradient g = k∇L both are seen k times as
-    large, so that the descent ratio is (1 − s)/k instead of 1 − s, where s = ½c‖Δθ‖²/−⟨g, Δθ⟩ from the gradients alone.
-    Or, for a line: a curvature along the steps above the exact λ.
-    """
-    if not seen.full_batch or seen.method != "gradient_descent" or seen.leftover_gradient:
-        return None
-    if seen.line is not None and seen.sharpness and seen.curvature and seen.curvature > 1.05 * seen.sharpness:
-        return seen.curvature / seen.sharpness
-    overshoot = None if seen.curvature is None else seen.learning_rate * seen.curvature / 2
-    if overshoot is None or seen.descent_ratio is None or overshoot > 0.5 or seen.descent_ratio < 0.05:
-        return None
-    return (1 - overshoot) / seen.descent_ratio
+def _is_not_of_this_loss(seen: Evidence, limits: Thresholds) -> bool:
+    return (seen.gradient_excess or 0.0) > limits.gradient_excess and not seen.leftover_gradient
 
 
 def _figures(seen: Evidence) -> dict[str, float]:

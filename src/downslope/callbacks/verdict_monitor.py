@@ -1,7 +1,7 @@
 """How does it do, and which learning rate should be tried? Said while it trains, early enough to save the run."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -101,14 +101,22 @@ class VerdictMonitor(Callback):
 
     def _after(self, step: OptimizerStep) -> None:
         if self._collector and step.optimizer is self._collector.optimizer:
-            self._collector.add_step()
+            self._attempt(self._collector.add_step)
             self._begins_step = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._collector and self._begins_step:
             self._begins_step = False
             if self._collector.is_watching:
-                self._collector.add_leftover()
+                self._attempt(self._collector.add_leftover)
+
+    def _attempt(self, look: Callable[[], None]) -> None:
+        """Looks; whatever a foreign module meets there, watching never ends a training."""
+        try:
+            look()
+        except Exception as error:
+            self._collector = None
+            log.warning("VerdictMonitor is off from here on: %s: %s", type(error).__name__, error)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -126,7 +134,7 @@ class VerdictMonitor(Callback):
             collector.add_loss(self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean())
             self._losses.clear()
         if collector.is_due:
-            self._judge(trainer)
+            self._attempt(lambda: self._judge(trainer))
 
     def _judge(self, trainer: Trainer) -> None:
         assert self._collector
