@@ -3,7 +3,9 @@
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -25,23 +27,40 @@ class DivergenceError(RuntimeError):
     """A loss, gradient or parameter is not finite, or the loss has grown out of all proportion."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Norms:
-    """Norms by name, on the device."""
+    """Norms by name; numbers once they have been read from the device."""
 
     names: Sequence[str] = ()
-    values: Tensor | None = None
+    values: Tensor | list[float] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Measured:
-    """A step, or a batch without one, whose values nobody has looked at yet."""
+    """A step, or a batch without one: raw, because most are never looked at but for their sum."""
 
-    record: StepRecord
+    step: int
+    epoch: int
+    batch_index: int
     batch: Any
-    loss: Tensor | None = None
-    gradients: _Norms = _Norms()
-    parameters: _Norms = _Norms()
+    loss: Tensor | float | None = None
+    optimizer: str | None = None
+    learning_rate: float | list[float] | None = None
+    gradients: _Norms = field(default_factory=_Norms)
+    parameters: _Norms = field(default_factory=_Norms)
+
+    def total(self) -> float:
+        """Returns the sum of all that was read: if it is finite, everything is."""
+        return (self.loss or 0.0) + sum(self.gradients.values) + sum(self.parameters.values)  # type: ignore[return-value,operator]
+
+    def record(self) -> StepRecord:
+        """Returns what was read, by name."""
+        arrived = dict(zip(self.gradients.names, self.gradients.values, strict=True))
+        parameters = dict(zip(self.parameters.names, self.parameters.values, strict=True))
+        stepped = parameters or arrived  # not those of another optimizer
+        gradients = {name: norm for name, norm in arrived.items() if name in stepped}
+        values = (self.optimizer, self.learning_rate, self.loss, gradients, parameters)
+        return StepRecord(self.step, self.epoch, self.batch_index, *values)  # type: ignore[arg-type]
 
 
 class FlightRecorder(Callback):
@@ -119,7 +138,7 @@ class FlightRecorder(Callback):
         self._trainer = trainer
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-        self._steps: deque[StepRecord] = deque(maxlen=self.num_steps)
+        self._steps: deque[_Measured] = deque(maxlen=self.num_steps)
         self._unjudged = []
         self._snapshot = Snapshot(trainer.optimizers)
         self._buffers = Copies()
@@ -131,23 +150,25 @@ class FlightRecorder(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        self._held: dict[Optimizer, tuple[list[int], list[str], list[Parameter]]] = {}
+        self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.diverged:
             return
-        step = max(trainer.global_step, self._num_steps_taken)
-        self._batch = _Measured(StepRecord(step, trainer.current_epoch, batch_idx), batch)
+        self._batch = (trainer.current_epoch, batch_idx, batch)
         self._step_of_batch: _Measured | None = None
         self._arrived: _Norms | None = None
         if not self._unjudged and self.on_divergence != "continue":
             self._snapshot.take()
-            self._buffers.take(pl_module.buffers())  # batch normalization sees a batch before its loss is known
+            if self._buffered:  # batch normalization sees a batch before its loss is known
+                self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._loss = None  # here a window of accumulation begins, and each of LBFGS's trials
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        loss = loss.detach().sum()
+        loss = loss.detach() if loss.ndim == 0 else loss.detach().sum()
         if self._scaler:
             loss = loss / self._scaler.scale(torch.ones_like(loss))
         self._loss = loss if self._loss is None else self._loss + loss
@@ -168,7 +189,7 @@ class FlightRecorder(Callback):
             return
         measured = self._step_of_batch
         if measured is None:
-            measured = self._batch
+            measured = _Measured(max(trainer.global_step, self._num_steps_taken), *self._batch)
             if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
                 measured.gradients = self._gradient_norms(trainer.optimizers)
             self._unjudged.append(measured)
@@ -190,7 +211,7 @@ class FlightRecorder(Callback):
     def _let_go(self) -> None:
         if hasattr(self, "_optimizer_steps"):
             self._optimizer_steps.detach()
-            del self._optimizer_steps, self._snapshot, self._buffers, self._batch, self._step_of_batch
+            del self._optimizer_steps, self._snapshot, self._buffers, self._batch, self._step_of_batch, self._held
 
     def _before_step(self, step: OptimizerStep) -> None:
         if self._step_of_batch is None or self.diverged:
@@ -204,27 +225,33 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()  # training ends, but not before the module's own code does
             return
-        at, optimizer = self._batch.record, step.optimizer
-        names, parameters = self._named([optimizer])
-        measured = self._step_of_batch = _Measured(
-            StepRecord(step.step, at.epoch, at.batch_index, step.name, _learning_rate(optimizer)),
-            self._batch.batch,
-            self._loss,
-            self._arrived or self._gradient_norms([optimizer]),
-            _Norms(names, wide_norms(parameters)),
-        )
+        optimizer = step.optimizer
+        arrived = self._arrived or self._gradient_norms([optimizer])
+        stepped = _Norms(*_measure(*self._named(optimizer)))
+        what = (self._loss, step.name, _learning_rate(optimizer), arrived, stepped)
+        measured = self._step_of_batch = _Measured(step.step, *self._batch, *what)
         self._loss = self._arrived = None
         self._unjudged.append(measured)
         if measured.loss is not None:  # otherwise it may yet come with what `training_step` returns
             self._judge_if_due()
 
-    def _named(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], list[Parameter]]:
-        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        return [self._names.get(parameter, "?") for parameter in held], held
+    def _named(self, optimizer: Optimizer) -> tuple[list[str], list[Parameter]]:
+        """What an optimizer holds, looked up again where its groups have grown."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if optimizer not in self._held or self._held[optimizer][0] != sizes:
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self._held[optimizer] = sizes, [self._names.get(parameter, "?") for parameter in held], held
+        return self._held[optimizer][1:]
 
     def _gradient_norms(self, optimizers: Iterable[Optimizer]) -> _Norms:
-        held = [(name, p.grad) for name, p in zip(*self._named(optimizers), strict=True) if p.grad is not None]
-        return _Norms([name for name, _ in held], wide_norms([gradient for _, gradient in held]))
+        names, gradients = [], []
+        for optimizer in optimizers:
+            for name, parameter in zip(*self._named(optimizer), strict=True):
+                gradient = parameter.grad
+                if gradient is not None:
+                    names.append(name)
+                    gradients.append(gradient)
+        return _Norms(*_measure(names, gradients))
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
@@ -238,7 +265,7 @@ class FlightRecorder(Callback):
         _read(unjudged)
         diagnosis = None
         for measured in unjudged:
-            diagnosis = self._diagnose(measured.record)
+            diagnosis = self._diagnose(measured)
             if diagnosis:
                 break
         diverged, writes = self._agree(diagnosis)
@@ -247,20 +274,25 @@ class FlightRecorder(Callback):
         self.diverged = True
         self._take_back()
         if diagnosis:
-            back_to = None if self.on_divergence == "continue" else unjudged[0].record.step
+            back_to = None if self.on_divergence == "continue" else unjudged[0].step
             self._record(measured, diagnosis, back_to, writes)
         self._end()
 
-    def _diagnose(self, record: StepRecord) -> Diagnosis | None:
+    def _diagnose(self, measured: _Measured) -> Diagnosis | None:
         """Judges a step, and remembers a good one."""
-        if record.optimizer is None:  # a micro-batch: its loss is not yet one to compare
-            return diagnose(record, None, self.diverged_beyond)
-        diagnosis = diagnose(record, self._first_losses.get(record.optimizer), self.diverged_beyond)
-        if diagnosis is None:
-            self._steps.append(record)
-            if record.loss:
-                self._first_losses.setdefault(record.optimizer, record.loss)
-        return diagnosis
+        loss, name = measured.loss, measured.optimizer
+        first_loss = self._first_losses.get(name) if name else None  # a micro-batch's is not yet one to compare
+        grown = bool(first_loss and loss is not None and loss > self.diverged_beyond * abs(first_loss))
+        if grown or not isfinite(measured.total()):
+            diagnosis = diagnose(measured.record(), first_loss, self.diverged_beyond)
+            if diagnosis:
+                return diagnosis
+        if name:
+            self._steps.append(measured)
+            measured.batch = None
+            if loss and first_loss is None:
+                self._first_losses[name] = float(loss)
+        return None
 
     def _agree(self, diagnosis: Diagnosis | None) -> tuple[bool, bool]:
         """Whether any process has diverged, and whether this one writes the file: the one whose own loss it was."""
@@ -279,10 +311,10 @@ class FlightRecorder(Callback):
     def _record(self, measured: _Measured, diagnosis: Diagnosis, restored_to_step: int | None, writes: bool) -> None:
         self.flight_record = FlightRecord(
             diagnosis=diagnosis,
-            offending=measured.record,
-            first_loss=self._first_losses.get(measured.record.optimizer or ""),
+            offending=measured.record(),
+            first_loss=self._first_losses.get(measured.optimizer or ""),
             restored_to_step=restored_to_step,
-            steps=list(self._steps),
+            steps=[step.record() for step in self._steps],
             batch=as_numbers(measured.batch, self.max_batch_values),
         )
         if writes:
@@ -309,15 +341,25 @@ def _learning_rate(optimizer: Optimizer) -> float | list[float]:
     return rates[0] if len(rates) == 1 else rates
 
 
+def _measure(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Sequence[str], Tensor | list[float]]:
+    """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
+    if not tensors or tensors[0].device.type != "cpu" or any(tensor.is_sparse for tensor in tensors):
+        return names, wide_norms(tensors)
+    values: list[float] = torch.stack(torch._foreach_norm(tensors)).tolist()
+    return names, values if isfinite(sum(values)) else wide_norms(tensors).tolist()
+
+
 def _read(unjudged: Sequence[_Measured]) -> None:
-    """Fills in the records from the device, all in one transfer."""
-    parts = [(measured.loss, measured.gradients.values, measured.parameters.values) for measured in unjudged]
-    tensors = [tensor.reshape(-1) for part in parts for tensor in part if tensor is not None]
-    values = iter(torch.cat(tensors).tolist() if tensors else [])
-    for measured in unjudged:
-        record = measured.record
-        record.loss = next(values) if measured.loss is not None else None
-        arrived = dict(zip(measured.gradients.names, values, strict=False))
-        record.parameter_norms = dict(zip(measured.parameters.names, values, strict=False))
-        stepped = record.parameter_norms or arrived  # not those of another optimizer
-        record.gradient_norms = {name: norm for name, norm in arrived.items() if name in stepped}
+    """Turns what is still on the device into numbers, all in one transfer."""
+    parts = [(measured.gradients, measured.parameters) for measured in unjudged]
+    waiting = [norms for part in parts for norms in part if isinstance(norms.values, Tensor)]
+    losses = [measured for measured in unjudged if isinstance(measured.loss, Tensor)]
+    if not waiting and len(losses) == 1:  # on a CPU
+        losses[0].loss = losses[0].loss.item()  # type: ignore[union-attr]
+        return
+    tensors = [measured.loss for measured in losses] + [norms.values for norms in waiting]
+    values = iter(torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist() if tensors else [])  # type: ignore[union-attr]
+    for measured in losses:
+        measured.loss = next(values)
+    for norms in waiting:
+        norms.values = list(islice(values, len(norms.names)))
