@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks
 from downslope.callbacks.snapshot import Copies, Snapshot
 from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 from downslope.gradients.finiteness import wide_norms
@@ -51,7 +51,7 @@ class _Measured:
 
     def total(self) -> float:
         """Returns the sum of all that was read: if it is finite, everything is."""
-        return (self.loss or 0.0) + sum(self.gradients.values) + sum(self.parameters.values)  # type: ignore[return-value,operator]
+        return (self.loss or 0.0) + sum(self.gradients.values) + sum(self.parameters.values)  # type: ignore[return-value]
 
     def record(self) -> StepRecord:
         """Returns what was read, by name."""
@@ -135,6 +135,7 @@ class FlightRecorder(Callback):
         self._first_losses = dict(state_dict["first_losses"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        leave_out_idle_hooks(self)
         self._trainer = trainer
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
@@ -228,8 +229,11 @@ class FlightRecorder(Callback):
         optimizer = step.optimizer
         arrived = self._arrived or self._gradient_norms([optimizer])
         stepped = _Norms(*_measure(*self._named(optimizer)))
-        what = (self._loss, step.name, _learning_rate(optimizer), arrived, stepped)
-        measured = self._step_of_batch = _Measured(step.step, *self._batch, *what)
+        epoch, batch_index, batch = self._batch
+        rate = _learning_rate(optimizer)
+        measured = self._step_of_batch = _Measured(
+            step.step, epoch, batch_index, batch, self._loss, step.name, rate, arrived, stepped
+        )
         self._loss = self._arrived = None
         self._unjudged.append(measured)
         if measured.loss is not None:  # otherwise it may yet come with what `training_step` returns
@@ -345,7 +349,7 @@ def _measure(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Sequence[
     """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
     if not tensors or tensors[0].device.type != "cpu" or any(tensor.is_sparse for tensor in tensors):
         return names, wide_norms(tensors)
-    values: list[float] = torch.stack(torch._foreach_norm(tensors)).tolist()
+    values: list[float] = torch.stack(torch._foreach_norm(list(tensors))).tolist()
     return names, values if isfinite(sum(values)) else wide_norms(tensors).tolist()
 
 

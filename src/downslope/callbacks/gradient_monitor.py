@@ -12,7 +12,13 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
+from downslope.callbacks.optimizer_steps import (
+    OptimizerStep,
+    OptimizerSteps,
+    check_frequency,
+    leave_out_idle_hooks,
+    parameter_names,
+)
 from downslope.callbacks.unclipped_gradients import UnclippedGradients, clones
 from downslope.gradients.norms import dense, norms, total_norm
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
@@ -60,6 +66,7 @@ class GradientMonitor(Callback):
         self._steps: OptimizerSteps | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        leave_out_idle_hooks(self)
         self._writer = step_writer(trainer)
         if not self._writer.is_open:
             return

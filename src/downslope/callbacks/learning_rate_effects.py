@@ -8,7 +8,13 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
+from downslope.callbacks.optimizer_steps import (
+    OptimizerStep,
+    OptimizerSteps,
+    check_frequency,
+    leave_out_idle_hooks,
+    parameter_names,
+)
 from downslope.callbacks.replay import replay, why_no_replay
 from downslope.callbacks.unclipped_gradients import clones
 from downslope.gradients.norms import norms, total_norm
@@ -52,6 +58,7 @@ class LearningRateEffects(Callback):
         self._replays = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        leave_out_idle_hooks(self)
         self._writer = step_writer(trainer)
         if not self._writer.is_open:
             return

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -99,6 +99,27 @@ def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
         place = sum(type(other).__name__ == kind for other in optimizers[: len(names)])
         names.append(f"{kind}-{place}" if place else kind)
     return names
+
+
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+def leave_out_idle_hooks(callback: Callback) -> None:
+    """Spares the hooks of a step that a callback has no use for.
+
+    Lightning enters a profiler for every hook of every callback, also for those that do nothing: 15 µs a step and
+    callback. What is not callable it passes over. Only the instance is changed: `super()` finds what it expects.
+    """
+    for name in STEP_HOOKS:
+        if getattr(type(callback), name) is getattr(Callback, name):
+            vars(callback)[name] = None
 
 
 def check_frequency(name: str, value: int) -> None:

@@ -8,7 +8,7 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks
 from downslope.callbacks.rehearsal import rehearsal, training_loss
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.tensorboard import write_scalars
@@ -66,6 +66,7 @@ class SharpnessMonitor(Callback):
         self._on = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        leave_out_idle_hooks(self)
         self._on = bool(trainer.loggers)
         if not self._on:
             return
