@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks
 from downslope.callbacks.snapshot import Copies, Snapshot
+from downslope.callbacks.unclipped_gradients import may_be_clipped
 from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 from downslope.gradients.finiteness import wide_norms
 
@@ -135,9 +136,11 @@ class FlightRecorder(Callback):
         self._first_losses = dict(state_dict["first_losses"])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        leave_out_idle_hooks(self)
         self._trainer = trainer
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._automatic = pl_module.automatic_optimization
+        self._clips = may_be_clipped(trainer, pl_module)
+        leave_out_idle_hooks(self, *self._idle_hooks())
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         self._steps: deque[_Measured] = deque(maxlen=self.num_steps)
         self._unjudged = []
@@ -145,9 +148,20 @@ class FlightRecorder(Callback):
         self._buffers = Copies()
         self._num_steps_taken = trainer.global_step
         self._loss: Tensor | None = None
-        self._optimizer_steps = OptimizerSteps(trainer, self._before_step, self._after_step)
+        before = None if self._automatic else self._before_step
+        self._optimizer_steps = OptimizerSteps(trainer, before, self._after_step)
         self.on_train_epoch_start(trainer, pl_module)
         self.on_train_batch_start(trainer, pl_module, None, 0)  # for a step that is taken before the first batch
+
+    def _idle_hooks(self) -> list[str]:
+        """Those that this run has no use for, of which each takes longer than all that is computed at a step."""
+        idle = {
+            "on_before_zero_grad": self._automatic and not self._scaler,
+            "on_before_backward": self._automatic,
+            "on_after_backward": self._automatic or self._scaler,
+            "on_before_optimizer_step": not (self._clips if self._automatic else self._scaler),
+        }
+        return [name for name, is_idle in idle.items() if is_idle]
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
@@ -176,11 +190,11 @@ class FlightRecorder(Callback):
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The one moment before a clip of the user's own, which makes a NaN in one gradient a NaN in all.
-        if not pl_module.automatic_optimization and not self._scaler:
+        if not self._automatic and not self._scaler:
             self._arrived = self._gradient_norms(trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if pl_module.automatic_optimization or self._scaler:
+        if self._automatic or self._scaler:
             self._arrived = self._gradient_norms([optimizer])
 
     def on_train_batch_end(
@@ -196,8 +210,18 @@ class FlightRecorder(Callback):
             self._unjudged.append(measured)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if measured.loss is None and isinstance(loss, Tensor):
-            measured.loss = loss.detach().sum()
+            self._take_loss(measured, loss.detach() if loss.ndim == 0 else loss.detach().sum())
         self._judge_if_due()
+
+    def _take_loss(self, measured: _Measured, loss: Tensor) -> None:
+        """Takes what came out of a batch: with automatic optimization its share of what the step differentiated."""
+        if self._automatic and self._loss is not None:
+            self._loss = self._loss + loss
+        elif self._automatic:
+            self._loss = loss
+        measured.loss = loss
+        if measured.optimizer and self._loss is not None:
+            measured.loss, self._loss = self._loss, None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge()  # whoever saves the best weights does it after this
@@ -229,14 +253,13 @@ class FlightRecorder(Callback):
         optimizer = step.optimizer
         arrived = self._arrived or self._gradient_norms([optimizer])
         stepped = _Norms(*_measure(*self._named(optimizer)))
-        epoch, batch_index, batch = self._batch
         rate = _learning_rate(optimizer)
-        measured = self._step_of_batch = _Measured(
-            step.step, epoch, batch_index, batch, self._loss, step.name, rate, arrived, stepped
-        )
-        self._loss = self._arrived = None
+        loss = None if self._automatic else self._loss
+        measured = self._step_of_batch = _Measured(step.step, *self._batch, loss, step.name, rate, arrived, stepped)
+        self._arrived = None
         self._unjudged.append(measured)
-        if measured.loss is not None:  # otherwise it may yet come with what `training_step` returns
+        if measured.loss is not None:  # otherwise it comes with what `training_step` returns
+            self._loss = None
             self._judge_if_due()
 
     def _named(self, optimizer: Optimizer) -> tuple[list[str], list[Parameter]]:
