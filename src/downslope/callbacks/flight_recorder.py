@@ -251,8 +251,7 @@ class FlightRecorder(Callback):
             self._take_back()  # training ends, but not before the module's own code does
             return
         optimizer = step.optimizer
-        arrived = self._arrived or self._gradient_norms([optimizer])
-        stepped = _Norms(*_measure(*self._named(optimizer)))
+        arrived, stepped = self._norms_of_step(optimizer)
         rate = _learning_rate(optimizer)
         loss = None if self._automatic else self._loss
         measured = self._step_of_batch = _Measured(step.step, *self._batch, loss, step.name, rate, arrived, stepped)
@@ -270,15 +269,23 @@ class FlightRecorder(Callback):
             self._held[optimizer] = sizes, [self._names.get(parameter, "?") for parameter in held], held
         return self._held[optimizer][1:]
 
+    def _norms_of_step(self, optimizer: Optimizer) -> tuple[_Norms, _Norms]:
+        """Of the gradients as they arrived, and of the parameters that the step has made."""
+        names, parameters = self._named(optimizer)
+        if self._arrived:
+            return self._arrived, _Norms(names, _measure(parameters))
+        arrived, gradients = self._gradients([optimizer])
+        values = _measure([*gradients, *parameters])  # in one go
+        return _Norms(arrived, values[: len(arrived)]), _Norms(names, values[len(arrived) :])
+
     def _gradient_norms(self, optimizers: Iterable[Optimizer]) -> _Norms:
-        names, gradients = [], []
-        for optimizer in optimizers:
-            for name, parameter in zip(*self._named(optimizer), strict=True):
-                gradient = parameter.grad
-                if gradient is not None:
-                    names.append(name)
-                    gradients.append(gradient)
-        return _Norms(*_measure(names, gradients))
+        names, gradients = self._gradients(optimizers)
+        return _Norms(names, _measure(gradients))
+
+    def _gradients(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], list[Tensor]]:
+        pairs = [pair for each in optimizers for pair in zip(*self._named(each), strict=True)]
+        present = [(name, parameter.grad) for name, parameter in pairs if parameter.grad is not None]
+        return [name for name, _ in present], [gradient for _, gradient in present]
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
@@ -368,12 +375,12 @@ def _learning_rate(optimizer: Optimizer) -> float | list[float]:
     return rates[0] if len(rates) == 1 else rates
 
 
-def _measure(names: Sequence[str], tensors: Sequence[Tensor]) -> tuple[Sequence[str], Tensor | list[float]]:
+def _measure(tensors: Sequence[Tensor]) -> Tensor | list[float]:
     """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
     if not tensors or tensors[0].device.type != "cpu" or any(tensor.is_sparse for tensor in tensors):
-        return names, wide_norms(tensors)
+        return wide_norms(tensors)
     values: list[float] = torch.stack(torch._foreach_norm(list(tensors))).tolist()
-    return names, values if isfinite(sum(values)) else wide_norms(tensors).tolist()
+    return values if isfinite(sum(values)) else wide_norms(tensors).tolist()
 
 
 def _read(unjudged: Sequence[_Measured]) -> None:

@@ -26,7 +26,6 @@ from downslope.tensorboard import Measurement, close_step_writer, step_writer
 
 log = logging.getLogger(__name__)
 
-REPLAY_HOOKS = ("on_train_batch_start", "on_train_batch_end")
 DESCENT_RATIO = Measurement(
     ["learning_rate_effect/descent_ratio"], lambda *parts: descent_ratio(*(part.double() for part in parts))[:, None]
 )
@@ -79,12 +78,12 @@ class LearningRateEffects(Callback):
             log.warning("learning_rate_effect/descent_ratio is off. This is because %s.", reason)
         if self._replays:
             self._replay = Replay(trainer, pl_module)
-            steps.on_next = self._wake_if_due
-            self._wake_if_due()
+            steps.on_next = self._sleep_till_due
+            self._sleep_till_due()
 
-    def _wake_if_due(self) -> None:
-        if self._replays and self._steps and self._is_due(self._steps.states[0]):
-            wake(self, *REPLAY_HOOKS)
+    def _sleep_till_due(self) -> None:
+        if self._steps:
+            wake(self, "on_train_batch_start", awake=self._replays and self._is_due(self._steps.states[0]))
 
     def _is_due(self, step: OptimizerStep) -> bool:
         return step.count % self.every_n_steps == 0
@@ -92,14 +91,13 @@ class LearningRateEffects(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state = RandomState()
         self._watched = True
+        wake(self, "on_train_batch_end")
         if not self._window:
             self._window_began_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._watched:  # a step within this batch has woken it, for the next one
-            return
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         if not isinstance(loss, Tensor):
             self._replays = False
@@ -113,8 +111,8 @@ class LearningRateEffects(Callback):
             self._window.clear()
             self._promise = None
         self._watched = False
-        if not self._replays or (self._steps and not self._is_due(self._steps.states[0])):
-            wake(self, *REPLAY_HOOKS, awake=False)
+        wake(self, "on_train_batch_end", awake=False)
+        self._sleep_till_due()
 
     def _write_descent_ratio(self, trainer: Trainer, promise: Tensor) -> None:
         """The gradient was that of the batches' losses added up, each divided by the length of a full window."""
