@@ -72,9 +72,9 @@ class FlightRecorder(Callback):
     those before it, `flight_record.json` (`downslope.flight_record`) is written, and training ends as any training
     that is stopped early: validated, saved, `fit` returns. `trainer.global_step` counts the step that was taken back.
 
-    It is judged when the step is done, which is right for every mode and optimizer: with automatic optimization a
-    gradient is known only in the middle of the step, LBFGS tries several, and a finite one can still overflow a
-    weight. So parameters and optimizer states are copied before each step, in as much memory again. On a GPU
+    It is judged when the step is done, with automatic optimization at the end of its batch, which is right for every
+    optimizer: a gradient is known only in the middle of the step, LBFGS tries several, and a finite one can still
+    overflow a weight. So parameters and optimizer states are copied before each step, in as much memory again. On a GPU
     a judgement is one synchronisation, with several processes one exchange: `every_n_steps` makes them rarer.
     A step that a GradScaler skips is no divergence.
 
@@ -215,10 +215,8 @@ class FlightRecorder(Callback):
 
     def _take_loss(self, measured: _Measured, loss: Tensor) -> None:
         """Takes what came out of a batch: with automatic optimization its share of what the step differentiated."""
-        if self._automatic and self._loss is not None:
-            self._loss = self._loss + loss
-        elif self._automatic:
-            self._loss = loss
+        if self._automatic:
+            self._loss = loss if self._loss is None else self._loss + loss
         measured.loss = loss
         if measured.optimizer and self._loss is not None:
             measured.loss, self._loss = self._loss, None
