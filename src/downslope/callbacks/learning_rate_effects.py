@@ -1,6 +1,7 @@
 """What the learning rate does: how far each step goes, whether it turns back, and what it buys."""
 
 import logging
+from functools import reduce
 from typing import Any
 
 import torch
@@ -116,9 +117,9 @@ class LearningRateEffects(Callback):
 
     def _write_descent_ratio(self, trainer: Trainer, promise: Tensor) -> None:
         """The gradient was that of the batches' losses added up, each divided by the length of a full window."""
-        share = 1.0 / trainer.accumulate_grad_batches
-        before = torch.stack([loss for *_, loss in self._window]).sum()
-        after = torch.stack([self._replay.loss(*place) for *place, _ in self._window]).sum() * share
+        before = reduce(torch.add, [loss for *_, loss in self._window])
+        after = reduce(torch.add, [self._replay.loss(*place) for *place, _ in self._window])
+        after = after / trainer.accumulate_grad_batches
         self._writer.add(self._promised_at, DESCENT_RATIO, before, after, promise)
 
     def _before(self, step: OptimizerStep) -> None:
