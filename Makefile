@@ -72,6 +72,18 @@ check: lint typecheck test ## Everything that CI runs
 benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README claims
 	$(BIN)/python scripts/benchmark.py
 
+.PHONY: chaos
+chaos: $(VENV)/.installed-dev ## Kill 200 runs at random moments, go on with them, compare every bit (KILLS=, SEED=)
+	$(BIN)/python scripts/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
+.PHONY: fuzz
+fuzz: $(VENV)/.installed-dev ## Try 10,000 broken inputs
+	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+
+.PHONY: soak
+soak: install ## A thousand runs in one process, and a million steps: does anything pile up?
+	$(BIN)/python scripts/soak.py
+
 .PHONY: lock
 lock: ## Renew constraints.txt (UPGRADE=--upgrade takes the newest versions); needs uv
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate $(UPGRADE) -o constraints.txt

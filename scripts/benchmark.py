@@ -8,6 +8,7 @@ from collections.abc import Sequence
 BENCHMARKS = {
     "startup": "wall time of a tiny run, beside a bare PyTorch script that does the same",
     "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
+    "verdict": "how often the verdict is right, whether its suggestion helps, and how early it warns",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
 }
 EPILOG = """\
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks.observers import observers
 
         observers(rounds=options.rounds or (1 if options.quick else 5), seconds=0.02 if options.quick else 0.3)
+    elif options.benchmark == "verdict":
+        from benchmarks.verdict import verdict
+
+        verdict(num_runs=32 if options.quick else 240)
     else:
         from benchmarks.steps import steps
 

@@ -12,9 +12,11 @@ from downslope.console import command, metric_lines, refusing, say
 def main(config: DictConfig) -> None:
     """Evaluates the run named by `run`."""
     from downslope.prediction import evaluate_run
+    from downslope.trust import check_local
 
     with refusing("evaluate"):
-        for line in metric_lines(evaluate_run(Path(config.run))):
+        check_local(config.run, "run")
+        for line in metric_lines(evaluate_run(Path(config.run), config.trust)):
             say(line)
 
 

@@ -16,9 +16,11 @@ def main(config: DictConfig) -> None:
     import csv
 
     from downslope.prediction import predict
+    from downslope.trust import check_local
 
     with refusing("predict"):
-        target, predictions = predict(Path(config.run), config.data.path)
+        check_local(config.run, "run")
+        target, predictions = predict(Path(config.run), config.data.path, config.trust)
         with Path(config.output).open("w", newline="") if config.output else nullcontext(sys.stdout) as file:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow([target])

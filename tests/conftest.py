@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import warnings
@@ -35,6 +36,7 @@ def script(
     """Runs `scripts/<name>.py` inside this process, in an empty folder: as a command does, without the imports."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored after the test, whatever the script makes of it
+    signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     handlers, show = logging.getLogger().handlers[:], warnings.showwarning
 
     def run(name: str, *arguments: str) -> Outcome:
@@ -50,6 +52,8 @@ def script(
         return Outcome(code, *capsys.readouterr())
 
     yield run
+    for number, handler in signals.items():
+        signal.signal(number, handler)
     logging.captureWarnings(False)
     for handler in logging.getLogger().handlers:
         if handler not in handlers:

@@ -6,13 +6,16 @@ import gc
 import logging
 import os
 import re
+import shlex
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downslope.result import Result
+from downslope.signals import exit_on_signals
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -36,6 +39,7 @@ def command(main: Callable[[], Any], config_name: str) -> None:
         config_name: The script's primary configuration.
     """
     atexit.register(gc.freeze)
+    exit_on_signals()
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing
     sys.argv[1:] = map(quoted, sys.argv[1:])
     with refusing(config_name):
@@ -61,13 +65,41 @@ def refusing(config_name: str) -> Iterator[None]:
     try:
         yield
     except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _hush()
     except Exception as error:
         if SHOW_TRACEBACK:
             traceback.print_exception(error)
         else:
-            print(f"error: {explain(error, config_name)}", file=sys.stderr)
+            print(f"error: {one_line(explain(error, config_name))}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Lets a run go on that nobody listens to: a terminal that was closed, a full disk behind `>`."""
+    try:
+        yield
+    except OSError as error:
+        logging.getLogger(__name__).warning("Cannot print any more, the run goes on: %s", error)
+        _hush()
+
+
+def _hush() -> None:
+    """Sends what is still printed, and what waits in the buffer, nowhere: else Python exits with 120."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
+
+
+def one_line(message: str) -> str:
+    r"""Returns a message in one line that a terminal can show, whatever bytes came in.
+
+    Example:
+        >>> one_line("Missing keys:\n\tlinear.weight\x00")
+        'Missing keys: linear.weight?'
+    """
+    words = " ".join(message.split()).encode("utf-8", "replace").decode()
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def explain(error: BaseException, config_name: str = "train") -> str:
@@ -106,6 +138,16 @@ def _explain_composition(message: str, config_name: str) -> str:
     return " ".join(lines)
 
 
+class LogFile(logging.FileHandler):
+    """The log of a run: a disk that is full is told of once, and training goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Says it on the terminal, and closes the file's door."""
+        self.addFilter(lambda _: False)
+        with contextlib.suppress(OSError):
+            print(f"WARNING: Cannot write {self.baseFilename} any more: {sys.exception()}", file=sys.stderr)
+
+
 class Quiet(logging.Filter):
     """Lets our own warnings through to the terminal, and everything when Hydra was told to be verbose."""
 
@@ -115,6 +157,7 @@ class Quiet(logging.Filter):
         return verbose or (record.name.startswith("downslope") and record.levelno >= logging.WARNING)
 
 
+@unheard()
 def print_header(config: "DictConfig", datamodule: "DataModule", trainer: "Trainer") -> None:
     """Prints what is about to be trained, in one line."""
     from hydra.core.hydra_config import HydraConfig
@@ -129,6 +172,7 @@ def print_header(config: "DictConfig", datamodule: "DataModule", trainer: "Train
     )
 
 
+@unheard()
 def print_result(result: Result, folder: Path) -> None:
     """Prints what came of a run, and where to look next."""
     say("")
@@ -150,9 +194,36 @@ def print_result(result: Result, folder: Path) -> None:
         say(f"  diverged  {why}: try a smaller lr")
         if (folder / FLIGHT_RECORD).is_file():
             say(f"            the last steps before it and its batch: {FLIGHT_RECORD}")
+    for line in _verdict_lines(result):
+        say(line)
     say("")
     say(f"  run       {_shortest(folder)}")
-    say("  look      make dashboard")
+    say("  look      make dashboard" + _again(result))
+
+
+def _verdict_lines(result: Result) -> list[str]:
+    """Returns the verdict's sentence, in lines that stand under each other."""
+    sentence = result.evidence.get("sentence")
+    return textwrap.wrap(sentence, 118, initial_indent="  verdict   ", subsequent_indent=" " * 12) if sentence else []
+
+
+def _again(result: Result) -> str:
+    """The command that follows the suggestion, where the sentence makes one."""
+    if "Try lr=" not in result.evidence.get("sentence", ""):
+        return ""
+    others = [override for override in result.overrides if not override.startswith("lr=")]
+    rate = f"lr={result.suggested_learning_rate:.3g}"
+    return f"        again   {shlex.join(['python', 'scripts/train.py', *others, rate])}"
+
+
+def print_interrupted(result: Result, folder: Path) -> None:
+    """Prints how far an interrupted run came, and how to go on with it."""
+    say("")
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        say(f"  stopped   at step {result.num_optimizer_steps:,}, saved")
+        say(f"  go on     python scripts/train.py resume={_shortest(folder)}")
+    else:
+        say("  stopped   before anything was saved")
 
 
 def metric_lines(metrics: dict[str, float]) -> list[str]:

@@ -6,6 +6,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 import warnings
 from collections.abc import Iterator
 from datetime import datetime
@@ -22,8 +23,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from downslope.configuration import check_additions, check_nodes, check_values
-from downslope.console import explain, refusing
+from downslope.console import explain, refusing, say
 from downslope.result import EXIT_CODES, read_result
+from downslope.resuming import adopt, checkpoint_of, keep_changes
 
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
 
@@ -46,13 +48,27 @@ class Gate(Callback):
     def on_run_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a single run."""
         with refusing(config_name):
+            ended = adopt(config) if config.get("resume") else None
             folder = Path(config.hydra.run.dir).absolute()
+            if ended:
+                say(
+                    f"{config.resume} has ended at step {ended.num_optimizer_steps:,}, {ended.status}: "
+                    "there is nothing to go on with."
+                )
+                say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
+                raise SystemExit(EXIT_CODES[ended.status])
             check_folder(folder, "hydra.run.dir")
             check(config, folder)
+            if config.get("resume"):
+                keep_changes(config)
 
     def on_multirun_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a sweep if one of its values is impossible, whatever the others are."""
         with refusing(config_name):
+            if config.get("resume"):
+                raise ValueError(
+                    "`resume` goes on with one run, got it with -m. A sweep: hydra.sweep.dir=<its folder>."
+                )
             folder = Path(config.hydra.sweep.dir).absolute()
             check_folder(folder, "hydra.sweep.dir")
             for variant, overrides in variants(config, config_name):
@@ -61,6 +77,13 @@ class Gate(Callback):
                 except Exception as error:
                     hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
                     raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Makes the sweep's report; one that fails is told, which Hydra would not do."""
+        from downslope.sweeps.report import make_report, print_report
+
+        with refusing("train"):
+            print_report(make_report(Path(config.hydra.sweep.dir)))
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Leaves with the exit code of the run's status."""
@@ -90,7 +113,10 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
         from downslope.training import build
 
         check_nodes(config)
-        build(config)
+        datamodule, module, _ = build(config)
+        datamodule.setup("fit")  # are its numbers too large for float32?
+        if config.get("resume"):
+            checkpoint_of(Path(config.resume), datamodule, module)
 
 
 @contextlib.contextmanager
@@ -108,9 +134,13 @@ def _hydra_config(config: DictConfig) -> Iterator[None]:
 def _heavy_imports() -> Iterator[None]:
     """Imports torch and Lightning without the garbage collector, which would walk every object they make.
 
+    Only the first time: freezing again would keep for ever whatever garbage an earlier run in this process has left.
+
     Logging is not configured yet: what they have to say now would land in the terminal.
     """
-    gc.disable()
+    first = "torch" not in sys.modules
+    if first:
+        gc.disable()
     logging.disable()
     try:
         with warnings.catch_warnings():
@@ -119,8 +149,9 @@ def _heavy_imports() -> Iterator[None]:
             yield
     finally:
         logging.disable(logging.NOTSET)
-        gc.freeze()
-        gc.enable()
+        if first:
+            gc.freeze()
+            gc.enable()
 
 
 def _import_torchmetrics() -> None:

@@ -1,36 +1,44 @@
 """What a run's best checkpoint says: of its own rows, and of new ones."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
 
-from downslope.checkpoints import load_module, read_checkpoint, read_configuration
+from downslope.checkpoints import belonging, load_module, read_checkpoint, read_configuration
 from downslope.data.standardization import Standardization
 from downslope.data.table import Array, column_names, read_columns
 from downslope.evaluation import evaluate
 
 
-def evaluate_run(run: Path) -> dict[str, float]:
-    """Returns loss, MAE and R² of the best checkpoint on the run's training, validation and test rows, by tag."""
-    config = read_configuration(run)
+def evaluate_run(run: Path, trusted: Sequence[str] = ()) -> dict[str, float]:
+    """Returns loss, MAE and R² of the best checkpoint on the run's training, validation and test rows, by tag.
+
+    Args:
+        run: The run's folder.
+        trusted: What its configuration may name beside what `downslope.trust` allows.
+    """
+    config = read_configuration(run, trusted)
     checkpoint = read_checkpoint(run)
-    datamodule = instantiate(config.data, _convert_="all")
-    datamodule.setup("test")
-    module = load_module(config, checkpoint, datamodule.num_features)
-    return {
-        f"{part}/{name}": value
-        for part, rows in datamodule.parts.items()
-        for name, value in evaluate(module, *rows).items()
-    }
+    with belonging(run):
+        datamodule = instantiate(config.data, _convert_="all")
+        datamodule.setup("test")
+        module = load_module(config, checkpoint, datamodule.num_features)
+        return {
+            f"{part}/{name}": value
+            for part, rows in datamodule.parts.items()
+            for name, value in evaluate(module, *rows).items()
+        }
 
 
-def predict(run: Path, path: str) -> tuple[str, Array]:
+def predict(run: Path, path: str, trusted: Sequence[str] = ()) -> tuple[str, Array]:
     """Predicts the target of new rows, in its own unit.
 
     Args:
         run: The run's folder.
         path: A file with the features that the run was trained on, found by name.
+        trusted: What the run's configuration may name beside what `downslope.trust` allows.
 
     Returns:
         The target's name, and one prediction a row.
@@ -38,15 +46,18 @@ def predict(run: Path, path: str) -> tuple[str, Array]:
     Raises:
         ValueError: A feature is missing, or a cell is not a finite number.
     """
-    config = read_configuration(run)
+    config = read_configuration(run, trusted)
     checkpoint = read_checkpoint(run)
-    data = checkpoint["DataModule"]
-    names = data["feature_names"]
-    missing = [name for name in names if name not in column_names(path)]
+    available = column_names(path)
+    with belonging(run):
+        data = checkpoint["DataModule"]
+        names, target_name = list(map(str, data["feature_names"])), str(data["target_name"])
+        feature_units = Standardization.from_state_dict(data["feature_units"])
+        target_units = Standardization.from_state_dict(data["target_units"])
+        module = load_module(config, checkpoint, len(names))
+    missing = [name for name in names if name not in available]
     if missing:
         raise ValueError(f"{path} must have the columns that the run was trained on, got no {', '.join(missing)}.")
-    features = Standardization.from_state_dict(data["feature_units"]).apply(read_columns(path, names))
-    module = load_module(config, checkpoint, len(names))
-    with torch.inference_mode():
-        predictions = module(features)
-    return data["target_name"], Standardization.from_state_dict(data["target_units"]).undo(predictions)
+    columns = read_columns(path, names)
+    with belonging(run), torch.inference_mode():
+        return target_name, target_units.undo(module(feature_units.apply(columns)))

@@ -1,5 +1,6 @@
 """A run as data: `result.json`."""
 
+import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
@@ -53,11 +54,21 @@ class Result:
     versions: dict[str, str] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Writes the file, whole or not at all."""
+        """Writes the file, whole or not at all.
+
+        Raises:
+            OSError: It cannot be; the message names the file.
+        """
         target = folder / FILE_NAME
         beside = target.with_suffix(".tmp")
-        beside.write_text(json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-        beside.replace(target)
+        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(target)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                beside.unlink()
+            raise OSError(f"The result cannot be written to {target}: {error.strerror or error}.") from error
 
 
 def read_result(folder: Path) -> Result | None:

@@ -1,6 +1,8 @@
 """Training: compose → build → fit → result."""
 
+import contextlib
 import logging
+import os
 import platform
 import time
 from importlib.metadata import version
@@ -11,21 +13,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from downslope.callbacks import FlightRecorder
-from downslope.console import explain, print_header, print_result
+from downslope.callbacks import FlightRecorder, VerdictMonitor
+from downslope.console import explain, print_header, print_interrupted, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
-from downslope.gradients.least_squares import least_squares
-from downslope.result import EXIT_CODES, Result
-from downslope.tensorboard import write_scalars
+from downslope.forgiving import forgiving
+from downslope.gradients.least_squares import HasLeastSquares, least_squares
+from downslope.hparams import write_hparams
+from downslope.result import Result
+from downslope.resuming import checkpoint_of
+from downslope.signals import Interrupted
+from downslope.tensorboard import close_step_writer, rewind_event_files, write_scalars, write_text
 
 log = logging.getLogger(__name__)
 
 DIVERGED_BEYOND = 1e6
-SIGTERM_EXIT_CODE = 143
 
 
 def check_device(config: DictConfig) -> None:
@@ -69,8 +73,11 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    loggers = [instantiate(node) for node in config.logger.values()]
-    trainer = instantiate(config.trainer, logger=loggers, callbacks=callbacks, _convert_="all")
+    loggers = [forgiving(instantiate(node)) for node in config.logger.values()]
+    # Where nobody keeps checkpoints, Lightning would, in the folder that one happens to stand in.
+    keeps = config.trainer.get("enable_checkpointing", any(isinstance(each, Checkpoint) for each in callbacks))
+    parts = {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": keeps}
+    trainer = instantiate(config.trainer, **parts, _convert_="all")
     if not module.automatic_optimization:
         _check_manual(trainer)
     return datamodule, module, trainer
@@ -113,32 +120,50 @@ def train(config: DictConfig) -> float:
         datamodule, module, trainer = build(config)
         if trainer.is_global_zero:
             print_header(config, datamodule, trainer)
-        _fit(result, datamodule, module, trainer)
+        checkpoint = None
+        if config.get("resume"):
+            checkpoint, state = checkpoint_of(folder, datamodule, module)
+            result.seconds = state["progress"]["seconds"]
+            if trainer.is_global_zero:
+                rewind_event_files(folder, state["progress"]["event_files"])
+        write_text(trainer, "configuration", OmegaConf.to_yaml(config))
+        _fit(result, datamodule, module, trainer, checkpoint)
     except Exception as error:
         result.error = {"type": type(error).__name__, "message": explain(error)}
         log.info("failed", exc_info=True)
-        result.write(folder)
+        with contextlib.suppress(OSError):  # a disk that is full must not hide the error
+            result.write(folder)
         raise
-    except SystemExit as signal:  # how Lightning leaves on SIGTERM and on SIGINT
+    except Interrupted:
         result.status = "interrupted"
-        result.write(folder)
-        sigterm = isinstance(signal, SIGTERMException)
-        raise SystemExit(SIGTERM_EXIT_CODE if sigterm else EXIT_CODES["interrupted"]) from None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            result.write(folder)
+            print_interrupted(result, folder)
+        raise
     if trainer.is_global_zero:
-        result.write(folder)
-        print_result(result, folder)
+        try:
+            result.write(folder)
+            write_hparams(folder, config, hydra.runtime.choices, result)
+        finally:  # where the file cannot be written, the terminal is all there is
+            print_result(result, folder)
     return result.metrics["val/loss"]
 
 
-def _fit(result: Result, datamodule: DataModule, module: LightningModule, trainer: Trainer) -> None:
+def _fit(
+    result: Result, datamodule: DataModule, module: LightningModule, trainer: Trainer, checkpoint: Path | None = None
+) -> None:
     """Trains, and fills in what came of it."""
     datamodule.setup("fit")
     line = least_squares(*datamodule.parts["train"])
     result.least_squares_loss = line.loss
-    result.sharpness = line.sharpness
-    result.largest_stable_learning_rate = line.largest_stable_learning_rate
     result.device = str(trainer.strategy.root_device)
     first_loss = evaluate(module, *datamodule.parts["train"])["loss"]
+
+    def on_fit_start(trainer: Trainer, module: LightningModule) -> None:
+        own = module.least_squares() if isinstance(module, HasLeastSquares) else None
+        if own is not None:  # a network's curvature is not that of the line through its data
+            result.sharpness = own.sharpness
+            result.largest_stable_learning_rate = own.largest_stable_learning_rate
 
     def on_train_end(trainer: Trainer, module: LightningModule) -> None:
         result.metrics = {
@@ -150,17 +175,44 @@ def _fit(result: Result, datamodule: DataModule, module: LightningModule, traine
         write_scalars(trainer, test, trainer.global_step)
 
     # The loggers close before fit returns. Lightning does not declare the attribute.
-    trainer.callbacks.append(LambdaCallback(on_train_end=on_train_end))  # type: ignore[attr-defined]
+    trainer.callbacks.append(LambdaCallback(on_fit_start=on_fit_start, on_train_end=on_train_end))  # type: ignore[attr-defined]
     started = time.perf_counter()
-    trainer.fit(module, datamodule=datamodule)
-    result.seconds = time.perf_counter() - started
-    result.num_optimizer_steps = trainer.global_step
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        result.seconds += time.perf_counter() - started
+        result.num_optimizer_steps = trainer.global_step
+    if not result.metrics:  # killed after its last checkpoint: nothing was left to train
+        on_train_end(trainer, module)
+        close_step_writer(trainer)
+        for logger in trainer.loggers:
+            logger.finalize("success")
     loss = result.metrics["train/loss"]
     result.excess_loss = loss - line.loss
     result.status = "completed" if loss <= DIVERGED_BEYOND * first_loss else "diverged"  # NaN is no ≤ either
+    for observer in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(observer, VerdictMonitor) and observer.verdict:
+            _tell_verdict(result, observer)
     for recorder in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(recorder, FlightRecorder) and recorder.diverged:
             _tell_divergence(result, recorder)
+    if result.status == "diverged" and result.verdict not in ("diverging", "non_finite"):
+        result.verdict = "diverging"  # between two judgements
+
+
+def _tell_verdict(result: Result, monitor: VerdictMonitor) -> None:
+    """Fills in the verdict, in words and figures."""
+    verdict = monitor.verdict
+    assert verdict
+    result.verdict = verdict.word
+    result.suggested_learning_rate = verdict.suggestion.learning_rate
+    result.evidence |= {
+        "sentence": verdict.sentence,
+        "suggestion": verdict.suggestion.reason,
+        "hints": list(verdict.hints),
+        "first_diverging_step": monitor.first_diverging_step,
+        **verdict.figures,
+    }
 
 
 def _tell_divergence(result: Result, recorder: FlightRecorder) -> None:

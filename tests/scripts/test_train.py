@@ -28,7 +28,10 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[a-z2-9]{4}", run.name)
     events = [file.name for file in run.iterdir() if file.name.startswith("events.out.tfevents.")]
     assert len(events) == 1
-    assert {file.name for file in run.iterdir()} - set(events) == {".hydra", "checkpoints", "result.json", "train.log"}
+    pictures = {"loss_surface.png", "step_along_gradient.png"}
+    others = {file.name for file in run.iterdir()} - set(events) - pictures
+    assert others == {".hydra", "checkpoints", "result.json", "train.log"}
+    assert all((run / name).exists() for name in pictures)
     assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     lines = ended.stdout.splitlines()
     assert lines[0] == (
@@ -84,7 +87,7 @@ def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) 
     tags = read_events(run).Tags()
     elements = [f"linear.weight[0,{index}]" for index in range(10)] + ["linear.bias[0]"]
     assert set(tags["scalars"]) == {
-        *("train/loss", "val/loss", "val/mae", "val/r2", "test/loss", "test/mae", "test/r2"),
+        *("train/loss", "val/loss", "val/mae", "val/r2", "test/loss", "test/mae", "test/r2", "excess_loss"),
         *("gradient_norm/total", "gradient_norm/linear.weight", "gradient_norm/linear.bias"),
         "gradient_norm/applied",
         *("curvature/sharpness", "learning_rate_effect/stability"),
@@ -100,7 +103,7 @@ def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) 
     }
     assert tags["histograms"] == ["gradient/linear.weight", "gradient/linear.bias"]
     assert [step for step, _ in scalars(run, "gradient_norm/total")] == [0, 5, 10, 15]
-    assert [step for step, _ in scalars(run, "val/loss")] == [6, 12, 18]
+    assert [step for step, _ in scalars(run, "val/loss")] == [6, 12, 18, 18]  # again in float64, for HPARAMS
     assert [step for step, _ in scalars(run, "train/loss")] == [6, 12, 18]
     assert scalars(run, "val/loss")[-1][1] == pytest.approx(read_json(run)["metrics"]["val/loss"], rel=1e-6)
 
@@ -182,6 +185,7 @@ def test_every_option_trains(script: Script, tmp_path: Path, overrides: list[str
     ended = script("train", *overrides, *FAST)
     assert ended.code == 0, ended.err
     assert read_json(only_run(tmp_path))["status"] == "completed"
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
 @pytest.mark.parametrize("overrides", [[], ["+trainer.accumulate_grad_batches=2"], ["model=manual"]], ids=str)

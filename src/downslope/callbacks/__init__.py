@@ -8,6 +8,7 @@ from downslope.callbacks.learning_rate_effects import LearningRateEffects
 from downslope.callbacks.pictures import Pictures
 from downslope.callbacks.progress import Progress
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
+from downslope.callbacks.verdict_monitor import VerdictMonitor
 
 __all__ = [
     "Checkpoints",
@@ -19,4 +20,5 @@ __all__ = [
     "Pictures",
     "Progress",
     "SharpnessMonitor",
+    "VerdictMonitor",
 ]

@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from math import isfinite
 from pathlib import Path
@@ -122,18 +122,24 @@ class FlightRecorder(Callback):
         self.flight_record: FlightRecord | None = None
         self.diverged = False
         self._first_losses: dict[str, float] = {}
+        self._steps: deque[_Measured | StepRecord] = deque(maxlen=num_steps)
         self._unjudged: list[_Measured] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.flight_record = None
         self.diverged = False
         self._first_losses = {}
+        self._steps.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first_losses": self._first_losses}
+        return {"first_losses": self._first_losses, "steps": [asdict(step) for step in self._records()]}
+
+    def _records(self) -> list[StepRecord]:
+        return [step.record() if isinstance(step, _Measured) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._first_losses = dict(state_dict["first_losses"])
+        self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=self.num_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
@@ -142,7 +148,6 @@ class FlightRecorder(Callback):
         self._clips = may_be_clipped(trainer, pl_module)
         leave_out_idle_hooks(self, *self._idle_hooks())
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-        self._steps: deque[_Measured] = deque(maxlen=self.num_steps)
         self._unjudged = []
         self._snapshot = Snapshot(trainer.optimizers)
         self._buffers = Copies()
@@ -346,7 +351,7 @@ class FlightRecorder(Callback):
             offending=measured.record(),
             first_loss=self._first_losses.get(measured.optimizer or ""),
             restored_to_step=restored_to_step,
-            steps=[step.record() for step in self._steps],
+            steps=self._records(),
             batch=as_numbers(measured.batch, self.max_batch_values),
         )
         if writes:

@@ -1,6 +1,9 @@
 """One bar for the whole run: epoch, steps, loss and gradient norm."""
 
+import contextlib
+import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -10,7 +13,18 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from torch.optim import Optimizer
 
+from downslope.callbacks.verdict_monitor import VerdictMonitor
 from downslope.gradients.norms import norms, total_norm
+
+log = logging.getLogger(__name__)
+
+
+class Terminal(Console):
+    """A console whose reader may go away: rich itself would leave the whole process with `SystemExit`."""
+
+    def on_broken_pipe(self) -> None:
+        """Raises what happened, to be dealt with where it happened."""
+        raise BrokenPipeError("the reader has gone")
 
 
 class Progress(ProgressBar):
@@ -25,7 +39,7 @@ class Progress(ProgressBar):
 
     def __init__(self, every_n_seconds: float = 0.1, line_every_n_seconds: float = 10.0) -> None:
         super().__init__()
-        self.console = Console(stderr=True)
+        self.console = Terminal(stderr=True)
         self.every_n_seconds = every_n_seconds if self.console.is_terminal else line_every_n_seconds
         self._shown_at = 0.0
         self._enabled = True
@@ -52,7 +66,8 @@ class Progress(ProgressBar):
                 auto_refresh=False,
             )
             self._task = self._bar.add_task("", total=_num_steps(trainer), epoch="", steps="", state="")
-            self._bar.start()
+            with self._unseen():
+                self._bar.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._due = self._enabled and time.monotonic() - self._shown_at >= self.every_n_seconds
@@ -79,20 +94,42 @@ class Progress(ProgressBar):
     def _stop(self, trainer: Trainer) -> None:
         if self._bar:
             self._show(trainer)
-            self._bar.stop()
+        if self._bar:
+            with self._unseen():
+                self._bar.stop()
             self._bar = None
+
+    @contextlib.contextmanager
+    def _unseen(self) -> Iterator[None]:
+        """Goes on without a bar when the terminal is gone."""
+        try:
+            yield
+        except OSError as error:
+            bar, self._bar, self._enabled, self._due = self._bar, None, False, False
+            self.console.quiet = True
+            with contextlib.suppress(OSError):
+                if bar:
+                    bar.stop()  # gives stdout and stderr back
+            log.warning("Cannot show progress any more, training goes on: %s", error)
 
     def _show(self, trainer: Trainer) -> None:
         self._shown_at = time.monotonic()
         total = _num_steps(trainer)
         epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs or 0)}/{trainer.max_epochs}"
         steps = f"{trainer.global_step}/{total if total is not None else '?'} steps"
-        state = f"loss {self._loss:.4f}  ‖gradient‖ {self._gradient_norm:.4g}"
-        if self._bar:
-            self._bar.update(self._task, completed=trainer.global_step, epoch=epoch, steps=steps, state=state)
-            self._bar.refresh()
-        else:
-            self.console.print(f"  {epoch}  {steps}  {state}", highlight=False, soft_wrap=True)
+        state = "  ".join([f"loss {self._loss:.4f}", f"‖gradient‖ {self._gradient_norm:.4g}", *_verdict(trainer)])
+        with self._unseen():
+            if self._bar:
+                self._bar.update(self._task, completed=trainer.global_step, epoch=epoch, steps=steps, state=state)
+                self._bar.refresh()
+            else:
+                self.console.print(f"  {epoch}  {steps}  {state}", highlight=False, soft_wrap=True)
+
+
+def _verdict(trainer: Trainer) -> list[str]:
+    """The word of whoever judges, as soon as there is one."""
+    monitors = [each for each in trainer.callbacks if isinstance(each, VerdictMonitor)]  # type: ignore[attr-defined]
+    return [monitor.verdict.word for monitor in monitors if monitor.verdict]
 
 
 def _num_steps(trainer: Trainer) -> int | None:

@@ -49,7 +49,9 @@ class Standardization:
             for column in range(values.shape[1]):
                 result[:, column] = (values[:, column] - self.mean[column]) / self.scale[column]
         if not np.isfinite(result).all():
-            raise ValueError("Values beyond 3e38 do not fit into float32: use `data.standardize=true`.")
+            raise ValueError(
+                "Values beyond 3e38 do not fit into float32: use `data.standardize=true`, or leave such rows out."
+            )
         return torch.from_numpy(result)
 
     def undo(self, values: Tensor) -> Array:

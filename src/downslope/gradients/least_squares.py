@@ -5,6 +5,7 @@ Whatever training claims about a linear regression can be held against this.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -38,6 +39,15 @@ class LeastSquares:
     def largest_stable_learning_rate(self) -> float:
         """2/λ: above it, plain gradient descent on all rows diverges."""
         return 2.0 / self.sharpness
+
+
+@runtime_checkable
+class HasLeastSquares(Protocol):
+    """A module whose training loss is an exact quadratic of its parameters: the weights, then the bias."""
+
+    def least_squares(self) -> LeastSquares | None:
+        """Returns the loss over all training rows in closed form; None where it is not known."""
+        ...
 
 
 def least_squares(features: Float[Tensor, "num_rows num_features"], target: Float[Tensor, " num_rows"]) -> LeastSquares:

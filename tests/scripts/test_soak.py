@@ -1,0 +1,36 @@
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests.conftest import ROOT, run_process
+
+FLAT = {"memory": 400 * 2**20, "files": 7, "threads": 2, "event_bytes": 0}
+
+
+@pytest.fixture
+def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("soak")
+
+
+def test_a_little_soak_is_flat(tmp_path: Path) -> None:
+    ended = run_process(tmp_path, "soak", "--runs", "2", "--steps", "40")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("flat: ")
+    assert len(ended.stdout.splitlines()) == 1 + 2 + 1 + 20 + 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("what", "each"), [("memory", 2**20), ("files", 1), ("threads", 1)])
+def test_what_piles_up_is_noticed(soak: ModuleType, what: str, each: int) -> None:
+    leaking = [soak.Sample(count, **{**FLAT, what: FLAT[what] + count * each}) for count in range(0, 1000, 50)]
+    (line,) = soak.growth(leaking)
+    assert "grew" in line
+
+
+def test_what_a_cache_takes_at_first_is_no_leak(soak: ModuleType) -> None:
+    warm = soak.Sample(50, **FLAT)
+    cold = soak.Sample(0, **{**FLAT, "memory": 200 * 2**20, "files": 5, "threads": 1})
+    assert not list(soak.growth([cold, warm, *[soak.Sample(count, **FLAT) for count in range(100, 1000, 50)]]))

@@ -1,0 +1,94 @@
+import os
+import pty
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, Outcome, read_json
+
+SHORT = (
+    *("hydra.run.dir=run", "trainer.max_epochs=20", "callbacks.gradient_monitor.every_n_steps=1"),
+    "~callbacks.pictures",
+)
+
+
+def train(folder: Path, *overrides: str, **how: Any) -> subprocess.CompletedProcess[str]:
+    how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *SHORT, *overrides]
+    return subprocess.run(command, cwd=folder, text=True, timeout=120, check=False, **how)
+
+
+def weights(folder: Path) -> torch.Tensor:
+    state = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+    return torch.cat([each.flatten() for each in state.values()])
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> torch.Tensor:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    assert train(folder).returncode == 0
+    return weights(folder)
+
+
+def at_most(num_bytes: int) -> Any:
+    """A disk that is full for any file beyond so many bytes: `write` fails with EFBIG."""
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, num_bytes))
+
+    return limit
+
+
+@pytest.mark.parametrize("logger", ["tensorboard", "csv"])
+def test_a_full_disk_under_a_logger_is_one_warning_and_the_same_bits(
+    tmp_path: Path, undisturbed: torch.Tensor, logger: str
+) -> None:
+    ended = train(tmp_path, f"logger={logger}", "~callbacks.progress", preexec_fn=at_most(60_000))  # a checkpoint fits
+    assert ended.returncode == 0, ended.stderr
+    lines = ended.stderr.splitlines()
+    assert lines[0].startswith("WARNING: Cannot write to ")
+    assert len(lines) == (2 if logger == "tensorboard" else 1)  # the second: HPARAMS has a file of its own
+    assert all("Cannot write" in line and line.endswith("File too large") for line in lines)
+    assert torch.equal(weights(tmp_path), undisturbed)
+    assert read_json(tmp_path / "run")["status"] == "completed"
+
+
+def test_a_result_that_cannot_be_written_is_an_error(script: Callable[..., Outcome]) -> None:
+    Path("run/result.tmp").mkdir(parents=True)
+    ended = script("train", *SHORT, "~callbacks.progress")
+    assert ended.code == 1
+    assert len(ended.err.splitlines()) == 1
+    assert ended.err.startswith("error: The result cannot be written to ")
+    assert "  loss      train " in ended.out
+
+
+@pytest.mark.parametrize(
+    ("kind", "streams"),
+    [("pipe", ["stdout"]), *((kind, ["stdout", "stderr"]) for kind in ("pipe", "terminal", "closed", "full"))],
+)
+def test_nobody_listening_changes_nothing(
+    tmp_path: Path, undisturbed: torch.Tensor, kind: str, streams: list[str]
+) -> None:
+    frequency = "every_n_seconds" if kind == "terminal" else "line_every_n_seconds"
+    how: dict[str, Any] = {}
+    if kind == "closed":
+        how["preexec_fn"] = lambda: os.closerange(1, 3)
+    elif kind == "full":
+        how |= dict.fromkeys(streams, os.open("/dev/full", os.O_WRONLY))
+    else:
+        mine, other = pty.openpty() if kind == "terminal" else os.pipe()
+        os.close(mine)  # a terminal that is hung up, a read end that is closed
+        how |= dict.fromkeys(streams, other)
+    ended = train(tmp_path, f"+callbacks.progress.{frequency}=0", **how)
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in (ended.stderr or "")
+    assert torch.equal(weights(tmp_path), undisturbed)
+    assert read_json(tmp_path / "run")["status"] == "completed"
