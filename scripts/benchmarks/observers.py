@@ -1,11 +1,12 @@
-"""What observing costs: the time of a run with observers over that of the same run without, in turn."""
+"""What observing costs: the processor time of a run with observers over that of the same run without, in turn."""
 
 import itertools
 import logging
+import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.report import print_report, show_progress
-from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects
+from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
 from downslope.data.batches import Batch, Batches, ShuffledOrder
 
 FREQUENCIES = (50, 1)
@@ -42,8 +43,25 @@ CASES = [
 ]
 
 
+@dataclass(frozen=True)
+class Seconds:
+    """How long a run took: by the processor's time, which another process takes little of, and by the clock."""
+
+    processor: float
+    wall: float
+
+    @staticmethod
+    def now() -> "Seconds":
+        """Reads both clocks."""
+        return Seconds(time.process_time(), time.perf_counter())
+
+    def since(self, start: "Seconds") -> "Seconds":
+        """Returns what has passed."""
+        return Seconds(self.processor - start.processor, self.wall - start.wall)
+
+
 class Network(LightningModule):
-    """A line, or a line after some layers; it counts the time between its first and its last step."""
+    """A line, or a line after some layers; it starts the clocks before its first step."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -52,12 +70,8 @@ class Network(LightningModule):
         self.layers = nn.Sequential(*hidden, nn.Linear(sizes[-1], 1))
 
     def on_train_start(self) -> None:
-        """Starts the clock."""
-        self.started = time.perf_counter()
-
-    def on_train_end(self) -> None:
-        """Stops it."""
-        self.seconds = time.perf_counter() - self.started
+        """Starts the clocks."""
+        self.started = Seconds.now()
 
     def training_step(self, batch: Batch) -> Tensor:
         """Returns the mean squared error."""
@@ -101,17 +115,19 @@ class Histograms(Callback):
                 trainer.logger.experiment.add_histogram(name, parameter.grad, trainer.global_step)
 
 
-def _ours(every_n_steps: int) -> list[Callback]:
+def _ours(every_n_steps: int, descent_ratio: bool = True) -> list[Callback]:
     return [
         GradientMonitor(every_n_steps, histogram_every_n_steps=1_000_000_000),  # histograms have a column of their own
-        LearningRateEffects(every_n_steps),
+        LearningRateEffects(every_n_steps, descent_ratio),
     ]
 
 
 WAYS: dict[str, Callable[[int], list[Callback]]] = {
     "idle callback": lambda _: [Idle()],
+    "ours, no descent ratio": lambda every_n_steps: _ours(every_n_steps, descent_ratio=False),
     "ours": _ours,
     "ours and `FlightRecorder`": lambda every_n_steps: [*_ours(every_n_steps), FlightRecorder()],
+    "`SharpnessMonitor`": lambda _: [SharpnessMonitor()],
     "`grad_norm` + `log_dict`": lambda every_n_steps: [GradNorm(every_n_steps)],
     "histograms": lambda every_n_steps: [Histograms(every_n_steps)],
 }
@@ -133,33 +149,48 @@ def observers(rounds: int, seconds: float) -> None:
             show_progress(f"observers, {case.name}, batch {case.batch_size}, every {every_n_steps} steps")
             rows.append(_row(case, every_n_steps, rounds, seconds))
     show_progress("")
-    header = ("model", "batch", "every", "step, ms", *WAYS)
+    header = ("model", "batch", "every", "step, processor ms", *WAYS)
     notes = [
-        f"Time added to a run without observers, TensorBoard on; about {seconds} s each in turn, the median of "
-        f"{rounds} rounds' ratios; one thread. Ours: `GradientMonitor` and `LearningRateEffects`, without histograms; "
-        "`FlightRecorder` judges every step whatever the frequency. "
+        "Processor time, all threads together, that is added to a run without observers, and in brackets time by the "
+        f"clock, until everything is written; TensorBoard on; about {seconds} s each in turn, the median of {rounds} "
+        f"rounds' ratios; one thread of torch; {_load()}. "
+        "Ours: `GradientMonitor` and `LearningRateEffects`, without histograms; "
+        "`FlightRecorder` judges every step whatever the frequency, `SharpnessMonitor` measures at every 200. "
         "`grad_norm` computes norms alone, and only where it is due; documented as it is, it does so at every step."
     ]
     print_report(header, rows, notes)
 
 
 def _row(case: Case, every_n_steps: int, rounds: int, seconds: float) -> list[str]:
-    warm = _time(case, [], 50, every_n_steps)
-    num_steps = max(50, round(seconds / (warm / 50) / 50) * 50)
+    warm = _time(case, [], 50, every_n_steps).processor
+    num_steps = max(50 if seconds < 0.1 else 200, round(seconds / (warm / 50) / 50) * 50)
     for way in WAYS.values():
         _time(case, way(every_n_steps), 50, every_n_steps)
-    alone, ratios = [], []
+    alone: list[float] = []
+    ratios: dict[str, list[Seconds]] = {name: [] for name in WAYS}
     for _ in range(rounds):
         bare = _time(case, [], num_steps, every_n_steps)
-        alone.append(bare / num_steps)
-        ratios.append([_time(case, way(every_n_steps), num_steps, every_n_steps) / bare for way in WAYS.values()])
-    added = [median(column) - 1 for column in zip(*ratios, strict=True)]
-    figures = [f"{100 * each:+.1f} %" for each in added]
+        alone.append(bare.processor / num_steps)
+        for name, way in WAYS.items():
+            watched = _time(case, way(every_n_steps), num_steps, every_n_steps)
+            ratios[name].append(Seconds(watched.processor / bare.processor, watched.wall / bare.wall))
+    figures = [
+        f"{_added(each.processor for each in way)} ({_added(each.wall for each in way)})" for way in ratios.values()
+    ]
     return [case.name, str(case.batch_size), str(every_n_steps), f"{1000 * median(alone):.2f}", *figures]
 
 
-def _time(case: Case, callbacks: list[Callback], num_steps: int, every_n_steps: int) -> float:
-    """The seconds that some steps take, the writing included."""
+def _added(ratios: Iterable[float]) -> str:
+    return f"{100 * (median(ratios) - 1):+.0f} %"
+
+
+def _load() -> str:
+    """What else the machine did."""
+    return f"load {os.getloadavg()[1]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
+
+
+def _time(case: Case, callbacks: list[Callback], num_steps: int, every_n_steps: int) -> Seconds:
+    """How long some steps take, till everything is written and the logger closed."""
     random = torch.Generator().manual_seed(0)
     features = torch.randn(max(case.batch_size, 8192), case.num_features, generator=random)
     target = features.sum(dim=1)
@@ -177,4 +208,4 @@ def _time(case: Case, callbacks: list[Callback], num_steps: int, every_n_steps: 
         )
         module = Network(case)
         trainer.fit(module, Batches(features, target, case.batch_size, ShuffledOrder(len(target), seed=0)))
-        return module.seconds
+        return Seconds.now().since(module.started)

@@ -3,7 +3,9 @@
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -13,8 +15,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks
 from downslope.callbacks.snapshot import Copies, Snapshot
+from downslope.callbacks.unclipped_gradients import may_be_clipped
 from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 from downslope.gradients.finiteness import wide_norms
 
@@ -25,23 +28,40 @@ class DivergenceError(RuntimeError):
     """A loss, gradient or parameter is not finite, or the loss has grown out of all proportion."""
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Norms:
-    """Norms by name, on the device."""
+    """Norms by name; numbers once they have been read from the device."""
 
     names: Sequence[str] = ()
-    values: Tensor | None = None
+    values: Tensor | list[float] = field(default_factory=list)
 
 
-@dataclass
+@dataclass(slots=True)
 class _Measured:
-    """A step, or a batch without one, whose values nobody has looked at yet."""
+    """A step, or a batch without one: raw, because most are never looked at but for their sum."""
 
-    record: StepRecord
+    step: int
+    epoch: int
+    batch_index: int
     batch: Any
-    loss: Tensor | None = None
-    gradients: _Norms = _Norms()
-    parameters: _Norms = _Norms()
+    loss: Tensor | float | None = None
+    optimizer: str | None = None
+    learning_rate: float | list[float] | None = None
+    gradients: _Norms = field(default_factory=_Norms)
+    parameters: _Norms = field(default_factory=_Norms)
+
+    def total(self) -> float:
+        """Returns the sum of all that was read: if it is finite, everything is."""
+        return (self.loss or 0.0) + sum(self.gradients.values) + sum(self.parameters.values)  # type: ignore[return-value]
+
+    def record(self) -> StepRecord:
+        """Returns what was read, by name."""
+        arrived = dict(zip(self.gradients.names, self.gradients.values, strict=True))
+        parameters = dict(zip(self.parameters.names, self.parameters.values, strict=True))
+        stepped = parameters or arrived  # not those of another optimizer
+        gradients = {name: norm for name, norm in arrived.items() if name in stepped}
+        values = (self.optimizer, self.learning_rate, self.loss, gradients, parameters)
+        return StepRecord(self.step, self.epoch, self.batch_index, *values)  # type: ignore[arg-type]
 
 
 class FlightRecorder(Callback):
@@ -52,9 +72,9 @@ class FlightRecorder(Callback):
     those before it, `flight_record.json` (`downslope.flight_record`) is written, and training ends as any training
     that is stopped early: validated, saved, `fit` returns. `trainer.global_step` counts the step that was taken back.
 
-    It is judged when the step is done, which is right for every mode and optimizer: with automatic optimization a
-    gradient is known only in the middle of the step, LBFGS tries several, and a finite one can still overflow a
-    weight. So parameters and optimizer states are copied before each step, in as much memory again. On a GPU
+    It is judged when the step is done, with automatic optimization at the end of its batch, which is right for every
+    optimizer: a gradient is known only in the middle of the step, LBFGS tries several, and a finite one can still
+    overflow a weight. So parameters and optimizer states are copied before each step, in as much memory again. On a GPU
     a judgement is one synchronisation, with several processes one exchange: `every_n_steps` makes them rarer.
     A step that a GradScaler skips is no divergence.
 
@@ -102,7 +122,7 @@ class FlightRecorder(Callback):
         self.flight_record: FlightRecord | None = None
         self.diverged = False
         self._first_losses: dict[str, float] = {}
-        self._steps: deque[StepRecord] = deque(maxlen=num_steps)
+        self._steps: deque[_Measured | StepRecord] = deque(maxlen=num_steps)
         self._unjudged: list[_Measured] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -112,7 +132,10 @@ class FlightRecorder(Callback):
         self._steps.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first_losses": self._first_losses, "steps": [asdict(step) for step in self._steps]}
+        return {"first_losses": self._first_losses, "steps": [asdict(step) for step in self._records()]}
+
+    def _records(self) -> list[StepRecord]:
+        return [step.record() if isinstance(step, _Measured) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._first_losses = dict(state_dict["first_losses"])
@@ -121,46 +144,62 @@ class FlightRecorder(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
+        self._automatic = pl_module.automatic_optimization
+        self._clips = may_be_clipped(trainer, pl_module)
+        leave_out_idle_hooks(self, *self._idle_hooks())
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         self._unjudged = []
         self._snapshot = Snapshot(trainer.optimizers)
         self._buffers = Copies()
         self._num_steps_taken = trainer.global_step
         self._loss: Tensor | None = None
-        self._optimizer_steps = OptimizerSteps(trainer, self._before_step, self._after_step)
+        before = None if self._automatic else self._before_step
+        self._optimizer_steps = OptimizerSteps(trainer, before, self._after_step)
         self.on_train_epoch_start(trainer, pl_module)
         self.on_train_batch_start(trainer, pl_module, None, 0)  # for a step that is taken before the first batch
 
+    def _idle_hooks(self) -> list[str]:
+        """Those that this run has no use for, of which each takes longer than all that is computed at a step."""
+        idle = {
+            "on_before_zero_grad": self._automatic and not self._scaler,
+            "on_before_backward": self._automatic,
+            "on_after_backward": self._automatic or self._scaler,
+            "on_before_optimizer_step": not (self._clips if self._automatic else self._scaler),
+        }
+        return [name for name, is_idle in idle.items() if is_idle]
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        self._held: dict[Optimizer, tuple[list[int], list[str], list[Parameter]]] = {}
+        self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.diverged:
             return
-        step = max(trainer.global_step, self._num_steps_taken)
-        self._batch = _Measured(StepRecord(step, trainer.current_epoch, batch_idx), batch)
+        self._batch = (trainer.current_epoch, batch_idx, batch)
         self._step_of_batch: _Measured | None = None
         self._arrived: _Norms | None = None
         if not self._unjudged and self.on_divergence != "continue":
             self._snapshot.take()
-            self._buffers.take(pl_module.buffers())  # batch normalization sees a batch before its loss is known
+            if self._buffered:  # batch normalization sees a batch before its loss is known
+                self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._loss = None  # here a window of accumulation begins, and each of LBFGS's trials
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        loss = loss.detach().sum()
+        loss = loss.detach() if loss.ndim == 0 else loss.detach().sum()
         if self._scaler:
             loss = loss / self._scaler.scale(torch.ones_like(loss))
         self._loss = loss if self._loss is None else self._loss + loss
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The one moment before a clip of the user's own, which makes a NaN in one gradient a NaN in all.
-        if not pl_module.automatic_optimization and not self._scaler:
+        if not self._automatic and not self._scaler:
             self._arrived = self._gradient_norms(trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if pl_module.automatic_optimization or self._scaler:
+        if self._automatic or self._scaler:
             self._arrived = self._gradient_norms([optimizer])
 
     def on_train_batch_end(
@@ -170,14 +209,22 @@ class FlightRecorder(Callback):
             return
         measured = self._step_of_batch
         if measured is None:
-            measured = self._batch
+            measured = _Measured(max(trainer.global_step, self._num_steps_taken), *self._batch)
             if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
                 measured.gradients = self._gradient_norms(trainer.optimizers)
             self._unjudged.append(measured)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if measured.loss is None and isinstance(loss, Tensor):
-            measured.loss = loss.detach().sum()
+            self._take_loss(measured, loss.detach() if loss.ndim == 0 else loss.detach().sum())
         self._judge_if_due()
+
+    def _take_loss(self, measured: _Measured, loss: Tensor) -> None:
+        """Takes what came out of a batch: with automatic optimization its share of what the step differentiated."""
+        if self._automatic:
+            self._loss = loss if self._loss is None else self._loss + loss
+        measured.loss = loss
+        if measured.optimizer and self._loss is not None:
+            measured.loss, self._loss = self._loss, None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge()  # whoever saves the best weights does it after this
@@ -192,7 +239,7 @@ class FlightRecorder(Callback):
     def _let_go(self) -> None:
         if hasattr(self, "_optimizer_steps"):
             self._optimizer_steps.detach()
-            del self._optimizer_steps, self._snapshot, self._buffers, self._batch, self._step_of_batch
+            del self._optimizer_steps, self._snapshot, self._buffers, self._batch, self._step_of_batch, self._held
 
     def _before_step(self, step: OptimizerStep) -> None:
         if self._step_of_batch is None or self.diverged:
@@ -206,27 +253,42 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()  # training ends, but not before the module's own code does
             return
-        at, optimizer = self._batch.record, step.optimizer
-        names, parameters = self._named([optimizer])
-        measured = self._step_of_batch = _Measured(
-            StepRecord(step.step, at.epoch, at.batch_index, step.name, _learning_rate(optimizer)),
-            self._batch.batch,
-            self._loss,
-            self._arrived or self._gradient_norms([optimizer]),
-            _Norms(names, wide_norms(parameters)),
-        )
-        self._loss = self._arrived = None
+        optimizer = step.optimizer
+        arrived, stepped = self._norms_of_step(optimizer)
+        rate = _learning_rate(optimizer)
+        loss = None if self._automatic else self._loss
+        measured = self._step_of_batch = _Measured(step.step, *self._batch, loss, step.name, rate, arrived, stepped)
+        self._arrived = None
         self._unjudged.append(measured)
-        if measured.loss is not None:  # otherwise it may yet come with what `training_step` returns
+        if measured.loss is not None:  # otherwise it comes with what `training_step` returns
+            self._loss = None
             self._judge_if_due()
 
-    def _named(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], list[Parameter]]:
-        held = [p for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]]
-        return [self._names.get(parameter, "?") for parameter in held], held
+    def _named(self, optimizer: Optimizer) -> tuple[list[str], list[Parameter]]:
+        """What an optimizer holds, looked up again where its groups have grown."""
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        if optimizer not in self._held or self._held[optimizer][0] != sizes:
+            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            self._held[optimizer] = sizes, [self._names.get(parameter, "?") for parameter in held], held
+        return self._held[optimizer][1:]
+
+    def _norms_of_step(self, optimizer: Optimizer) -> tuple[_Norms, _Norms]:
+        """Of the gradients as they arrived, and of the parameters that the step has made."""
+        names, parameters = self._named(optimizer)
+        if self._arrived:
+            return self._arrived, _Norms(names, _measure(parameters))
+        arrived, gradients = self._gradients([optimizer])
+        values = _measure([*gradients, *parameters])  # in one go
+        return _Norms(arrived, values[: len(arrived)]), _Norms(names, values[len(arrived) :])
 
     def _gradient_norms(self, optimizers: Iterable[Optimizer]) -> _Norms:
-        held = [(name, p.grad) for name, p in zip(*self._named(optimizers), strict=True) if p.grad is not None]
-        return _Norms([name for name, _ in held], wide_norms([gradient for _, gradient in held]))
+        names, gradients = self._gradients(optimizers)
+        return _Norms(names, _measure(gradients))
+
+    def _gradients(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], list[Tensor]]:
+        pairs = [pair for each in optimizers for pair in zip(*self._named(each), strict=True)]
+        present = [(name, parameter.grad) for name, parameter in pairs if parameter.grad is not None]
+        return [name for name, _ in present], [gradient for _, gradient in present]
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
@@ -240,7 +302,7 @@ class FlightRecorder(Callback):
         _read(unjudged)
         diagnosis = None
         for measured in unjudged:
-            diagnosis = self._diagnose(measured.record)
+            diagnosis = self._diagnose(measured)
             if diagnosis:
                 break
         diverged, writes = self._agree(diagnosis)
@@ -249,20 +311,25 @@ class FlightRecorder(Callback):
         self.diverged = True
         self._take_back()
         if diagnosis:
-            back_to = None if self.on_divergence == "continue" else unjudged[0].record.step
+            back_to = None if self.on_divergence == "continue" else unjudged[0].step
             self._record(measured, diagnosis, back_to, writes)
         self._end()
 
-    def _diagnose(self, record: StepRecord) -> Diagnosis | None:
+    def _diagnose(self, measured: _Measured) -> Diagnosis | None:
         """Judges a step, and remembers a good one."""
-        if record.optimizer is None:  # a micro-batch: its loss is not yet one to compare
-            return diagnose(record, None, self.diverged_beyond)
-        diagnosis = diagnose(record, self._first_losses.get(record.optimizer), self.diverged_beyond)
-        if diagnosis is None:
-            self._steps.append(record)
-            if record.loss:
-                self._first_losses.setdefault(record.optimizer, record.loss)
-        return diagnosis
+        loss, name = measured.loss, measured.optimizer
+        first_loss = self._first_losses.get(name) if name else None  # a micro-batch's is not yet one to compare
+        grown = bool(first_loss and loss is not None and loss > self.diverged_beyond * abs(first_loss))
+        if grown or not isfinite(measured.total()):
+            diagnosis = diagnose(measured.record(), first_loss, self.diverged_beyond)
+            if diagnosis:
+                return diagnosis
+        if name:
+            self._steps.append(measured)
+            measured.batch = None
+            if loss and first_loss is None:
+                self._first_losses[name] = float(loss)
+        return None
 
     def _agree(self, diagnosis: Diagnosis | None) -> tuple[bool, bool]:
         """Whether any process has diverged, and whether this one writes the file: the one whose own loss it was."""
@@ -281,10 +348,10 @@ class FlightRecorder(Callback):
     def _record(self, measured: _Measured, diagnosis: Diagnosis, restored_to_step: int | None, writes: bool) -> None:
         self.flight_record = FlightRecord(
             diagnosis=diagnosis,
-            offending=measured.record,
-            first_loss=self._first_losses.get(measured.record.optimizer or ""),
+            offending=measured.record(),
+            first_loss=self._first_losses.get(measured.optimizer or ""),
             restored_to_step=restored_to_step,
-            steps=list(self._steps),
+            steps=self._records(),
             batch=as_numbers(measured.batch, self.max_batch_values),
         )
         if writes:
@@ -311,15 +378,25 @@ def _learning_rate(optimizer: Optimizer) -> float | list[float]:
     return rates[0] if len(rates) == 1 else rates
 
 
+def _measure(tensors: Sequence[Tensor]) -> Tensor | list[float]:
+    """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
+    if not tensors or tensors[0].device.type != "cpu" or any(tensor.is_sparse for tensor in tensors):
+        return wide_norms(tensors)
+    values: list[float] = torch.stack(torch._foreach_norm(list(tensors))).tolist()
+    return values if isfinite(sum(values)) else wide_norms(tensors).tolist()
+
+
 def _read(unjudged: Sequence[_Measured]) -> None:
-    """Fills in the records from the device, all in one transfer."""
-    parts = [(measured.loss, measured.gradients.values, measured.parameters.values) for measured in unjudged]
-    tensors = [tensor.reshape(-1) for part in parts for tensor in part if tensor is not None]
-    values = iter(torch.cat(tensors).tolist() if tensors else [])
-    for measured in unjudged:
-        record = measured.record
-        record.loss = next(values) if measured.loss is not None else None
-        arrived = dict(zip(measured.gradients.names, values, strict=False))
-        record.parameter_norms = dict(zip(measured.parameters.names, values, strict=False))
-        stepped = record.parameter_norms or arrived  # not those of another optimizer
-        record.gradient_norms = {name: norm for name, norm in arrived.items() if name in stepped}
+    """Turns what is still on the device into numbers, all in one transfer."""
+    parts = [(measured.gradients, measured.parameters) for measured in unjudged]
+    waiting = [norms for part in parts for norms in part if isinstance(norms.values, Tensor)]
+    losses = [measured for measured in unjudged if isinstance(measured.loss, Tensor)]
+    if not waiting and len(losses) == 1:  # on a CPU
+        losses[0].loss = losses[0].loss.item()  # type: ignore[union-attr]
+        return
+    tensors = [measured.loss for measured in losses] + [norms.values for norms in waiting]
+    values = iter(torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist() if tensors else [])  # type: ignore[union-attr]
+    for measured in losses:
+        measured.loss = next(values)
+    for norms in waiting:
+        norms.values = list(islice(values, len(norms.names)))

@@ -12,7 +12,15 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
+from downslope.callbacks.optimizer_steps import (
+    STEP_HOOKS,
+    OptimizerStep,
+    OptimizerSteps,
+    check_frequency,
+    leave_out_idle_hooks,
+    parameter_names,
+    wake,
+)
 from downslope.callbacks.unclipped_gradients import UnclippedGradients, clones
 from downslope.gradients.norms import dense, norms, total_norm
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
@@ -62,31 +70,32 @@ class GradientMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._writer = step_writer(trainer)
         if not self._writer.is_open:
+            leave_out_idle_hooks(self, *STEP_HOOKS)
             return
         self._names = parameter_names(pl_module)
         self._plans: dict[tuple[Parameter, ...], Plan] = {}
-        self._steps = OptimizerSteps(trainer, before=self._before, after=self._after)
-        self._unclipped = UnclippedGradients(trainer, pl_module, self._steps, self._is_due)
+        self._steps = steps = OptimizerSteps(trainer, self._before, self._after, self.every_n_steps)
+        self._unclipped = unclipped = UnclippedGradients(trainer, pl_module, steps)
+        leave_out_idle_hooks(self, *STEP_HOOKS)
+        if unclipped.are_applied:
+            return
+        if not pl_module.automatic_optimization:
+            wake(self, "on_after_backward", awake=trainer.world_size > 1)
+            return
+        wake(self, "on_before_optimizer_step")
+        steps.on_next = lambda: wake(self, "on_before_optimizer_step", awake=steps.are_due())
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._steps:
-            self._unclipped.on_after_backward()
+        self._unclipped.on_after_backward()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._steps:
-            self._unclipped.on_before_optimizer_step(optimizer)
-
-    def _is_due(self, step: OptimizerStep) -> bool:
-        return step.count % self.every_n_steps == 0
+        self._unclipped.on_before_optimizer_step(optimizer)
 
     def _before(self, step: OptimizerStep) -> None:
-        if self._is_due(step):
-            small = [parameter for parameter in step.parameters if parameter.numel() <= self.max_scalar_elements]
-            self._values = dict(zip(small, clones([parameter.detach() for parameter in small]), strict=True))
+        small = [parameter for parameter in step.parameters if parameter.numel() <= self.max_scalar_elements]
+        self._values = dict(zip(small, clones([parameter.detach() for parameter in small]), strict=True))
 
     def _after(self, step: OptimizerStep) -> None:
-        if not self._is_due(step):
-            return
         unclipped = self._unclipped.take(step)
         if unclipped:
             self._measure(step, unclipped)
@@ -97,10 +106,12 @@ class GradientMonitor(Callback):
         if parameters not in self._plans:
             self._plans[parameters] = self._plan(parameters, step.suffix)
         plan = self._plans[parameters]
-        applied = [parameter.grad for parameter in parameters if parameter.grad is not None]
-        elements = [
-            tensor.to_dense() for index in plan.small for tensor in (gradients[index], self._values[parameters[index]])
-        ]
+        is_copy = not self._unclipped.are_applied
+        applied = [parameter.grad for parameter in parameters if parameter.grad is not None] if is_copy else []
+        elements = []
+        for index in plan.small:
+            gradient = gradients[index].detach().to_dense()
+            elements += [gradient if is_copy else gradient.clone(), self._values[parameters[index]]]
         self._writer.add(step.step, plan.measurement, norms([*gradients, *applied], self.norm_type), *elements)
         if step.count % self.histogram_every_n_steps == 0:
             for index in plan.shown:
@@ -119,7 +130,7 @@ class GradientMonitor(Callback):
         num = len(parameters)
 
         def derive(taken: Tensor, *elements: Tensor) -> Tensor:
-            arrived, applied = taken[:, :num], taken[:, num:]
+            arrived, applied = taken[:, :num], taken[:, -num:]  # the same where nobody clips
             totals = [total_norm(each, self.norm_type)[:, None] for each in (arrived, applied)]
             flat = [each.flatten(start_dim=1).to(taken.device) for each in elements]
             return torch.cat([*totals, arrived[:, shown], *flat], dim=1)

@@ -1,6 +1,7 @@
 """What the learning rate does: how far each step goes, whether it turns back, and what it buys."""
 
 import logging
+from functools import reduce
 from typing import Any
 
 import torch
@@ -8,8 +9,16 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
-from downslope.callbacks.replay import replay, why_no_replay
+from downslope.callbacks.optimizer_steps import (
+    STEP_HOOKS,
+    OptimizerStep,
+    OptimizerSteps,
+    check_frequency,
+    leave_out_idle_hooks,
+    parameter_names,
+    wake,
+)
+from downslope.callbacks.replay import Replay, why_no_replay
 from downslope.callbacks.unclipped_gradients import clones
 from downslope.gradients.norms import norms, total_norm
 from downslope.gradients.random_state import RandomState
@@ -64,6 +73,7 @@ class LearningRateEffects(Callback):
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        leave_out_idle_hooks(self, *STEP_HOOKS)
         self._writer = step_writer(trainer)
         if not self._writer.is_open:
             return
@@ -78,47 +88,55 @@ class LearningRateEffects(Callback):
         self._plans: dict[object, Measurement] = {}
         self._window: list[tuple[Any, int, RandomState, Tensor]] = []
         self._promise: Tensor | None = None
-        self._steps = OptimizerSteps(trainer, before=self._before, after=self._after)
+        self._watched = False
+        self._steps = steps = OptimizerSteps(trainer, before=self._before, after=self._after)
         reason = why_no_replay(trainer, pl_module) if self.descent_ratio else None
         self._replays = self.descent_ratio and reason is None
         if reason:
             log.warning("learning_rate_effect/descent_ratio is off. This is because %s.", reason)
+        if self._replays:
+            self._replay = Replay(trainer, pl_module)
+            steps.on_next = self._sleep_till_due
+            self._sleep_till_due()
+
+    def _sleep_till_due(self) -> None:
+        if self._steps:
+            wake(self, "on_train_batch_start", awake=self._replays and self._is_due(self._steps.states[0]))
 
     def _is_due(self, step: OptimizerStep) -> bool:
         return step.count % self.every_n_steps == 0
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._steps and self._replays and self._is_due(self._steps.states[0]):
-            self._random_state = RandomState()
-            self._watched = True
-            if not self._window:
-                self._window_began_at = trainer.global_step
-        else:
-            self._watched = False
+        self._random_state = RandomState()
+        self._watched = True
+        wake(self, "on_train_batch_end")
+        if not self._window:
+            self._window_began_at = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._replays or not self._watched:
-            return
         loss = outputs.get("loss") if isinstance(outputs, dict) else None
         if not isinstance(loss, Tensor):
             self._replays = False
             log.warning("learning_rate_effect/descent_ratio is off. This is because `training_step` returns no loss.")
-            return
-        self._window.append((batch, batch_idx, self._random_state, loss))
-        if self._promise is not None:
-            self._write_descent_ratio(trainer, pl_module, self._promise)
+        else:
+            self._window.append((batch, batch_idx, self._random_state, loss))
+            if self._promise is not None:
+                self._write_descent_ratio(trainer, self._promise)
         skipped = trainer.global_step != self._window_began_at  # by a GradScaler, which calls no optimizer
         if self._promise is not None or skipped:
             self._window.clear()
             self._promise = None
+        self._watched = False
+        wake(self, "on_train_batch_end", awake=False)
+        self._sleep_till_due()
 
-    def _write_descent_ratio(self, trainer: Trainer, module: LightningModule, promise: Tensor) -> None:
+    def _write_descent_ratio(self, trainer: Trainer, promise: Tensor) -> None:
         """The gradient was that of the batches' losses added up, each divided by the length of a full window."""
-        share = 1.0 / trainer.accumulate_grad_batches
-        before = torch.stack([loss for *_, loss in self._window]).sum()
-        after = torch.stack([replay(trainer, module, *place) for *place, _ in self._window]).sum() * share
+        before = reduce(torch.add, [loss for *_, loss in self._window])
+        after = reduce(torch.add, [self._replay.loss(*place) for *place, _ in self._window])
+        after = after / trainer.accumulate_grad_batches
         self._writer.add(self._promised_at, DESCENT_RATIO, before, after, promise)
 
     def _before(self, step: OptimizerStep) -> None:
@@ -154,7 +172,7 @@ class LearningRateEffects(Callback):
         self._writer.add(
             step.step, self._plans[key], taken, torch.dot(flat, last), [float(group["lr"]) for group in groups]
         )
-        if self._replays:
+        if self._watched:
             rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
             squares = taken[2 * len(changes) : -1].square()
             promise = rates[0] * squares.sum() if len(groups) == 1 else squares @ squares.new_tensor(rates)
@@ -196,5 +214,5 @@ class LearningRateEffects(Callback):
         if self._steps:
             self._steps.detach()
             self._steps = None
-            self._replays = False
+            self._replays = self._watched = False
         close_step_writer(trainer)

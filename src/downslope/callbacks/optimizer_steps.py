@@ -1,9 +1,11 @@
 """Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from weakref import WeakKeyDictionary, ref
 
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -26,11 +28,18 @@ class OptimizerStep:
     step: int
     count: int
     suffix: str
+    _sizes: list[int] = field(default_factory=list)
+    _parameters: list[Parameter] = field(default_factory=list)
 
     @property
     def parameters(self) -> list[Parameter]:
-        """What it steps, each once."""
-        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        """What it steps, each once; looked up again where its groups have grown."""
+        groups = self.optimizer.param_groups
+        sizes = [len(group["params"]) for group in groups]
+        if sizes != self._sizes:
+            self._sizes = sizes
+            self._parameters = [parameter for group in groups for parameter in group["params"]]
+        return self._parameters
 
 
 class OptimizerSteps:
@@ -41,10 +50,13 @@ class OptimizerSteps:
     Lightning's are not called at all, and `global_step` stands still: then the steps are counted here. A step that a
     GradScaler skips calls only Lightning's counter, neither function.
 
+    All observers of a trainer share one pair of hooks, and see the same states.
+
     Args:
         trainer: Its optimizers are set up: from `on_train_start` on.
         before: Called with θₜ in place.
         after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
+        every_n_steps: Both are called at an optimizer's steps 0, n, 2n, … alone.
     """
 
     def __init__(
@@ -52,43 +64,76 @@ class OptimizerSteps:
         trainer: Trainer,
         before: Callable[[OptimizerStep], None] | None = None,
         after: Callable[[OptimizerStep], None] | None = None,
+        every_n_steps: int = 1,
     ) -> None:
-        self._trainer = trainer
-        self._before = before
-        self._after = after
-        self._num_steps = trainer.global_step
+        self.before = before
+        self.after = after
+        self.every_n_steps = every_n_steps
         self.on_next: Callable[[], None] | None = None
-        self._handles: list[RemovableHandle] = []
+        hooks = _HOOKS.get(trainer)
+        if hooks is None or [state.optimizer for state in hooks.states] != trainer.optimizers:  # of a fit that failed
+            hooks = _HOOKS[trainer] = _Hooks(trainer)
+        self._hooks = hooks
+        self._hooks.observers.append(self)
+        self.states = self._hooks.states
+
+    def are_due(self) -> bool:
+        """Tells whether the coming step of any optimizer is one of every n."""
+        return any(state.count % self.every_n_steps == 0 for state in self.states)
+
+    def detach(self) -> None:
+        """Leaves the optimizers as they were."""
+        if self in self._hooks.observers:
+            self._hooks.observers.remove(self)
+        if not self._hooks.observers:
+            self._hooks.remove()
+
+
+class _Hooks:
+    """One pair of hooks on each optimizer."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = ref(trainer)
+        self._skips = getattr(trainer.precision_plugin, "scaler", None) is not None
+        self._num_steps = trainer.global_step
+        self.observers: list[OptimizerSteps] = []
         alone = len(trainer.optimizers) == 1
         self.states = [
             OptimizerStep(optimizer, name, 0, trainer.global_step if alone else 0, "" if alone else f"/{name}")
             for optimizer, name in zip(trainer.optimizers, optimizer_names(trainer.optimizers), strict=True)
         ]
+        self._handles: list[RemovableHandle] = []
         for state in self.states:
-            self._attach(state)
+            self._handles.append(state.optimizer.register_step_pre_hook(partial(self._before, state)))
+            self._handles.append(state.optimizer.register_step_post_hook(partial(self._after, state)))
 
-    def _attach(self, state: OptimizerStep) -> None:
-        def before(*_: object) -> None:
-            state.step = max(self._trainer.global_step, self._num_steps)
-            if self._before:
-                self._before(state)
+    def _before(self, state: OptimizerStep, *_: object) -> None:
+        trainer = self._trainer() if self._skips else None  # otherwise its count, which takes time, is this one
+        state.step = max(trainer.global_step, self._num_steps) if trainer else self._num_steps
+        for observer in self.observers:
+            if observer.before and state.count % observer.every_n_steps == 0:
+                observer.before(state)
 
-        def after(*_: object) -> None:
-            if self._after:
-                self._after(state)
-            self._num_steps = state.step + 1
-            state.count += 1
-            if self.on_next:
-                self.on_next()
+    def _after(self, state: OptimizerStep, *_: object) -> None:
+        for observer in self.observers:
+            if observer.after and state.count % observer.every_n_steps == 0:
+                observer.after(state)
+        self._num_steps = state.step + 1
+        state.count += 1
+        for observer in self.observers:
+            if observer.on_next:
+                observer.on_next()
 
-        self._handles.append(state.optimizer.register_step_pre_hook(before))
-        self._handles.append(state.optimizer.register_step_post_hook(after))
-
-    def detach(self) -> None:
-        """Leaves the optimizers as they were."""
+    def remove(self) -> None:
+        """Takes them off, and lets the next observers begin anew."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for trainer in [trainer for trainer, hooks in _HOOKS.items() if hooks is self]:
+            del _HOOKS[trainer]
+
+
+_HOOKS: WeakKeyDictionary[Trainer, _Hooks] = WeakKeyDictionary()
 
 
 def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
@@ -99,6 +144,40 @@ def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
         place = sum(type(other).__name__ == kind for other in optimizers[: len(names)])
         names.append(f"{kind}-{place}" if place else kind)
     return names
+
+
+STEP_HOOKS = (
+    "on_train_batch_start",
+    "on_before_zero_grad",
+    "on_before_backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "on_train_batch_end",
+)
+
+
+def leave_out_idle_hooks(callback: Callback, *idle: str) -> None:
+    """Spares the hooks of a step that a callback has no use for.
+
+    Lightning enters a profiler for every hook of every callback, also for those that do nothing: 10 µs a step and
+    hook. What is not callable it passes over. Only the instance is changed: `super()` finds what it expects.
+
+    Args:
+        callback: Whose hooks that it does not override are left out.
+        idle: Hooks that it does override, and has no use for in this run.
+    """
+    for name in STEP_HOOKS:
+        is_idle = name in idle or getattr(type(callback), name) is getattr(Callback, name)
+        wake(callback, name, awake=not is_idle)
+
+
+def wake(callback: Callback, *names: str, awake: bool = True) -> None:
+    """Lets Lightning call hooks from now on, or pass them over: those that are needed at some steps alone."""
+    for name in names:
+        if awake:
+            vars(callback).pop(name, None)
+        else:
+            vars(callback)[name] = None
 
 
 def check_frequency(name: str, value: int) -> None:

@@ -1,6 +1,6 @@
 """A batch's loss once more, without a trace: nothing that training reads is changed by a bit."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,6 +8,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 from downslope.gradients.random_state import RandomState, random_state
@@ -26,8 +27,8 @@ def why_no_replay(trainer: Trainer, module: LightningModule) -> str | None:
     return None
 
 
-def replay(trainer: Trainer, module: LightningModule, batch: Any, batch_index: int, state: RandomState) -> Tensor:
-    """Returns the loss of a batch with the present weights, under the random numbers of its first forward.
+class Replay:
+    """Computes the loss of a batch with the present weights, under the random numbers of its first forward.
 
     Dropout drops the same elements. Afterwards random states, buffers (batch norm), metrics and gradients are what
     they were, and nothing has been logged.
@@ -35,26 +36,41 @@ def replay(trainer: Trainer, module: LightningModule, batch: Any, batch_index: i
     Args:
         trainer: Its precision is used.
         module: With automatic optimization its `training_step` gives the loss, else its `loss(batch)`.
-        batch: As `training_step` got it.
-        batch_index: The same.
-        state: Of the generators before the first forward.
     """
-    with (
-        random_state(state),
-        torch.no_grad(),
-        trainer.precision_plugin.train_step_context(),
-        _without_a_trace(module),
-    ):
-        loss: Tensor = _loss(module)(batch, batch_index)
-        return loss.detach()
+
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._loss = _loss(module)
+        self._parts: list[Module] = []
+        self._epoch: int | None = None
+
+    def loss(self, batch: Any, batch_index: int, state: RandomState) -> Tensor:
+        """Returns a batch's loss, detached.
+
+        Args:
+            batch: As `training_step` got it.
+            batch_index: The same.
+            state: Of the generators before the first forward.
+        """
+        if self._epoch != self._trainer.current_epoch:  # to look through a large module takes as long as a small one's
+            self._epoch = self._trainer.current_epoch  # whole forward
+            self._parts = [part for part in self._module.modules() if part._buffers or isinstance(part, Metric)]
+        with (
+            random_state(state),
+            torch.no_grad(),
+            self._trainer.precision_plugin.train_step_context(),
+            _without_a_trace(self._module, self._parts),
+        ):
+            return self._loss(batch, batch_index).detach()
 
 
 def _loss(module: LightningModule) -> Callable[[Any, int], Tensor]:
     if not module.automatic_optimization:
         return lambda batch, _: module.loss(batch)  # type: ignore[operator]
+    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
 
     def loss(batch: Any, batch_index: int) -> Tensor:
-        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
         output = module.training_step(batch, batch_index) if takes_index else module.training_step(batch)
         value = output["loss"] if isinstance(output, dict) else output
         assert isinstance(value, Tensor)
@@ -64,29 +80,35 @@ def _loss(module: LightningModule) -> Callable[[Any, int], Tensor]:
 
 
 @contextmanager
-def _without_a_trace(module: LightningModule) -> Iterator[None]:
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    metrics = [(metric, _copy(metric)) for metric in module.modules() if isinstance(metric, Metric)]
-    silenced = {"log": _say_nothing, "log_dict": _say_nothing}
-    module.__dict__.update(silenced)
+def _without_a_trace(module: LightningModule, parts: Sequence[Module]) -> Iterator[None]:
+    kept = [(part._buffers, dict(part._buffers)) for part in parts if part._buffers]
+    buffers = [buffer for _, each in kept for buffer in each.values() if buffer is not None]
+    values = [buffer.detach().clone() for buffer in buffers]
+    metrics = [(metric, _copy(metric)) for metric in parts if isinstance(metric, Metric)]
+    vars(module).update(SILENCED)
     try:
         yield
     finally:
-        for name in silenced:
-            del module.__dict__[name]
-        for buffer, value in buffers:
+        for name in SILENCED:
+            del vars(module)[name]
+        for buffer, value in zip(buffers, values, strict=True):
             buffer.copy_(value)
+        for part, each in kept:
+            part.update(each)
         for metric, state in metrics:
-            metric.__dict__.update(state)
+            vars(metric).update(state)
 
 
 def _copy(metric: Metric) -> dict[str, Any]:
     """A metric adds to its tensors in place and appends to its lists."""
     copies: dict[str, Any] = {}
-    for name, value in metric.__dict__.items():
+    for name, value in vars(metric).items():
         copies[name] = value.clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value
     return copies
 
 
 def _say_nothing(*_: Any, **__: Any) -> None:
     """Stands in for `self.log`."""
+
+
+SILENCED = {"log": _say_nothing, "log_dict": _say_nothing}

@@ -9,7 +9,7 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
 from downslope.callbacks.rehearsal import rehearsal, training_loss
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.tensorboard import write_scalars
@@ -81,6 +81,7 @@ class SharpnessMonitor(Callback):
         self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        leave_out_idle_hooks(self)
         self._on = bool(trainer.loggers)
         if not self._on:
             return
@@ -92,9 +93,14 @@ class SharpnessMonitor(Callback):
         self._measured_on: tuple[Any, int] | None = loaded.get("probe")
         self._eigenvector: Tensor | None = loaded.get("eigenvector")
         self._exact = pl_module.exact_sharpness() if isinstance(pl_module, HasExactSharpness) else None
+        if getattr(trainer.precision_plugin, "scaler", None) is None:  # which skips steps that are counted all the same
+            self._steps.on_next = self._sleep_till_due
 
     def _count(self, taken: OptimizerStep) -> None:
         self._num_steps = taken.step + 1
+
+    def _sleep_till_due(self) -> None:
+        wake(self, "on_train_batch_start", awake=self._num_steps % self.every_n_steps == 0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._on:
@@ -118,6 +124,10 @@ class SharpnessMonitor(Callback):
         if trainer.loggers:
             self._steps.detach()
         self._measured_on = self._eigenvector = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_steps"):
+            self._steps.detach()
 
     def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> float:
         if len(trainer.optimizers) != 1:

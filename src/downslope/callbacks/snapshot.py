@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from operator import is_
 from typing import Any
 
 import torch
@@ -55,7 +56,7 @@ class Copies:
     def take(self, tensors: Iterable[Tensor]) -> None:
         """Copies the tensors as they are now."""
         tensors = list(tensors)
-        if len(tensors) != len(self._tensors) or any(a is not b for a, b in zip(tensors, self._tensors, strict=True)):
+        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             self._tensors, self._pairs = tensors, _pairs(tensors)
         for originals, copies in self._pairs:
             torch._foreach_copy_(copies, originals)

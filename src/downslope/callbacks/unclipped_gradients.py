@@ -1,9 +1,7 @@
 """The gradient that arrives at an optimizer step, before anybody clips it."""
 
-from collections.abc import Callable
-
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -23,8 +21,10 @@ class UnclippedGradients:
     Args:
         trainer: Whose precision may scale the loss.
         module: Decides by its mode of optimization.
-        steps: Of all optimizers.
-        is_due: Tells whether the coming step of an optimizer is wanted; the others cost next to nothing.
+        steps: Of all optimizers; those that are not due cost next to nothing.
+
+    Attributes:
+        are_applied: Nobody clips: they are taken from `.grad` after the step, and nothing is copied.
     """
 
     def __init__(
@@ -32,12 +32,11 @@ class UnclippedGradients:
         trainer: Trainer,
         module: LightningModule,
         steps: OptimizerSteps,
-        is_due: Callable[[OptimizerStep], bool],
     ) -> None:
         self._trainer = trainer
         self._manual = not module.automatic_optimization
         self._steps = steps
-        self._is_due = is_due
+        self.are_applied = not may_be_clipped(trainer, module)
         self._copies: dict[Parameter, Tensor] = {}
         self._handles: list[RemovableHandle] = []
         if self._manual:
@@ -46,7 +45,7 @@ class UnclippedGradients:
 
     def _watch(self) -> None:
         """Begins to look, or stops, as the coming steps ask for."""
-        if not any(self._is_due(state) for state in self._steps.states):
+        if not self._steps.are_due():
             self.detach()
         elif not self._handles:
             for parameter in {parameter for state in self._steps.states for parameter in state.parameters}:
@@ -69,7 +68,7 @@ class UnclippedGradients:
         if self._manual:
             return
         for state in self._steps.states:
-            if state.optimizer is optimizer and self._is_due(state):
+            if state.optimizer is optimizer:
                 parameters = [parameter for parameter in state.parameters if parameter.grad is not None]
                 gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
                 self._copies = dict(zip(parameters, clones(gradients), strict=True))
@@ -79,6 +78,8 @@ class UnclippedGradients:
 
         A parameter without a gradient by now is left out: its copy belongs to an earlier step.
         """
+        if self.are_applied:
+            return {parameter: parameter.grad for parameter in state.parameters if parameter.grad is not None}
         scaler = getattr(self._trainer.precision_plugin, "scaler", None) if self._manual else None
         scale = scaler.get_scale() if scaler is not None else 1.0
         return {
@@ -93,6 +94,25 @@ class UnclippedGradients:
             handle.remove()
         self._handles.clear()
         self._copies.clear()
+
+
+def may_be_clipped(trainer: Trainer, module: LightningModule) -> bool:
+    """Tells whether a gradient may be changed between its arrival and the step, or by the step.
+
+    With manual optimization it always may; with automatic, by the Trainer's setting, by a hook of the module or of
+    somebody's callback, or by an optimizer that is not torch's own.
+    """
+    hooks = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    callbacks = [each for each in callbacks if not type(each).__module__.startswith("downslope.")]
+    return (
+        not module.automatic_optimization
+        or getattr(trainer.precision_plugin, "scaler", None) is not None
+        or trainer.gradient_clip_val is not None
+        or any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)
+        or any(type(each).on_before_optimizer_step is not Callback.on_before_optimizer_step for each in callbacks)
+        or any(not type(each).__module__.startswith("torch.optim.") for each in trainer.optimizers)
+    )
 
 
 def clones(tensors: list[Tensor]) -> list[Tensor]:
