@@ -23,6 +23,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from downslope.configuration import check_additions, check_nodes, check_values
 from downslope.console import explain, refusing
 from downslope.result import EXIT_CODES, read_result
+from downslope.sweeps.ending import Ending
+from downslope.sweeps.name import job_name
 
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
 
@@ -34,6 +36,7 @@ def run_name() -> str:
 
 
 OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 
 class Gate(Callback):
@@ -41,6 +44,8 @@ class Gate(Callback):
 
     Hydra swallows every `Exception` of a callback, so that a refusal leaves by `SystemExit`.
     """
+
+    sweep: Ending | None = None  # the one that runs: on an interruption Hydra leaves without `on_multirun_end`
 
     def on_run_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a single run."""
@@ -60,6 +65,15 @@ class Gate(Callback):
                 except Exception as error:
                     hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
                     raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
+        with open_dict(config), read_write(config):  # a job writes its own, once it knows that the folder is its own
+            config.hydra.overrides.hydra.append("hydra.output_subdir=null")
+        Gate.sweep = Ending(config)
+
+    def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
+        """Leaves with exit code 1 where a job has failed."""
+        sweep, Gate.sweep = Gate.sweep, None
+        if sweep:
+            sweep.finish()
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Leaves with the exit code of the run's status."""
