@@ -74,7 +74,7 @@ def _run(config: DictConfig, folder: Path, train: Callable[[DictConfig], float])
 
 def identity(config: DictConfig) -> str:
     """Returns what makes a job the one it is: its composed configuration."""
-    keys = [key for key in config if key not in OWN_KEYS]
+    keys = [str(key) for key in config if key not in OWN_KEYS]
     return OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys))
 
 
