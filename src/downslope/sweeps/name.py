@@ -14,7 +14,7 @@ def job_name(overrides: str) -> str:
         >>> job_name("device=cpu,lr=0.01")
         'device=cpu,lr=0.01'
         >>> job_name("data.path=tables/houses.csv")
-        'data.path=tables-houses.csv@8b5c9c9a2e'
+        'data.path=tables-houses.csv@7dc9c5923e'
     """
     plain = ODD.sub("-", overrides)
     if plain == overrides and 0 < len(plain) <= LONGEST and plain.strip(".") and "@" not in plain:
