@@ -41,4 +41,6 @@ if __name__ == "__main__":
         code = stop.code if isinstance(stop, SystemExit) else 130
         if Gate.sweep and code in (130, 143):
             Gate.sweep.interrupted()
+        elif Gate.sweep:  # the launcher or the sweeper gave up: Hydra has left without `on_multirun_end`
+            Gate.sweep.finish()
         raise SystemExit(code) from None

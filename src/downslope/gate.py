@@ -25,8 +25,11 @@ from downslope.configuration import check_additions, check_nodes, check_values
 from downslope.console import explain, refusing
 from downslope.result import EXIT_CODES, read_result
 from downslope.sweeps.ending import Ending
+from downslope.sweeps.job import SOURCES
+from downslope.sweeps.missing import missing_jobs, sources_digest
 from downslope.sweeps.name import job_name
 
+GRID = "hydra_plugins.downslope_sweeper.MissingJobs"
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
 
 
@@ -60,14 +63,12 @@ class Gate(Callback):
         with refusing(config_name):
             folder = Path(config.hydra.sweep.dir).absolute()
             check_folder(folder, "hydra.sweep.dir")
-            for variant, overrides in variants(config, config_name):
-                try:
-                    check(variant, folder, devices=False)
-                except Exception as error:
-                    hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
-                    raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
-        with open_dict(config), read_write(config):  # a job writes its own, once it knows that the folder is its own
+            if config.hydra.sweeper._target_ != GRID or missing_jobs(config):
+                check_sweep(config, config_name, folder)
+        with open_dict(config), read_write(config):
+            # A job writes its own, once it knows that the folder is its own.
             config.hydra.overrides.hydra.append("hydra.output_subdir=null")
+            config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SOURCES}={sources_digest(config)}")
         Gate.sweep = Ending(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -81,6 +82,16 @@ class Gate(Callback):
         result = read_result(Path(config.hydra.runtime.output_dir))
         if result and result.status == "diverged":
             raise SystemExit(EXIT_CODES[result.status])
+
+
+def check_sweep(config: DictConfig, config_name: str, folder: Path) -> None:
+    """Raises where one of a sweep's values would stop its job, whatever the others are."""
+    for variant, overrides in variants(config, config_name):
+        try:
+            check(variant, folder, devices=False)
+        except Exception as error:
+            hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
+            raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
 
 
 def check(config: DictConfig, folder: Path, devices: bool = True) -> None:

@@ -1,9 +1,10 @@
 """One job of a sweep: kept, gone on with or run, once, in a folder that no other process touches meanwhile."""
 
 import difflib
+import hashlib
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -15,7 +16,9 @@ from downslope.result import Result, read_result
 
 LOCK = ".lock"  # the system lets go of it when its process dies, by kill -9 too
 ENDED = ("completed", "diverged")
-OWN_KEYS = ("resume", "resume_override")  # how a job is run, not which one it is
+OWN_KEYS = ("hydra", "resume", "resume_override")  # how a job is run, not which one it is
+KEY = ".hydra/key"  # a digest of what the job was composed from: sweeps/missing.py
+SOURCES = "DOWNSLOPE_SOURCES"  # how the gate tells the jobs, wherever they run, what theirs is made of
 
 
 def run_job(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
@@ -120,4 +123,11 @@ def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
     with open_dict(hydra):
         for name, content in {"config": config, "hydra": hydra, "overrides": HydraConfig.get().overrides.task}.items():
             OmegaConf.save(content, partial / f"{name}.yaml")
+    if sources := HydraConfig.get().job.env_set.get(SOURCES):
+        (partial / Path(KEY).name).write_text(job_key(sources, HydraConfig.get().overrides.task))
     partial.replace(target)
+
+
+def job_key(sources: str, overrides: Sequence[str]) -> str:
+    """Returns a digest of all that a job is composed from: where it is equal, so is the composed configuration."""
+    return hashlib.sha256("\n".join([sources, *overrides]).encode()).hexdigest()
