@@ -9,6 +9,7 @@ BENCHMARKS = {
     "startup": "wall time of a tiny run, beside a bare PyTorch script that does the same",
     "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
+    "sweep": "what a job of a sweep costs, one that is kept too, and what a thousand leave behind",
 }
 EPILOG = """\
 Tables go to stdout as Markdown, progress to stderr. What is compared is measured in turn, A B A B …, and
@@ -35,6 +36,10 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks.observers import observers
 
         observers(rounds=options.rounds or (1 if options.quick else 5), seconds=0.02 if options.quick else 0.3)
+    elif options.benchmark == "sweep":
+        from benchmarks.sweep import sweep
+
+        sweep(jobs=options.rounds or (10 if options.quick else 1000))
     else:
         from benchmarks.steps import steps
 
@@ -49,7 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     names = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
     parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, metavar="NAME", help=names)
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, measures little")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each thing is measured")
+    parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each thing is measured; jobs of the sweep")
     return parser
 
 

@@ -39,8 +39,9 @@ if __name__ == "__main__":
         command(main, "train")
     except (SystemExit, KeyboardInterrupt) as stop:
         code = stop.code if isinstance(stop, SystemExit) else 130
-        if Gate.sweep and code in (130, 143):
-            Gate.sweep.interrupted()
-        elif Gate.sweep:  # the launcher or the sweeper gave up: Hydra has left without `on_multirun_end`
-            Gate.sweep.finish()
+        sweep, Gate.sweep = Gate.sweep, None
+        if sweep and code in (130, 143):
+            sweep.interrupted()
+        elif sweep:  # the launcher or the sweeper gave up: Hydra has left without `on_multirun_end`
+            sweep.finish()
         raise SystemExit(code) from None

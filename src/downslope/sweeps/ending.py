@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import time
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -12,11 +11,11 @@ from downslope.result import FILE_NAME, read_result
 
 
 class Ending:
-    """Knows when the sweep began, and tells how it ended, also where Hydra leaves without its callbacks."""
+    """Knows what the folder held when the sweep began, and tells how it ended, also where Hydra leaves without its callbacks."""
 
     def __init__(self, config: DictConfig) -> None:
         self.folder = Path(config.hydra.sweep.dir).absolute()
-        self.began = time.time()
+        self.before = self._stamps()
 
     def finish(self) -> None:
         """Lists the failures, makes the report, and leaves with exit code 1 where any job failed.
@@ -24,32 +23,33 @@ class Ending:
         Raises:
             SystemExit: 1, a job has failed.
         """
-        failed = self._failed()
-        if failed:
-            say(f"\n{len(failed)} failed:")
-        for name, message in failed:
-            say(f"  {name}: {message}")
+        failed = self._list_failures()
         report(self.folder)
         if failed:
             raise SystemExit(1)
 
     def interrupted(self) -> None:
         """Tells how to go on; the jobs that never ran have no `result.json`."""
+        self._list_failures()
         report(self.folder)
         arguments = [each for each in sys.argv[1:] if not each.startswith("hydra.sweep.dir=")]
         say("\ninterrupted: what has ended is kept, what was running is saved, the rest was not run. Go on with")
         say(f"  {shlex.join(['python', sys.argv[0], *arguments, f'hydra.sweep.dir={self.folder}'])}")
 
-    def _failed(self) -> list[tuple[str, str]]:
-        """Name and message of the jobs that failed in this sweep, not in an earlier one over the same folder."""
-        found = []
-        for file in sorted(self.folder.glob(f"*/{FILE_NAME}")):
-            if file.stat().st_mtime < self.began - 1:
-                continue
-            result = read_result(file.parent)
-            if result and result.status == "failed":
-                found.append((file.parent.name, (result.error or {}).get("message", "")))
-        return found
+    def _stamps(self) -> dict[Path, int]:
+        """When each job's result was written."""
+        return {file: file.stat().st_mtime_ns for file in sorted(self.folder.glob(f"*/{FILE_NAME}"))}
+
+    def _list_failures(self) -> bool:
+        """Lists the jobs that failed in this sweep, not in an earlier one over the same folder."""
+        files = [file for file, stamp in self._stamps().items() if self.before.get(file) != stamp]
+        results = [(file.parent.name, read_result(file.parent)) for file in files]
+        failed = [(name, result.error or {}) for name, result in results if result and result.status == "failed"]
+        if failed:
+            say(f"\n{len(failed)} failed:")
+        for name, error in failed:
+            say(f"  {name}: {error.get('message', '')}")
+        return bool(failed)
 
 
 def report(folder: Path) -> None:
