@@ -72,6 +72,10 @@ check: lint typecheck test ## Everything that CI runs
 benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README claims
 	$(BIN)/python scripts/benchmark.py
 
+.PHONY: chaos
+chaos: $(VENV)/.installed-dev ## Kill 200 runs at random moments, go on with them, compare every bit (KILLS=, SEED=)
+	$(BIN)/python scripts/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+
 .PHONY: lock
 lock: ## Renew constraints.txt (UPGRADE=--upgrade takes the newest versions); needs uv
 	uv pip compile pyproject.toml --all-extras --universal --python-version 3.11 --no-header --no-annotate $(UPGRADE) -o constraints.txt

@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     names = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
     parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, metavar="NAME", help=names)
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, measures little")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each thing is measured; jobs of the sweep")
+    parser.add_argument(
+        "--rounds", type=_positive, metavar="N", help="how often each thing is measured; jobs of the sweep"
+    )
     return parser
 
 

@@ -85,7 +85,9 @@ def _run(folder: Path, jobs: int) -> list[Row]:
 
 def _row(part: list[Row], rows: list[Row]) -> list[str]:
     first, last = rows.index(part[0]), rows.index(part[-1])
-    wall, cpu = ([after[what] - before[what] for before, after in zip(part, part[1:], strict=False)] for what in ("wall", "cpu"))
+    wall, cpu = (
+        [after[what] - before[what] for before, after in zip(part, part[1:], strict=False)] for what in ("wall", "cpu")
+    )
     return [
         f"{first + 1:,}–{last + 1:,}",
         *(f"{median(values):.2f}" for values in (wall, cpu)),

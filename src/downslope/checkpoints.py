@@ -1,5 +1,9 @@
-"""A run's checkpoints: plain tensors and plain data, read as nothing else."""
+"""A run's checkpoints: plain tensors and plain data, written whole or not at all, and read as nothing else."""
 
+import hashlib
+import io
+import logging
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -7,10 +11,141 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning import LightningModule
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
 
 BEST = "checkpoints/best.ckpt"
 LAST = "checkpoints/last.ckpt"
+PARTIAL = ".partial"
+CHECKSUM = b"downslope sha256 "
+COMMENT_LENGTH = len(CHECKSUM) + 64
+
+
+class UnreadableCheckpointError(ValueError):
+    """A file is no checkpoint, or not the one that was written."""
+
+
+class SafeCheckpointIO(TorchCheckpointIO):
+    """Lightning's reading and writing of checkpoints, so that a kill, a full disk and a flipped bit lose nothing.
+
+    A checkpoint is written beside its target, on the same file system, flushed to the disk, and only then renamed:
+    until the new one is whole, the old one stays.
+
+    Attributes:
+        error: Why the last checkpoint could not be written; None if it was. An exception would leave the other
+            processes waiting for this one.
+    """
+
+    error: OSError | None = None
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
+    ) -> None:
+        try:
+            write_checkpoint(checkpoint, Path(path))
+            self.error = None
+        except OSError as error:
+            self.error = error
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        return load_checkpoint(Path(path))
+
+
+def write_checkpoint(checkpoint: dict[str, Any], file: Path) -> None:
+    """Writes a checkpoint, whole or not at all.
+
+    Its SHA-256 stands in the comment that ends a zip file, which is what torch writes: `torch.load` reads it as it is.
+
+    Raises:
+        OSError: The disk is full, or something else is in the way; what was at `file` is still there.
+    """
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    buffer.seek(-2, os.SEEK_END)
+    buffer.write(COMMENT_LENGTH.to_bytes(2, "little"))
+    data = buffer.getbuffer()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + PARTIAL)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.write(CHECKSUM + hashlib.sha256(data).hexdigest().encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    _flush_folder(file.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a renaming last through a power cut, where the file system knows of such a thing."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def load_checkpoint(file: Path) -> dict[str, Any]:
+    """Reads a checkpoint as data: nothing in it is executed, and every bit is the one that was written.
+
+    Raises:
+        UnreadableCheckpointError: The reason.
+    """
+    data = file.read_bytes()
+    body, comment = data[:-COMMENT_LENGTH], data[-COMMENT_LENGTH:]
+    if not comment.startswith(CHECKSUM):
+        raise UnreadableCheckpointError(
+            f"{file} cannot be read as a checkpoint: it has no checksum at its end, so it is not whole or not ours."
+        )
+    if comment != CHECKSUM + hashlib.sha256(body).hexdigest().encode():
+        raise UnreadableCheckpointError(
+            f"{file} cannot be read as a checkpoint: its checksum is another one, so it has been damaged."
+        )
+    try:
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UnreadableCheckpointError(f"{file} cannot be read as a checkpoint: {reason}") from error
+    assert isinstance(checkpoint, dict)
+    return checkpoint
+
+
+def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
+    """Returns the newest checkpoint of a run that is whole and can be gone on from, and says which were passed over.
+
+    Raises:
+        ValueError: There is none; the message has the reason for each file.
+    """
+    good: list[tuple[int, Path, dict[str, Any]]] = []
+    folder = (run / LAST).parent
+    bad = [f"{file} was being written when the run was killed." for file in folder.glob("*" + PARTIAL)]
+    for file in sorted(folder.glob("*.ckpt")):
+        try:
+            checkpoint = load_checkpoint(file)
+        except (UnreadableCheckpointError, OSError) as error:
+            bad.append(str(error))
+            continue
+        if (checkpoint.get("progress") or {}).get("batch") is None:
+            bad.append(f"{file} was saved in the middle of something: its weights can be used, but not gone on from.")
+        else:
+            good.append((checkpoint["global_step"], file, checkpoint))
+    if not good:
+        reasons = "; ".join(bad) or "it has no checkpoint"
+        raise ValueError(
+            f"`resume` must be the folder of a run that has saved a checkpoint, got {str(run)!r}: {reasons}."
+        )
+    step, file, checkpoint = max(good, key=lambda each: (each[0], each[1].name == Path(LAST).name))
+    for reason in bad:
+        log.warning("Passed over: %s Going on from %s, step %d.", reason, file.name, step)
+    return file, checkpoint
 
 
 def read_configuration(run: Path) -> DictConfig:
@@ -28,7 +163,7 @@ def read_configuration(run: Path) -> DictConfig:
 
 
 def read_checkpoint(run: Path, name: str = BEST) -> dict[str, Any]:
-    """Reads a checkpoint as data: nothing in it is executed.
+    """Reads a run's checkpoint as data: nothing in it is executed.
 
     Raises:
         ValueError: There is none, or it is not one.
@@ -36,13 +171,7 @@ def read_checkpoint(run: Path, name: str = BEST) -> dict[str, Any]:
     file = run / name
     if not file.is_file():
         raise ValueError(f"`run` must be a run that has saved a checkpoint, got {str(run)!r}: it has no {name}.")
-    try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, ValueError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{file} cannot be read as a checkpoint: {reason}") from error
-    assert isinstance(checkpoint, dict)
-    return checkpoint
+    return load_checkpoint(file)
 
 
 def load_module(config: DictConfig, checkpoint: dict[str, Any], num_features: int) -> LightningModule:

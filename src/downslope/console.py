@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downslope.result import Result
+from downslope.signals import exit_on_signals
 
 if TYPE_CHECKING:
     from lightning import Trainer
@@ -36,6 +37,7 @@ def command(main: Callable[[], Any], config_name: str) -> None:
         config_name: The script's primary configuration.
     """
     atexit.register(gc.freeze)
+    exit_on_signals()
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing
     sys.argv[1:] = map(quoted, sys.argv[1:])
     with refusing(config_name):
@@ -154,6 +156,16 @@ def print_result(result: Result, folder: Path) -> None:
     say("")
     say(f"  run       {_shortest(folder)}")
     say("  look      make dashboard")
+
+
+def print_interrupted(result: Result, folder: Path) -> None:
+    """Prints how far an interrupted run came, and how to go on with it."""
+    say("")
+    if any((folder / "checkpoints").glob("*.ckpt")):
+        say(f"  stopped   at step {result.num_optimizer_steps:,}, saved")
+        say(f"  go on     python scripts/train.py resume={_shortest(folder)}")
+    else:
+        say("  stopped   before anything was saved")
 
 
 def metric_lines(metrics: dict[str, float]) -> list[str]:

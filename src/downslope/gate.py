@@ -22,8 +22,9 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from downslope.configuration import check_additions, check_nodes, check_values
-from downslope.console import explain, refusing
+from downslope.console import explain, refusing, say
 from downslope.result import EXIT_CODES, read_result
+from downslope.resuming import adopt, checkpoint_of, keep_changes
 from downslope.sweeps.ending import Ending
 from downslope.sweeps.job import SOURCES
 from downslope.sweeps.missing import missing_jobs, sources_digest
@@ -54,13 +55,27 @@ class Gate(Callback):
     def on_run_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a single run."""
         with refusing(config_name):
+            ended = adopt(config) if config.get("resume") else None
             folder = Path(config.hydra.run.dir).absolute()
+            if ended:
+                say(
+                    f"{config.resume} has ended at step {ended.num_optimizer_steps:,}, {ended.status}: "
+                    "there is nothing to go on with."
+                )
+                say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
+                raise SystemExit(EXIT_CODES[ended.status])
             check_folder(folder, "hydra.run.dir")
             check(config, folder)
+            if config.get("resume"):
+                keep_changes(config)
 
     def on_multirun_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a sweep if one of its values is impossible, whatever the others are."""
         with refusing(config_name):
+            if config.get("resume"):
+                raise ValueError(
+                    "`resume` goes on with one run, got it with -m. A sweep: hydra.sweep.dir=<its folder>."
+                )
             folder = Path(config.hydra.sweep.dir).absolute()
             check_folder(folder, "hydra.sweep.dir")
             if config.hydra.sweeper._target_ != GRID or missing_jobs(config):
@@ -115,7 +130,9 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
         from downslope.training import build
 
         check_nodes(config)
-        build(config)
+        datamodule, module, _ = build(config)
+        if config.get("resume"):
+            checkpoint_of(Path(config.resume), datamodule, module)
 
 
 @contextlib.contextmanager

@@ -1,22 +1,28 @@
 """TensorBoard's events: straight into the run's folder, one for all the numbers of a step."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import google_crc32c
 import torch
-from lightning import Trainer
+from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import record_writer
 from torch import Tensor
 
+from downslope.event_files import masked_checksum
+
 log = logging.getLogger(__name__)
 
+EVENT_FILES = "events.out.tfevents.*"
 LAYOUT = {
     "Loss": {"loss": ["Multiline", ["train/loss", "val/loss"]]},
     "Gradients": {
@@ -54,15 +60,6 @@ class TensorBoard(TensorBoardLogger):
 
     def save(self) -> None:
         """Leaves the writing to the writer's own thread: Lightning calls this after every metric."""
-
-
-def masked_checksum(data: bytes) -> int:
-    """Returns the CRC-32C of a record as an event file wants it: rotated by 15 bits, plus a constant.
-
-    TensorBoard computes it in Python, a byte at a time: 300 µs for the numbers of one step, more than the step itself.
-    """
-    checksum: int = google_crc32c.value(data)
-    return ((checksum >> 15 | checksum << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
 record_writer.masked_crc32c = masked_checksum
@@ -172,6 +169,58 @@ def write_scalars(trainer: Trainer, values: Mapping[str, float], step: int) -> N
     if writer.is_open:
         writer.add(step, Measurement(list(values), lambda row: row), list(values.values()))
         writer.flush()
+
+
+def flush_step_writer(trainer: Trainer) -> None:
+    """Writes what waits, into the files."""
+    if writer := _WRITERS.get(trainer):
+        writer.flush()
+        for logger in list(writer._loggers):
+            if isinstance(logger, TensorBoardLogger):
+                writer.attempt(logger, lambda logger: logger.experiment.flush())
+
+
+def event_files(trainer: Trainer) -> dict[str, int]:
+    """Returns the length of each event file, by name: what a checkpoint knows of the curves."""
+    folders = {Path(logger.log_dir) for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)}
+    return {file.name: file.stat().st_size for folder in folders for file in folder.glob(EVENT_FILES)}
+
+
+def rewind_event_files(folder: Path, lengths: Mapping[str, int]) -> None:
+    """Takes out of the curves what was written after a checkpoint, and will be written again.
+
+    TensorBoard's own way, a `purge_step`, cannot tell an epoch's mean from the measurements of the step after it: both
+    stand at one step, the first before the checkpoint and the others after.
+    """
+    for file in folder.glob(EVENT_FILES):
+        if file.name not in lengths:
+            file.unlink()
+        elif file.stat().st_size > lengths[file.name]:
+            os.truncate(file, lengths[file.name])
+
+
+def announce_restart(trainer: Trainer) -> None:
+    """Tells a dashboard that is open to forget what it has read of later steps."""
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, TensorBoardLogger):
+            start = SessionLog(status=SessionLog.START)
+            event = Event(session_log=start, step=trainer.global_step + 1)
+            step_writer(trainer).attempt(
+                logger, lambda logger, event=event: logger.experiment.file_writer.add_event(event)
+            )
+
+
+def write_text(trainer: Trainer, tag: str, text: str) -> None:
+    """Shows a text as it stands, in TensorBoard alone, when training begins (again): beside a resumed run's first."""
+
+    def on_train_start(trainer: Trainer, module: LightningModule) -> None:
+        writer = step_writer(trainer)
+        indented = "".join(f"    {line}\n" for line in text.splitlines())  # how Markdown spells a listing
+        for logger in trainer.loggers if trainer.is_global_zero else ():
+            if isinstance(logger, TensorBoardLogger):
+                writer.attempt(logger, lambda logger: logger.experiment.add_text(tag, indented, trainer.global_step))
+
+    trainer.callbacks.append(LambdaCallback(on_train_start=on_train_start))  # type: ignore[attr-defined]
 
 
 def close_step_writer(trainer: Trainer) -> None:

@@ -1,6 +1,7 @@
 """Training: compose → build → fit → result."""
 
 import logging
+import os
 import platform
 import time
 from importlib.metadata import version
@@ -11,21 +12,23 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LambdaCallback, ProgressBar
-from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from downslope.callbacks import FlightRecorder
-from downslope.console import explain, print_header, print_result
+from downslope.callbacks.pictures import HasLeastSquares
+from downslope.console import explain, print_header, print_interrupted, print_result
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
 from downslope.gradients.least_squares import least_squares
-from downslope.result import EXIT_CODES, Result
-from downslope.tensorboard import write_scalars
+from downslope.hparams import write_hparams
+from downslope.result import Result
+from downslope.resuming import checkpoint_of
+from downslope.signals import Interrupted
+from downslope.tensorboard import close_step_writer, rewind_event_files, write_scalars, write_text
 
 log = logging.getLogger(__name__)
 
 DIVERGED_BEYOND = 1e6
-SIGTERM_EXIT_CODE = 143
 
 
 def check_device(config: DictConfig) -> None:
@@ -129,32 +132,47 @@ def train(config: DictConfig) -> float:
         datamodule, module, trainer = build(config)
         if trainer.is_global_zero:
             print_header(config, datamodule, trainer)
-        _fit(result, datamodule, module, trainer)
+        checkpoint = None
+        if config.get("resume"):
+            checkpoint, state = checkpoint_of(folder, datamodule, module)
+            result.seconds = state["progress"]["seconds"]
+            if trainer.is_global_zero:
+                rewind_event_files(folder, state["progress"]["event_files"])
+        write_text(trainer, "configuration", OmegaConf.to_yaml(config))
+        _fit(result, datamodule, module, trainer, checkpoint)
     except Exception as error:
         result.error = {"type": type(error).__name__, "message": explain(error)}
         log.info("failed", exc_info=True)
         result.write(folder)
         raise
-    except SystemExit as signal:  # how Lightning leaves on SIGTERM and on SIGINT
+    except Interrupted:
         result.status = "interrupted"
-        result.write(folder)
-        sigterm = isinstance(signal, SIGTERMException)
-        raise SystemExit(SIGTERM_EXIT_CODE if sigterm else EXIT_CODES["interrupted"]) from None
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            result.write(folder)
+            print_interrupted(result, folder)
+        raise
     if trainer.is_global_zero:
         result.write(folder)
+        write_hparams(folder, config, hydra.runtime.choices, result)
         print_result(result, folder)
     return result.metrics["val/loss"]
 
 
-def _fit(result: Result, datamodule: DataModule, module: LightningModule, trainer: Trainer) -> None:
+def _fit(
+    result: Result, datamodule: DataModule, module: LightningModule, trainer: Trainer, checkpoint: Path | None = None
+) -> None:
     """Trains, and fills in what came of it."""
     datamodule.setup("fit")
     line = least_squares(*datamodule.parts["train"])
     result.least_squares_loss = line.loss
-    result.sharpness = line.sharpness
-    result.largest_stable_learning_rate = line.largest_stable_learning_rate
     result.device = str(trainer.strategy.root_device)
     first_loss = evaluate(module, *datamodule.parts["train"])["loss"]
+
+    def on_fit_start(trainer: Trainer, module: LightningModule) -> None:
+        own = module.least_squares() if isinstance(module, HasLeastSquares) else None
+        if own is not None:  # a network's curvature is not that of the line through its data
+            result.sharpness = own.sharpness
+            result.largest_stable_learning_rate = own.largest_stable_learning_rate
 
     def on_train_end(trainer: Trainer, module: LightningModule) -> None:
         result.metrics = {
@@ -166,11 +184,18 @@ def _fit(result: Result, datamodule: DataModule, module: LightningModule, traine
         write_scalars(trainer, test, trainer.global_step)
 
     # The loggers close before fit returns. Lightning does not declare the attribute.
-    trainer.callbacks.append(LambdaCallback(on_train_end=on_train_end))  # type: ignore[attr-defined]
+    trainer.callbacks.append(LambdaCallback(on_fit_start=on_fit_start, on_train_end=on_train_end))  # type: ignore[attr-defined]
     started = time.perf_counter()
-    trainer.fit(module, datamodule=datamodule)
-    result.seconds = time.perf_counter() - started
-    result.num_optimizer_steps = trainer.global_step
+    try:
+        trainer.fit(module, datamodule=datamodule, ckpt_path=checkpoint, weights_only=True)
+    finally:
+        result.seconds += time.perf_counter() - started
+        result.num_optimizer_steps = trainer.global_step
+    if not result.metrics:  # killed after its last checkpoint: nothing was left to train
+        on_train_end(trainer, module)
+        close_step_writer(trainer)
+        for logger in trainer.loggers:
+            logger.finalize("success")
     loss = result.metrics["train/loss"]
     result.excess_loss = loss - line.loss
     result.status = "completed" if loss <= DIVERGED_BEYOND * first_loss else "diverged"  # NaN is no ≤ either

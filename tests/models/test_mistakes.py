@@ -131,11 +131,76 @@ def test_an_experiment_is_at_the_multiple_of_the_limit_that_it_says(name: str) -
     assert config["data"]["batch_size"] >= len(design)
 
 
+def descend(config: Any, num_steps: int) -> tuple[Any, list[Any], list[Any], list[float]]:
+    """Gradient descent on all rows in float64 from the run's first weights: the design, places, gradients, losses."""
+    features, target = (
+        part.double().numpy() for part in diabetes(config["data"].get("standardize", True)).parts["train"]
+    )
+    design = np.column_stack([features, np.ones(len(features))])
+    torch.manual_seed(0)
+    first = torch.nn.Linear(10, 1)
+    place = np.append(first.weight.detach().double().numpy(), first.bias.detach().double().numpy())
+    places, gradients, losses = [], [], []
+    for _ in range(num_steps + 1):
+        residual = design @ place - target
+        places.append(place)
+        gradients.append(2 * design.T @ residual / len(target))
+        losses.append(float(residual @ residual) / len(target))
+        place = place - config["lr"] * gradients[-1]
+    return (design, target), places, gradients, losses
+
+
+def check_edge(rows: Any, places: Any, gradients: Any, losses: Any) -> None:
+    one, other = gradients[-3:-1]
+    assert one @ other / np.linalg.norm(one) / np.linalg.norm(other) < -0.9  # from side to side
+    assert (np.diff(losses) < 0).all()  # a little lower each time
+
+
+def check_too_slow(rows: Any, places: Any, gradients: Any, losses: Any) -> None:
+    least = np.linalg.lstsq(*rows, rcond=None)[1][0] / len(rows[1])
+    assert (np.diff(losses) < 0).all()
+    assert losses[-1] - least > 0.5 * (losses[0] - least)  # more than half of the way is still to go
+
+
+def check_just_right(rows: Any, places: Any, gradients: Any, losses: Any) -> None:
+    least = np.linalg.lstsq(*rows, rcond=None)[1][0] / len(rows[1])
+    assert losses[-1] < 1.001 * least
+
+
+def check_unscaled_features(rows: Any, places: Any, gradients: Any, losses: Any) -> None:
+    optimum = np.linalg.lstsq(*rows, rcond=None)[0]
+    directions = np.linalg.svd(rows[0], full_matrices=False)[2]  # the steepest first
+    left = (directions @ (places[-1] - optimum)) / (directions @ (places[0] - optimum))
+    assert abs(left[0]) < 1e-9  # solved in one step
+    assert left[-1] > 0.999  # not begun
+
+
+BEHAVIOURS = {
+    "edge": check_edge,
+    "too_slow": check_too_slow,
+    "just_right": check_just_right,
+    "unscaled_features": check_unscaled_features,
+}
+
+
 @pytest.mark.filterwarnings("ignore:Diverged:UserWarning")  # what the recorder has to say
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_runs_and_ends_with_its_exit_code(script: Any, tmp_path: Path, name: str) -> None:
-    ended = script("train", f"experiment={name}", "hydra.run.dir=run", "callbacks=default", "device=cpu")
+def test_an_experiment_runs_behaves_as_it_says_and_ends_with_its_exit_code(
+    script: Any, tmp_path: Path, name: str
+) -> None:
+    whole = name == "just_right" or EXPERIMENTS[name][1]
+    short = () if whole else (f"trainer.max_epochs={40 if name in BEHAVIOURS else 10}",)
+    ended = script("train", f"experiment={name}", "hydra.run.dir=run", "device=cpu", *short)
     assert ended.code == EXPERIMENTS[name][1], ended.err
-    result = read_json(tmp_path / "run")
+    run = tmp_path / "run"
+    result = read_json(run)
     assert result["status"] == ("diverged" if ended.code else "completed")
-    assert (tmp_path / "run" / "loss_surface.png").exists() == (name != "dead_relu")
+    assert (run / "step_along_gradient.png").exists()
+    is_line = name != "dead_relu"
+    assert (run / "loss_surface.png").exists() == is_line
+    assert (result["largest_stable_learning_rate"] is not None) == is_line
+    if name in BEHAVIOURS:
+        config = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())
+        by_hand = descend(config, result["num_optimizer_steps"])
+        assert result["metrics"]["train/loss"] == pytest.approx(by_hand[-1][-1], rel=1e-4)  # the run is in float32
+        BEHAVIOURS[name](*by_hand)

@@ -1,48 +1,288 @@
-"""`last.ckpt` is the newest state, `best.ckpt` the one with the least validation loss."""
+"""`last.ckpt` is the newest state, `best.ckpt` the one with the least validation loss; a run goes on from both."""
 
+import logging
 import math
 import time
+import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from downslope.checkpoints import SafeCheckpointIO, load_checkpoint, write_checkpoint
+from downslope.gradients.random_state import RandomState
+from downslope.signals import Interrupted, StopRequest
+from downslope.tensorboard import announce_restart, event_files, flush_step_writer
+
+log = logging.getLogger(__name__)
+
+Progress = dict[str, Any]
 
 
 class Checkpoints(Checkpoint):
-    """Saves the state of the run; never one that holds a non-finite weight.
+    """Saves the state of the run, and never one that holds a non-finite weight.
+
+    A run that is killed and gone on with (`trainer.fit(ckpt_path=…)`) ends in the same bits as one that was not. So it
+    is saved where nothing is half done: after an optimizer step that no validation follows, and before an epoch. Beside
+    what Lightning saves, a checkpoint has, in plain data and for every process, the random states, the metrics' sums,
+    and where in the epoch it is. An epoch is gone on with by making its order of rows again and passing over what was
+    seen. SIGINT and SIGTERM stop at such a place, and save there.
 
     Args:
         folder: Where `last.ckpt` and `best.ckpt` go.
         monitor: The logged metric whose least value is best.
-        every_n_seconds: How much work a killed run may lose.
+        every_n_seconds: How much work a killed run may lose; null for no limit.
+        every_n_steps: The same in optimizer steps.
+
+    Attributes:
+        seconds: Of training, the killed processes' up to their last checkpoint included.
     """
 
-    def __init__(self, folder: str, monitor: str = "val/loss", every_n_seconds: float = 30.0) -> None:
+    def __init__(
+        self,
+        folder: str,
+        monitor: str = "val/loss",
+        every_n_seconds: float | None = 30.0,
+        every_n_steps: int | None = None,
+    ) -> None:
+        if every_n_steps is not None and every_n_steps < 1:
+            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or null, got {every_n_steps}.")
         self.folder = Path(folder)
         self.monitor = monitor
         self.every_n_seconds = every_n_seconds
+        self.every_n_steps = every_n_steps
         self.best = math.inf
-        self._saved_at = time.monotonic()
+        self._best_is_due = False
+        self._seconds_before = 0.0
+        self._resumed: Progress | None = None
+
+    @property
+    def seconds(self) -> float:
+        return self._seconds_before + time.perf_counter() - self._started_at
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best = state_dict["best"]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._io = trainer.strategy.checkpoint_io = SafeCheckpointIO()
+        self._stop = StopRequest()
+        self._started_at = time.perf_counter()
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch_random = RandomState()  # the first epoch's iterator is made right after this
+        self._keeps_epoch_random = True
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed = checkpoint.get("progress")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed:
+            self._go_on(trainer, pl_module, self._resumed)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._step = trainer.global_step
+        self._stop.listen()
+
+    def _go_on(self, trainer: Trainer, module: LightningModule, progress: Progress) -> None:
+        self._resumed = None
+        mine = progress["processes"][trainer.global_rank]
+        self._seconds_before = progress["seconds"]
+        for name, state in mine["metrics"].items():
+            _restore(module.get_submodule(name), state, module.device)
+        self._epoch_random = RandomState.from_state_dict(mine["epoch_random"])
+        self._epoch_random.restore()
+        _start_at(trainer, progress["batch"])
+        if progress["batch"]:
+            RandomState.from_state_dict(mine["random"]).restore()
+        else:
+            trainer.fit_loop.epoch_loop.restarting = False  # a new epoch, not the rest of one
+        self._keeps_epoch_random = progress["batch"] == 0
+        _follow_settings(trainer, progress["settings"])
+        announce_restart(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._keeps_epoch_random:
+            self._epoch_random = RandomState()
+        self._keeps_epoch_random = False
+        self._save_and_stop_if_due(trainer, pl_module, batch=0)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if trainer.fit_loop.restarting:
+            trainer.fit_loop.restarting = False  # else Lightning leaves out a plateau's step at this epoch's end
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stepped, self._step = trainer.global_step != self._step, trainer.global_step
+        if stepped and not trainer.should_stop and not _something_follows(trainer, batch_idx):
+            self._save_and_stop_if_due(trainer, pl_module, batch=batch_idx + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
-        if value < self.best and self._save(trainer, pl_module, "best.ckpt"):
+        if value < self.best and _is_finite(pl_module):
             self.best = value
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        due = time.monotonic() - self._saved_at >= self.every_n_seconds
-        if trainer.strategy.broadcast(due):  # all processes save together, whatever their clocks say
-            self._save(trainer, pl_module, "last.ckpt")
+            self._best_is_due = True
+            if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
+                self._save(trainer, pl_module, "best.ckpt", batch=None)  # the next step will change the weights
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._save(trainer, pl_module, "last.ckpt")
+        self._epoch_random = RandomState()  # of the epoch that might follow
+        self._save_best(trainer, pl_module, batch=0)
+        self._save(trainer, pl_module, "last.ckpt", batch=0)
+        if self._io.error:
+            raise self._io.error
 
-    def _save(self, trainer: Trainer, module: LightningModule, name: str) -> bool:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters()):
-            return False
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed and trainer.is_global_zero and Path(str(trainer.ckpt_path)).name == "best.ckpt":
+            # Nothing was left to train: the run was killed at its very end, between the writing of the two.
+            write_checkpoint(load_checkpoint(Path(str(trainer.ckpt_path))), self.folder / "last.ckpt")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._stop.forget()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._stop.forget()
+
+    def _save_and_stop_if_due(self, trainer: Trainer, module: LightningModule, batch: int) -> None:
+        """All processes together, whatever their clocks say and whichever of them the signal reached."""
+        due, signal = int(self._is_due(trainer)), self._stop.number
+        if trainer.world_size > 1:
+            wishes = torch.tensor([float(due), float(signal)], device=trainer.strategy.root_device)
+            due, signal = (int(each) for each in trainer.strategy.all_gather(wishes).amax(dim=0))
+        if not batch:
+            self._save_best(trainer, module, batch)
+        if due or signal:
+            self._save(trainer, module, "last.ckpt", batch)
+        if signal:
+            if self._io.error:
+                log.warning("Cannot save before stopping: %s", self._io.error)
+            raise Interrupted(signal)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        if self.every_n_steps and trainer.global_step - self._saved_step >= self.every_n_steps:
+            return True
+        return self.every_n_seconds is not None and time.monotonic() - self._saved_at >= self.every_n_seconds
+
+    def _save_best(self, trainer: Trainer, module: LightningModule, batch: int) -> None:
+        if self._best_is_due:
+            self._save(trainer, module, "best.ckpt", batch)
+
+    def _save(self, trainer: Trainer, module: LightningModule, name: str, batch: int | None) -> None:
+        if not _is_finite(module):
+            return
+        if name == "best.ckpt":
+            self._best_is_due = False
+        else:
+            self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._batch = batch
+        flush_step_writer(trainer)
         trainer.save_checkpoint(self.folder / name)
-        self._saved_at = time.monotonic()
+        if self._io.error:
+            log.warning("Cannot write %s, training goes on: %s", self.folder / name, self._io.error)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        mine = {
+            "random": RandomState().state_dict(),
+            "epoch_random": self._epoch_random.state_dict(),
+            "metrics": {name: _state(part) for name, part in pl_module.named_modules() if isinstance(part, Metric)},
+        }
+        processes = [mine]
+        if trainer.world_size > 1:
+            processes = [{} for _ in range(trainer.world_size)]
+            torch.distributed.all_gather_object(processes, mine)
+        checkpoint["progress"] = {
+            "batch": self._batch,
+            "processes": processes,
+            "seconds": self.seconds,
+            "model": _name(pl_module),
+            "optimizers": [_name(each) for each in (*trainer.optimizers, *_schedulers(trainer))],
+            "settings": [_settings(optimizer) for optimizer in trainer.optimizers],
+            "event_files": event_files(trainer),
+        }
+
+
+def _something_follows(trainer: Trainer, batch_idx: int) -> bool:
+    """Tells whether more than the next batch comes after this one: the epoch's end, or a validation within it."""
+    if trainer.fit_loop.epoch_loop.batch_progress.is_last_batch or batch_idx + 1 == trainer.num_training_batches:
         return True
+    if not trainer.enable_validation or trainer.val_check_batch in (None, math.inf):
+        return False
+    num_batches = batch_idx + 1 if trainer.check_val_every_n_epoch else trainer.fit_loop.total_batch_idx + 1
+    return num_batches % int(trainer.val_check_batch) == 0
+
+
+def _start_at(trainer: Trainer, batch: int) -> None:
+    """Makes the epoch's iterator again, and passes over the batches that were seen.
+
+    Ours jump there. Any other loader makes them again, with the random numbers that it made them with.
+    """
+    warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch ended")
+    fetcher = trainer.fit_loop._data_fetcher
+    assert fetcher is not None
+    loaders = fetcher.combined_loader.flattened
+    jumps = all(hasattr(loader, "start") for loader in loaders)
+    for loader in loaders if jumps else []:
+        loader.start = batch
+    iter(fetcher)
+    for _ in range(0 if jumps else batch):
+        next(fetcher)
+    fetcher.fetched = 0  # Lightning adds the batches that it has counted
+
+
+def _schedulers(trainer: Trainer) -> list[Any]:
+    return [config.scheduler for config in trainer.lr_scheduler_configs]
+
+
+def _settings(optimizer: Optimizer) -> dict[str, Any]:
+    """What an optimizer was made with, as far as it is plain data."""
+    return {name: value for name, value in optimizer.defaults.items() if isinstance(value, int | float | tuple)}
+
+
+def _follow_settings(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
+    """Follows what the configuration says today: the optimizer's state has the settings of the checkpoint."""
+    for optimizer, before in zip(trainer.optimizers, saved, strict=True):
+        for name, value in _settings(optimizer).items():
+            if before.get(name) == value:
+                continue
+            for group in optimizer.param_groups:
+                if name == "lr":
+                    ratio = value / before["lr"]
+                    group.update({key: group[key] * ratio for key in ("lr", "initial_lr") if key in group})
+                else:
+                    group[name] = value
+            for scheduler in _schedulers(trainer) if name == "lr" else []:
+                if hasattr(scheduler, "base_lrs"):
+                    scheduler.base_lrs = [rate * ratio for rate in scheduler.base_lrs]
+
+
+def _state(metric: Metric) -> dict[str, Any]:
+    states = {name: _copied(value) for name, value in metric.metric_state.items()}
+    return {"update_count": metric.update_count, "states": states}
+
+
+def _copied(value: Any) -> Any:
+    return [each.detach().cpu() for each in value] if isinstance(value, list) else value.detach().cpu()
+
+
+def _restore(metric: Any, state: dict[str, Any], device: torch.device) -> None:
+    for name, value in state["states"].items():
+        on_device = [each.to(device) for each in value] if isinstance(value, list) else value.to(device)
+        setattr(metric, name, on_device)
+    metric._update_count = state["update_count"]
+    metric._computed = None
+
+
+def _is_finite(module: LightningModule) -> bool:
+    return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
+
+
+def _name(thing: object) -> str:
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"

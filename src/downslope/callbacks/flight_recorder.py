@@ -3,7 +3,7 @@
 import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -102,24 +102,26 @@ class FlightRecorder(Callback):
         self.flight_record: FlightRecord | None = None
         self.diverged = False
         self._first_losses: dict[str, float] = {}
+        self._steps: deque[StepRecord] = deque(maxlen=num_steps)
         self._unjudged: list[_Measured] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.flight_record = None
         self.diverged = False
         self._first_losses = {}
+        self._steps.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first_losses": self._first_losses}
+        return {"first_losses": self._first_losses, "steps": [asdict(step) for step in self._steps]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._first_losses = dict(state_dict["first_losses"])
+        self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=self.num_steps)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._trainer = trainer
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-        self._steps: deque[StepRecord] = deque(maxlen=self.num_steps)
         self._unjudged = []
         self._snapshot = Snapshot(trainer.optimizers)
         self._buffers = Copies()

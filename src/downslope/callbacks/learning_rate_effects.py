@@ -50,6 +50,18 @@ class LearningRateEffects(Callback):
         self.descent_ratio = descent_ratio
         self._steps: OptimizerSteps | None = None
         self._replays = False
+        self._loaded: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        names = getattr(self, "_names", {})
+        gradients = getattr(self, "_last_gradient", {})
+        return {
+            optimizer: {"parameters": [names[id(each)] for each in parameters], "gradient": gradient.cpu()}
+            for optimizer, (parameters, gradient) in gradients.items()
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._writer = step_writer(trainer)
@@ -57,7 +69,12 @@ class LearningRateEffects(Callback):
             return
         self._names = parameter_names(pl_module)
         self._before_step: list[Tensor] = []
-        self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor]] = {}
+        named = {parameter_names(pl_module)[id(parameter)]: parameter for parameter in pl_module.parameters()}
+        self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor]] = {
+            optimizer: (tuple(named[name] for name in last["parameters"]), last["gradient"].to(pl_module.device))
+            for optimizer, last in self._loaded.items()
+        }
+        self._loaded = {}
         self._plans: dict[object, Measurement] = {}
         self._window: list[tuple[Any, int, RandomState, Tensor]] = []
         self._promise: Tensor | None = None

@@ -1,6 +1,7 @@
 """The descent as pictures, in the run's folder and in TensorBoard."""
 
 import logging
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -10,7 +11,9 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
+from downslope.callbacks.batch_step import BatchStep, why_no_batch_step
 from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency
+from downslope.callbacks.unclipped_gradients import clones
 from downslope.gradients.least_squares import LeastSquares
 from downslope.gradients.quadratic import loss_along_gradient, plane_of
 from downslope.pictures.loss_surface import draw_loss_surface
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+Place = Sequence[Tensor]  # all parameters at one moment, each in its own shape, type and device
+
+PATH_BYTES = 64 * 2**20
 THINNING = 3  # odd: of a zig-zag's points every third still lie on both sides
 PARAMETER_AXES = ("weight", "bias")
 EIGENVECTOR_AXES = ("along the steepest direction", "along the flattest direction")
@@ -40,13 +46,17 @@ class Pictures(Callback):
     """Draws `loss_surface.png` and `step_along_gradient.png`, at the end and every so often.
 
     The path lies over (weight, bias) where the model has these two, else over the plane of the Hessian's two extreme
-    eigenvectors. Both pictures need the loss in closed form: of a module without `least_squares` nothing is drawn.
-    Parameters are copied after each step, and never changed. A picture that fails is warned of, and training goes on.
+    eigenvectors: that needs the loss in closed form, `least_squares()`. Before each step the parameters are copied
+    where they are, in one fused call and without a wait for the device; all arithmetic is left to the drawing.
+
+    Of any other module the step is drawn alone, on the loss of its batch, by some thirty forwards at each drawing; only
+    the steps to be drawn, and the last of each epoch, are copied. Where that loss cannot be had the log says why.
+    A picture that fails is warned of, and training goes on.
 
     Args:
         folder: Where the PNG files go; a later one replaces the one before.
         every_n_steps: Optimizer steps between two drawings. Each takes a few tenths of a second.
-        num_points: Of the path, at most: beyond it every third is kept.
+        num_points: Of the path, at most: beyond it every third is kept. Wide models keep fewer, 64 MiB in all.
     """
 
     def __init__(self, folder: str, every_n_steps: int = 1000, num_points: int = 900) -> None:
@@ -57,32 +67,50 @@ class Pictures(Callback):
         self.every_n_steps = every_n_steps
         self.num_points = num_points
         self._steps: OptimizerSteps | None = None
+        self._batch_step: BatchStep | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
-        if line is None or not trainer.is_global_zero or len(trainer.optimizers) != 1:
+        self._told: set[str] = set()
+        reason = why_no_batch_step(trainer, pl_module) if line is None else None
+        if reason:
+            self._tell(reason)
+        if reason or not trainer.is_global_zero or len(trainer.optimizers) != 1:
             return
-        self._line, self._parameters = line, list(pl_module.parameters())
-        self._now = self._before = flat(self._parameters)
-        self._path, self._stride = [self._now], 1
-        self._first = self._num_steps = self._last_step = trainer.global_step
-        self._steps = OptimizerSteps(trainer, after=self._after)
+        self._line, self._batch_step = line, None
+        self._parameters = [parameter.detach() for parameter in pl_module.parameters()]
+        self._path: list[Place] = []
+        self._stride = 1
+        self._most = max(THINNING, min(self.num_points, PATH_BYTES // sum(each.nbytes for each in self._parameters)))
+        self._last_two: deque[Place] = deque(maxlen=2)
+        self._first = self._num_steps = self._drawn_at = trainer.global_step
+        self._steps = OptimizerSteps(trainer, before=self._before)
 
-    def _after(self, step: OptimizerStep) -> None:
-        now = flat(self._parameters)
-        if not torch.isfinite(now).all():
-            return
+    def _before(self, step: OptimizerStep) -> None:
         self._num_steps = step.step + 1
-        if not torch.equal(now, self._now):  # a FlightRecorder takes a diverged step back before it is seen here
-            self._before, self._now, self._last_step = self._now, now, step.step
-        if (self._num_steps - self._first) % self._stride == 0:
-            self._path.append(now)
-        if len(self._path) > self.num_points:
+        if self._line is None:
+            return
+        place = clones(self._parameters)
+        self._last_two.append(place)
+        if (step.step - self._first) % self._stride == 0:
+            self._path.append(place)
+        if len(self._path) > self._most:
             self._path = self._path[::THINNING]
             self._stride *= THINNING
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._steps or self._line is not None:
+            return
+        coming = self._num_steps + 1
+        if coming % self.every_n_steps == 0 or coming == trainer.max_steps or trainer.is_last_batch:
+            self._batch_step = BatchStep(self._num_steps, pl_module, batch)
+
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._steps and self._num_steps > self._first and self._num_steps % self.every_n_steps == 0:
+        if not self._steps:
+            return
+        if self._batch_step:
+            self._batch_step.ends()
+        if self._num_steps % self.every_n_steps == 0:
             self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -96,11 +124,14 @@ class Pictures(Callback):
     def _detach(self) -> None:
         if self._steps:
             self._steps.detach()
-            self._steps = None
+            self._steps = self._batch_step = None
 
     def _draw(self, trainer: Trainer) -> None:
+        if self._num_steps == self._drawn_at:  # batches of one step, or no step at all
+            return
+        self._drawn_at = self._num_steps
         try:
-            for name, figure in self.figures().items():
+            for name, figure in self.figures(trainer).items():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 figure.savefig(self.folder / f"{name}.png")
                 for logger in trainer.loggers:
@@ -112,21 +143,51 @@ class Pictures(Callback):
             self._detach()
             log.warning("Pictures are off from here on: %s: %s", type(error).__name__, error)
 
-    def figures(self) -> "dict[str, Figure]":
-        """Returns the pictures of the run so far by name; no step along a gradient that is zero."""
+    def figures(self, trainer: Trainer) -> "dict[str, Figure]":
+        """Returns the pictures of the run so far by name; the log says why one is left out."""
         end = flat(self._parameters)  # a run that diverged may have taken back its last step
-        plane = plane_of(self._line, torch.stack([*until(self._path, end), end]))
-        labels = PARAMETER_AXES if len(end) == 2 else EIGENVECTOR_AXES
-        figures = {"loss_surface": draw_loss_surface(plane, labels, self._num_steps - self._first)}
-        if not torch.equal(self._before, self._line.parameters) and self._num_steps > self._first:
-            parabola, rate = loss_along_gradient(self._line, self._before, self._now - self._before)
-            figures["step_along_gradient"] = draw_step_along_gradient(parabola, rate, self._last_step)
+        figures = {} if self._line is None else {"loss_surface": self._surface(self._line, end)}
+        try:
+            figures["step_along_gradient"] = (
+                self._step_on_the_batch(trainer) if self._line is None else self._step_on_the_line(self._line, end)
+            )
+        except ValueError as error:
+            self._tell(str(error))
         return figures
 
+    def _surface(self, line: LeastSquares, end: Tensor) -> "Figure":
+        path = torch.stack([*until([flat(place) for place in self._path], end), end])
+        finite = path.isfinite().all(dim=1)
+        labels = PARAMETER_AXES if len(end) == 2 else EIGENVECTOR_AXES
+        num_steps = self._num_steps - self._first if finite[-1] else (int(finite.sum()) - 1) * self._stride
+        return draw_loss_surface(plane_of(line, path[finite]), labels, num_steps)
 
-def flat(parameters: Sequence[Tensor]) -> Tensor:
+    def _step_on_the_batch(self, trainer: Trainer) -> "Figure":
+        if self._batch_step is None:
+            raise ValueError("training ended within its first epoch")
+        profile, rate = self._batch_step.profile(trainer)
+        return draw_step_along_gradient(profile, rate, self._batch_step.step)
+
+    def _step_on_the_line(self, line: LeastSquares, end: Tensor) -> "Figure":
+        """Draws the last step that still stands: a FlightRecorder takes back one that diverged."""
+        last_two = [flat(place) for place in self._last_two]
+        taken_back = torch.equal(last_two[-1], end) and len(last_two) == 2
+        before = last_two[-2 if taken_back else -1]
+        if not (before.isfinite().all() and end.isfinite().all()):
+            raise ValueError("the parameters are not finite")
+        parabola, rate = loss_along_gradient(line, before, end - before)
+        step = self._num_steps - (2 if taken_back else 1)
+        return draw_step_along_gradient(parabola, rate, step, line.largest_stable_learning_rate)
+
+    def _tell(self, reason: str) -> None:
+        if reason not in self._told:
+            self._told.add(reason)
+            log.warning("step_along_gradient.png is left out. This is because %s.", reason)
+
+
+def flat(parameters: Place) -> Tensor:
     """Returns a copy of all parameters in a row, on the CPU in float64."""
-    return torch.cat([parameter.detach().flatten() for parameter in parameters]).cpu().double()
+    return torch.cat([parameter.flatten().cpu().double() for parameter in parameters])
 
 
 def until(path: Sequence[Tensor], end: Tensor) -> Sequence[Tensor]:

@@ -5,6 +5,7 @@ import logging
 from typing import Any, Literal, Protocol, runtime_checkable
 
 from lightning import Callback, LightningModule, Trainer
+from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
@@ -64,6 +65,16 @@ class SharpnessMonitor(Callback):
         self.num_products = num_products
         self.batch = batch
         self._on = False
+        self._loaded: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        probe = getattr(self, "_measured_on", None)
+        if not self._on or probe is None or not _is_plain(probe):
+            return {}
+        return {"probe": copy.deepcopy(probe), "eigenvector": self._eigenvector}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._loaded = state_dict
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._on = bool(trainer.loggers)
@@ -72,8 +83,10 @@ class SharpnessMonitor(Callback):
         self._steps = OptimizerSteps(trainer, after=self._count)
         self._num_steps = trainer.global_step
         self._measured_at = -1
-        self._measured_on: tuple[Any, int] | None = None
-        self._eigenvector: Tensor | None = None
+        loaded = move_data_to_device(self._loaded, pl_module.device)
+        self._loaded = {}
+        self._measured_on: tuple[Any, int] | None = loaded.get("probe")
+        self._eigenvector: Tensor | None = loaded.get("eigenvector")
         self._exact = pl_module.exact_sharpness() if isinstance(pl_module, HasExactSharpness) else None
 
     def _count(self, taken: OptimizerStep) -> None:
@@ -125,6 +138,15 @@ class SharpnessMonitor(Callback):
                 found = largest_eigenvalue(product, self._eigenvector, self.num_products)
         self._eigenvector = found.vector
         return found.value
+
+
+def _is_plain(batch: Any) -> bool:
+    """Tells whether a checkpoint may hold a batch: `weights_only=True` reads no class but the plain ones."""
+    if isinstance(batch, dict):
+        return all(map(_is_plain, batch.values()))
+    if type(batch) in (list, tuple):
+        return all(map(_is_plain, batch))
+    return batch is None or type(batch) in (Tensor, int, float, str, bool)
 
 
 def _reason(error: Exception) -> str:

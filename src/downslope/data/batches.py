@@ -47,6 +47,9 @@ class Batches:
         sampler: The order of the rows; as they stand when None.
         rank: Which process this is.
         num_processes: How many share the rows.
+
+    Attributes:
+        start: The batch that the next iteration, and that one alone, begins with: where a killed epoch went on.
     """
 
     batch_sampler = None  # Lightning looks for it wherever it finds a `sampler`
@@ -66,6 +69,7 @@ class Batches:
         self.sampler = sampler
         self.rank = rank
         self.num_processes = num_processes
+        self.start = 0
 
     @property
     def num_rows(self) -> int:
@@ -76,10 +80,12 @@ class Batches:
         return -(-self.num_rows // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
+        start, self.start = self.start * self.batch_size, 0
         if self.sampler is None and self.num_processes == 1:
-            yield from zip(self.features.split(self.batch_size), self.target.split(self.batch_size), strict=True)
+            features, target = self.features[start:], self.target[start:]
+            yield from zip(features.split(self.batch_size), target.split(self.batch_size), strict=True)
             return
         order = self.sampler.rows() if self.sampler else torch.arange(len(self.target))
         mine = order[self.rank : self.num_rows * self.num_processes : self.num_processes]
-        for rows in mine.split(self.batch_size):
+        for rows in mine[start:].split(self.batch_size):
             yield self.features[rows], self.target[rows]

@@ -143,6 +143,8 @@ class DataModule(LightningDataModule):
         return {
             "feature_names": list(self.table.feature_names),
             "target_name": self.table.target_name,
+            "num_rows": len(self.table),
+            "digest": self.table.digest,
             "feature_units": self.feature_units.state_dict(),
             "target_units": self.target_units.state_dict(),
         }

@@ -32,6 +32,11 @@ class Parabola:
         """The η of least loss: 1/λ_g, with λ_g = gᵀHg/gᵀg the curvature along the gradient. Twice it buys nothing."""
         return self.slope / self.curvature
 
+    @property
+    def edge(self) -> float:
+        """The η at which the loss is again what it was: 2/λ_g."""
+        return 2 * self.best
+
 
 def loss_along_gradient(
     line: LeastSquares, parameters: Float[Tensor, " num_parameters"], change: Float[Tensor, " num_parameters"]
@@ -61,7 +66,7 @@ def loss_along_gradient(
     gradient = hessian @ offset
     slope = float(gradient @ gradient)
     if slope == 0:
-        raise ValueError("Cannot follow a gradient of zero.")
+        raise ValueError("the gradient is zero")
     parabola = Parabola(line.loss + float(gradient @ offset) / 2, slope, float(gradient @ hessian @ gradient))
     return parabola, -float(change @ gradient) / slope
 

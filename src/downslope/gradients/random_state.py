@@ -29,6 +29,19 @@ class RandomState:
         self._cuda: Any = torch.cuda.get_rng_state_all() if has_cuda else None
         self._mps: Any = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the states as plain tensors and plain data."""
+        numpy = self._numpy and (self._numpy[0], list(map(int, self._numpy[1])), *self._numpy[2:])
+        return {"python": self._python, "numpy": numpy, "cpu": self._cpu, "cuda": self._cuda, "mps": self._mps}
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "RandomState":
+        """Returns the random state that `state_dict` made the dictionary of."""
+        self = cls.__new__(cls)
+        for name, value in state.items():
+            setattr(self, f"_{name}", value)
+        return self
+
     def restore(self) -> None:
         """Makes the next random numbers those that came next then."""
         random.setstate(self._python)

@@ -54,10 +54,8 @@ class Ending:
 
 def report(folder: Path) -> None:
     """Makes the sweep's report; one that cannot be made is told, and changes nothing of what ran."""
-    try:
-        from downslope.sweeps.report import make_report, print_report  # type: ignore[import-not-found,unused-ignore]
-    except ImportError:
-        return
+    from downslope.sweeps.report import make_report, print_report
+
     try:
         print_report(make_report(folder))
     except Exception as error:

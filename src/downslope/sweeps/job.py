@@ -107,7 +107,7 @@ def check_identity(config: DictConfig, folder: Path) -> None:
 def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
     """Makes the folder ready: to go on where a job was stopped, else empty; and writes the job's identity there."""
     stopped = result is None or result.status == "interrupted"
-    if "resume" in config and stopped and any((folder / "checkpoints").glob("*.ckpt")):
+    if stopped and _has_whole_checkpoint(folder):
         config.resume = str(folder)
         return
     for leftover in folder.iterdir():
@@ -126,6 +126,17 @@ def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
     if sources := HydraConfig.get().job.env_set.get(SOURCES):
         (partial / Path(KEY).name).write_text(job_key(sources, HydraConfig.get().overrides.task))
     partial.replace(target)
+
+
+def _has_whole_checkpoint(folder: Path) -> bool:
+    if not any((folder / "checkpoints").glob("*.ckpt")):
+        return False
+    from downslope.checkpoints import newest_checkpoint
+
+    try:
+        return bool(newest_checkpoint(folder))
+    except ValueError:
+        return False
 
 
 def job_key(sources: str, overrides: Sequence[str]) -> str:

@@ -1,0 +1,271 @@
+"""A sweep's pictures: the loss against the learning rate, and the curves of its jobs."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from downslope.sweeps.table import GRADIENT_NORMS, LOSSES, Job, varied_keys
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MOST_LINES = 7  # colours that the eye tells apart
+MOST_PANELS = 12
+SYMBOLS = {"diverged": "X", "failed": "s", "interrupted": "D", "not run": "o"}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours on light paper or on a dark screen (Okabe and Ito's, which colour-blind people tell apart)."""
+
+    paper: str
+    ink: str
+    quiet: str
+    grid: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "#ffffff", "#1f2328", "#656d76", "#e4e7ea",
+    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#7A3B9A"),
+)  # fmt: skip
+DARK = Theme(
+    "#161b22", "#e6edf3", "#9198a1", "#30363d",
+    ("#58A6FF", "#FF9E57", "#3FC99B", "#F29CC8", "#E8C547", "#8ED1F5", "#C297E8"),
+)  # fmt: skip
+
+
+def suggested_rate(jobs: Sequence[Job]) -> float | None:
+    """Returns the rate to try next: what the best job suggests."""
+    return jobs[0].result.suggested_learning_rate if jobs and jobs[0].result else None
+
+
+def lines_of(jobs: Sequence[Job]) -> dict[str, list[Job]]:
+    """Groups the jobs by whatever was varied beside the learning rate: a line each, its points in the rate's order."""
+    others = [key for key in varied_keys(jobs) if key != "lr"]
+    lines: dict[str, list[Job]] = {}
+    for job in sorted(jobs, key=lambda job: (job.learning_rate or 0.0, job.name)):
+        if job.learning_rate:
+            lines.setdefault(", ".join(f"{key}={_short(job.overrides.get(key, ''))}" for key in others), []).append(job)
+    return dict(sorted(lines.items()))
+
+
+def _short(text: str, most: int = 24) -> str:
+    """No longer than fits, and no formula: matplotlib would read one between two dollars."""
+    return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")
+
+
+def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
+    """Draws final and best validation loss against the learning rate; jobs without one stand at the top edge."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.6, 5.4), layout="constrained", facecolor=theme.paper)
+    axes = figure.add_subplot()
+    lines = lines_of(jobs)
+    if len(lines) <= MOST_LINES:
+        for index, (label, line) in enumerate(lines.items()):
+            edge = 1.0 + 0.03 * index  # so that no line hides the next one's
+            _draw_lines(axes, [line], label, color=theme.lines[index], edge=edge)
+    else:
+        others = ", ".join(key for key in varied_keys(jobs) if key != "lr")
+        _draw_lines(axes, [*lines.values()], f"{len(lines)} lines: {others}", color=theme.lines[0], alpha=0.35)
+    _draw_limits(axes, jobs, theme)
+    _draw_best(axes, jobs, theme)
+    axes.set(xlabel="learning rate", ylabel="validation loss")
+    _finish(axes, theme)
+    _scale(axes, "x", bool(lines))
+    _scale(axes, "y", any(0 < job.objective < math.inf for line in lines.values() for job in line))
+    axes.set_title(_headline(jobs), loc="left", pad=22, color=theme.ink, fontsize=13, fontweight="bold")
+    _legend(axes, theme, len(lines) > 1, jobs)
+    return figure
+
+
+def _draw_lines(axes: "Axes", lines: Sequence[Sequence[Job]], label: str, edge: float = 1.0, **look: Any) -> None:
+    """Draws lines of one colour: as one, with gaps, as a thousand single ones take many seconds."""
+    done = [[job for job in line if 0 < job.objective < math.inf] for line in lines]
+    rates = _with_gaps([[job.learning_rate for job in line] for line in done])
+    last = _with_gaps([[job.objective for job in line] for line in done])
+    best = _with_gaps([[job.best_loss for job in line] for line in done])
+    axes.plot(rates, last, label=label, marker="o", markersize=6, linewidth=2, clip_on=False, **look)
+    axes.plot(rates, best, marker="_", markersize=9, linestyle=":", linewidth=1.3, clip_on=False, **look)
+    for status, symbol in SYMBOLS.items():
+        without = [job.learning_rate or math.nan for line in lines for job in line if job.status == status]
+        if not without:
+            continue
+        fill = look["color"] if status == "diverged" else "none"
+        axes.plot(without, [edge] * len(without), symbol, transform=axes.get_xaxis_transform(), markersize=9, zorder=4,
+                  markerfacecolor=fill, markeredgecolor=look["color"], clip_on=False, **look)  # fmt: skip
+
+
+def _with_gaps(lines: Sequence[Sequence[float | None]]) -> list[float]:
+    return [math.nan if value is None else value for line in lines for value in (*line, None)]
+
+
+def _draw_limits(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
+    """2/λ of plain gradient descent: a line, or a band where the jobs' data differ."""
+    limits = sorted(job.limit for job in jobs if job.limit)
+    if not limits:
+        return
+    axes.axvspan(limits[0], limits[-1], color=theme.quiet, alpha=0.15, linewidth=0)
+    axes.axvline(limits[-1], color=theme.quiet, linestyle="--", linewidth=1.4)
+    axes.annotate(
+        f"2/λ = {limits[-1]:.3g}", (limits[-1], 0.96), (-5, 0), xycoords=axes.get_xaxis_transform(),
+        textcoords="offset points", rotation=90, ha="right", va="top", color=theme.quiet,
+        bbox={"facecolor": theme.paper, "edgecolor": "none", "pad": 1},
+    )  # fmt: skip
+
+
+def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
+    best = jobs[0]
+    if best.learning_rate and 0 < best.objective < math.inf:
+        axes.plot(best.learning_rate, best.objective, "o", markersize=15, markerfacecolor="none",
+                  markeredgecolor=theme.ink, markeredgewidth=1.6, clip_on=False)  # fmt: skip
+    if rate := suggested_rate(jobs):
+        axes.plot(rate, 0.0, "^", transform=axes.get_xaxis_transform(), color=theme.ink, markersize=11, clip_on=False)
+        axes.annotate(f"try {rate:.3g}", (rate, 0.0), (9, 6), xycoords=axes.get_xaxis_transform(),
+                      textcoords="offset points", color=theme.ink)  # fmt: skip
+
+
+def _headline(jobs: Sequence[Job]) -> str:
+    best = jobs[0]
+    if not math.isfinite(best.objective):
+        return "No job has a validation loss"
+    what = ", ".join(f"{key}={_short(value)}" for key, value in best.overrides.items() if key in varied_keys(jobs))
+    return f"Least validation loss {best.objective:.4g}" + (f" at {what}" if what else "")
+
+
+def _legend(axes: "Axes", theme: Theme, several: bool, jobs: Sequence[Job]) -> None:
+    """What lines and symbols mean, above the picture, so that nothing covers a point."""
+    from matplotlib.lines import Line2D
+
+    handles: list[Any] = []
+    labels: list[str] = []
+    if several:
+        handles, labels = axes.get_legend_handles_labels()
+    signs = [(Line2D([], [], color=theme.quiet, marker="o"), "last"),
+             (Line2D([], [], color=theme.quiet, linestyle=":", marker="_"), "best on its way")]  # fmt: skip
+    statuses = {job.status for job in jobs if job.learning_rate}
+    for status in (status for status in SYMBOLS if status in statuses):
+        fill = theme.quiet if status == "diverged" else "none"
+        sign = Line2D([], [], linestyle="none", marker=SYMBOLS[status], markerfacecolor=fill, markersize=8,
+                      markeredgecolor=theme.quiet)  # fmt: skip
+        signs.append((sign, status))
+    handles += [sign for sign, _ in signs]
+    labels += [label for _, label in signs]
+    axes.figure.legend(handles, labels, loc="outside lower left", ncols=5, frameon=False, labelcolor=theme.ink)
+
+
+def _finish(axes: "Axes", theme: Theme) -> None:
+    axes.set_facecolor(theme.paper)
+    axes.grid(color=theme.grid, linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.quiet)
+    axes.tick_params(which="both", colors=theme.quiet)
+    axes.xaxis.label.set_color(theme.ink)
+    axes.yaxis.label.set_color(theme.ink)
+
+
+def _scale(axes: "Axes", name: str, has_values: bool) -> None:
+    """0.4, 0.5, 0.6 where a logarithmic axis spans less than a decade, and 0.01 rather than 10⁻²."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis = getattr(axes, f"{name}axis")
+    if not has_values:  # which an axis must have to be logarithmic
+        axis.set_ticks([])
+        return
+    axes.set(**{f"{name}scale": "log"})
+    low, high = axis.get_view_interval()
+    decades = math.log10(high / low) if low > 0 else 1
+    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8) if decades < 1.2 else (1, 3)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
+    """Draws loss and gradient norm against steps, a column a job, on common scales; None if no job has a curve.
+
+    At most `MOST_PANELS` jobs, evenly over the learning rates, the best among them.
+    """
+    from matplotlib.figure import Figure
+
+    shown = _sample([job for job in jobs if job.folder.is_dir() and any(job.curves.values())])
+    if not shown:
+        return None
+    columns = min(len(shown), 6)
+    rows = 2 * math.ceil(len(shown) / columns)
+    size = (max(2.0 * columns, 5.0) + 0.8, 1.75 * rows + 0.4)
+    figure = Figure(figsize=size, layout="constrained", facecolor=theme.paper)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for index, axes in enumerate(grid.flat):
+        if index // columns // 2 * columns + index % columns >= len(shown):
+            axes.set_axis_off()
+    for kind, tags in enumerate((LOSSES, GRADIENT_NORMS)):
+        _share_scale(grid[kind::2].flat, shown, tags[0] if kind else None)
+    for index, job in enumerate(shown):
+        loss, norm = (grid[2 * (index // columns) + kind][index % columns] for kind in (0, 1))
+        for tag, color in zip(LOSSES, theme.lines, strict=False):
+            _draw_curve(loss, job.curves.get(tag, {}), color, tag)
+        _draw_curve(norm, job.curves.get(GRADIENT_NORMS[0], {}), theme.lines[2], "gradient norm")
+        words = _short(job.name) if not job.learning_rate else _panel_title(job, jobs)
+        loss.set_xlim(0, max((step for curve in job.curves.values() for step in curve), default=1) or 1)
+        norm.set_xlim(loss.get_xlim())
+        loss.set_title(words, fontsize=9, color=theme.ink)
+        for axes in (loss, norm):
+            axes.minorticks_off()  # half the time of drawing
+            _finish(axes, theme)
+            axes.tick_params(labelsize=7)
+            axes.tick_params(labelleft=index % columns == 0)
+        norm.set_xlabel("step", fontsize=8)
+        if index % columns == 0:
+            loss.set_ylabel("loss", fontsize=9)
+            norm.set_ylabel("gradient norm", fontsize=9)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
+    for text in legend.get_texts():
+        text.set_color(theme.ink)
+    return figure
+
+
+def _sample(jobs: Sequence[Job]) -> list[Job]:
+    ordered = sorted(jobs, key=lambda job: (job.learning_rate or 0.0, job.name))
+    if len(ordered) <= MOST_PANELS:
+        return ordered
+    step = (len(ordered) - 1) / (MOST_PANELS - 1)
+    chosen = [ordered[round(index * step)] for index in range(MOST_PANELS)]
+    if jobs[0] not in chosen:
+        chosen[-2] = jobs[0]
+    return sorted(chosen, key=ordered.index)
+
+
+def _panel_title(job: Job, jobs: Sequence[Job]) -> str:
+    varied = [f"{key.rpartition('.')[2]}={_short(job.overrides.get(key, ''), 14)}" for key in varied_keys(jobs)]
+    mark = "" if job.status == "completed" else f" ({job.status})"
+    return "\n".join(varied or [f"lr={job.learning_rate:g}"]) + mark
+
+
+def _share_scale(panels: Any, jobs: Sequence[Job], tag: str | None) -> None:
+    """One scale for all panels: the eye compares heights. A job that blew up does not squeeze the others flat."""
+    tags = [tag] if tag else list(LOSSES)
+    values = sorted(
+        value for job in jobs for each in tags for value in job.curves.get(each, {}).values() if 0 < value < math.inf
+    )
+    for axes in panels if values else ():  # an axis without values cannot be logarithmic
+        axes.set_yscale("log")
+        axes.set_ylim(values[0] / 1.3, min(values[-1] * 1.3, values[len(values) // 2] * 100))
+
+
+def _draw_curve(axes: "Axes", curve: Mapping[int, float], color: str, label: str) -> None:
+    steps = sorted(step for step, value in curve.items() if math.isfinite(value) and value > 0)
+    axes.plot(steps, [curve[step] for step in steps], color=color, linewidth=1.4, label=label,
+              marker="." if len(steps) < 3 else None)  # fmt: skip
+
+
+def save(figure: "Figure", file: Path) -> None:
+    """Writes a picture, whole or not at all."""
+    beside = file.with_suffix(".tmp")
+    figure.savefig(beside, format="png", dpi=120)
+    beside.replace(file)

@@ -1,0 +1,61 @@
+"""TensorBoard over a real sweep: the tabs show the rates."""
+
+import time
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.browser.conftest import RATES
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+# TensorBoard's tabs nest shadow roots, which `document.body.innerText` leaves out, and one of them is an <iframe>.
+TEXT = """
+const text = node => node.nodeType === 3 ? node.data + " " : ["STYLE", "SCRIPT"].includes(node.nodeName) ? "" :
+  [...(node.shadowRoot?.childNodes ?? []), ...node.childNodes].map(text).join("");
+return text(document.body);
+"""
+
+
+def wait_for(browser: "Chrome", *words: str, seconds: float = 20) -> str:
+    text, end = "", time.monotonic() + seconds
+    while time.monotonic() < end:
+        text = browser.execute_script(TEXT)  # type: ignore[no-untyped-call]
+        if all(word in text for word in words):
+            return text
+        time.sleep(0.2)
+    raise AssertionError(f"{[word for word in words if word not in text]} not among: {' '.join(text.split())[:3000]}")
+
+
+@pytest.mark.parametrize("tab", ["timeseries", "scalars", "custom_scalars"])
+def test_the_runs_are_named_by_their_rates(browser: "Chrome", dashboard: str, tab: str) -> None:
+    browser.get("about:blank")
+    browser.get(f"{dashboard}/#{tab}")
+    cards = (
+        ["Gradients", "Learning-rate effects"] if tab == "custom_scalars" else ["gradient_norm", "learning_rate_effect"]
+    )
+    wait_for(browser, *cards, *(f"lr={rate}" for rate in RATES))
+
+
+def test_hparams_shows_rates_choices_metrics_and_verdicts(browser: "Chrome", dashboard: str) -> None:
+    browser.get("about:blank")
+    browser.get(f"{dashboard}/#hparams")
+    text = wait_for(browser, "val/loss", "excess_loss", "verdict", "diverged", "completed", "automatic", "sgd", "data")
+    assert all(float(rate) in numbers(text) for rate in RATES), text
+
+
+def numbers(text: str) -> set[float]:
+    found = set()
+    for word in text.split():
+        try:
+            found.add(float(word))
+        except ValueError:
+            continue
+    return found
+
+
+def test_the_configuration_is_there_as_text(browser: "Chrome", dashboard: str) -> None:
+    browser.get("about:blank")
+    browser.get(f"{dashboard}/#text")
+    wait_for(browser, "configuration", "batch_size: 1000", "lr: 0.1")

@@ -1,0 +1,132 @@
+"""The pictures are read back from what matplotlib was told to draw, and drawn."""
+
+from pathlib import Path
+
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from downslope.sweeps.picture import MOST_LINES, MOST_PANELS, draw_curves, draw_learning_rate, save
+from downslope.sweeps.table import read_jobs
+from tests.sweeps.conftest import MakeJob
+
+
+def drawn(sweep: Path) -> Axes:
+    """The axes, after a real drawing: warnings are errors there too."""
+    figure = draw_learning_rate(read_jobs(sweep))
+    save(figure, sweep / "picture.png")
+    assert (sweep / "picture.png").read_bytes().startswith(b"\x89PNG")
+    assert not list(sweep.glob("*.tmp"))
+    (axes,) = figure.axes
+    return axes
+
+
+def points(line: Line2D) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in zip(*line.get_data(), strict=True) if x == x]
+
+
+def marked(axes: Axes, marker: str) -> list[tuple[float, float]]:
+    return [point for line in axes.lines if line.get_marker() == marker for point in points(line)]
+
+
+def legend(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def test_a_line_a_device_with_what_diverged_and_failed_at_the_top_edge(four_jobs: Path) -> None:
+    axes = drawn(four_jobs)
+    last = next(line for line in axes.lines if line.get_label() == "device=cpu")
+    assert points(last) == [(0.1, 0.5), (0.2, 0.4)]
+    assert marked(axes, "_") == [(0.1, pytest.approx(0.3)), (0.2, pytest.approx(0.3))]
+    assert [rate for rate, _ in marked(axes, "X")] == [0.4]
+    assert [rate for rate, _ in marked(axes, "s")] == [0.1]
+    assert all(height >= 1 for _, height in marked(axes, "X") + marked(axes, "s"))
+    assert axes.get_xscale() == axes.get_yscale() == "log"
+    assert isinstance(axes.figure, Figure)
+    assert legend(axes.figure) == ["device=cpu", "device=gpu", "last", "best on its way", "diverged", "failed"]
+    assert axes.get_title(loc="left") == "Least validation loss 0.4 at lr=0.2, device=cpu"
+
+
+def test_the_limit_and_the_suggested_rate_stand_where_they_are(four_jobs: Path) -> None:
+    axes = drawn(four_jobs)
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == "--"] == [0.25]  # type: ignore[index]
+    assert marked(axes, "^") == [(0.15, 0.0)]
+    assert [text.get_text() for text in axes.texts] == ["2/λ = 0.25", "try 0.15"]
+
+
+def test_without_a_suggestion_or_a_limit_nothing_is_marked(make_job: MakeJob, sweep: Path) -> None:
+    make_job("lr=0.1", status="completed", loss=0.5)
+    axes = drawn(sweep)
+    assert marked(axes, "^") == []
+    assert list(axes.texts) == []
+
+
+def test_one_job_all_failed_and_no_job_with_a_rate_are_drawn_too(make_job: MakeJob, sweep: Path) -> None:
+    failed = make_job("lr=0.1", status="failed", error={"type": "E", "message": ""})
+    assert drawn(sweep).get_title(loc="left") == "No job has a validation loss"
+    (failed / "result.json").write_text("{")
+    (failed / ".hydra" / "config.yaml").unlink()
+    assert marked(drawn(sweep), "s") == []
+
+
+def test_a_sweep_over_something_else_has_a_line_a_value(make_job: MakeJob, sweep: Path) -> None:
+    for size in ("8", "64"):
+        make_job(f"data.batch_size={size}", status="completed", loss=1 / float(size))
+    axes = drawn(sweep)
+    assert [points(line) for line in axes.lines if str(line.get_label()).startswith("data.")] == [
+        [(0.1, 1 / 64)],
+        [(0.1, 1 / 8)],
+    ]
+
+
+@pytest.mark.parametrize("value", ["$\\frac{$", "_hidden", "größer^2", "'a=b'", "x" * 300, "a\nb"])
+def test_odd_values_are_drawn_as_they_stand(make_job: MakeJob, sweep: Path, value: str) -> None:
+    curves = {"val/loss": {1: 1.0, 2: 0.5}}
+    make_job("lr=0.1", f"data.path={value}", status="completed", loss=0.5, curves=curves)
+    make_job("lr=0.1", "data.path=other", status="completed", loss=0.6, curves=curves)
+    axes = drawn(sweep)
+    assert isinstance(axes.figure, Figure)
+    assert any(value[:20] in label.replace("\\$", "$") for label in legend(axes.figure))
+    figure = draw_curves(read_jobs(sweep))
+    assert figure
+    save(figure, sweep / "curves.png")
+
+
+def test_many_lines_are_one_with_gaps_and_none_is_lost(make_job: MakeJob, sweep: Path) -> None:
+    for seed in range(MOST_LINES + 1):
+        for rate in (0.1, 0.2):
+            status = "diverged" if seed == 3 and rate == 0.2 else "completed"
+            make_job(f"lr={rate}", f"seed={seed}", lr=rate, status=status, loss=1.0 + seed)
+    axes = drawn(sweep)
+    (line,) = (line for line in axes.lines if line.get_label() == "8 lines: seed")
+    assert len(points(line)) == 2 * (MOST_LINES + 1) - 1
+    assert sum(x != x for x in line.get_xdata()) == MOST_LINES + 1
+    assert [rate for rate, _ in marked(axes, "X")] == [0.2]
+
+
+def test_the_small_multiples_show_loss_and_gradient_norm_on_one_scale(four_jobs: Path) -> None:
+    figure = draw_curves(read_jobs(four_jobs))
+    assert figure
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["lr=0.1\ndevice=cpu", "lr=0.2\ndevice=cpu"]
+    losses, norms = figure.axes[:2], figure.axes[2:]
+    assert points(losses[0].lines[0]) == [(1, pytest.approx(0.9)), (2, pytest.approx(0.3)), (3, pytest.approx(0.5))]
+    assert points(norms[1].lines[0]) == [(1, 1.0), (3, pytest.approx(0.1))]
+    assert losses[0].get_ylim() == losses[1].get_ylim()
+    assert norms[0].get_ylim() == norms[1].get_ylim()
+
+
+def test_the_small_multiples_stay_few_and_keep_the_best(make_job: MakeJob, sweep: Path) -> None:
+    for index in range(40):
+        make_job(f"lr={index + 1}", lr=index + 1, status="completed", loss=2.0 if index != 18 else 1.0,
+                 curves={"val/loss": {1: 1.0}})  # fmt: skip
+    figure = draw_curves(read_jobs(sweep))
+    assert figure
+    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
+    assert len(titles) == MOST_PANELS
+    assert {"lr=1", "lr=19", "lr=40"} <= set(titles)
+
+
+def test_without_curves_there_are_no_small_multiples(make_job: MakeJob, sweep: Path) -> None:
+    make_job("lr=0.1", status="failed")
+    assert draw_curves(read_jobs(sweep)) is None

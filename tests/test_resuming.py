@@ -1,0 +1,130 @@
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, Outcome, read_json
+
+Script = Callable[..., Outcome]
+LAST = Path("checkpoints/last.ckpt")
+
+
+@pytest.fixture
+def run(script: Script, tmp_path: Path) -> Path:
+    table = "\n".join(f"{index},{index % 7},{3 * index + index % 5}" for index in range(40))
+    (tmp_path / "t.csv").write_text(f"a,b,y\n{table}\n")
+    settings = ("trainer.max_epochs=3", "data=table", "data.path=t.csv", "data.target=y", "data.batch_size=8")
+    assert script("train", "hydra.run.dir=run", *settings).code == 0
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def stopped(run: Path) -> Path:
+    """A run that has not ended: its checkpoint is there, its result is not."""
+    (run / "result.json").unlink()
+    return run
+
+
+def test_a_run_that_has_ended_says_so(script: Script, run: Path) -> None:
+    before = (run / LAST).read_bytes()
+    ended = script("train", "resume=run")
+    assert ended.code == 0
+    assert "has ended at step 12, completed" in ended.out
+    assert (run / LAST).read_bytes() == before
+
+
+def test_more_epochs_end_in_the_bits_of_a_run_that_had_them_from_the_start(script: Script, run: Path) -> None:
+    overrides = read_json(run)["overrides"][1:]
+    assert script("train", "resume=run", "resume_override=[trainer.max_epochs]", "trainer.max_epochs=5").code == 0
+    assert script("train", "hydra.run.dir=long", "trainer.max_epochs=5", *overrides).code == 0
+    here, there = (torch.load(folder / LAST, weights_only=True) for folder in (run, run.parent / "long"))
+    assert all(torch.equal(here["state_dict"][name], value) for name, value in there["state_dict"].items())
+    assert here["global_step"] == there["global_step"] == 20
+    assert read_json(run)["metrics"] == read_json(run.parent / "long")["metrics"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lr=0.1"], r"lr is 0\.02 in the run, got 0\.1\. .*resume_override=\[lr\] lr=0\.1"),
+        (["optimizer=adam"], r"optimizer is sgd in the run, got adam"),
+        (["optimizer=adam", "resume_override=[optimizer]"], r"another optimizer: torch.*SGD there, torch.*Adam here"),
+        (["model=manual", "resume_override=[model]"], r"another model: .*AutomaticLinear.* there, .*ManualLinear"),
+        (["seed=4", "resume_override=[seed]"], r"Cannot change `seed` .* seed is 0 in the run, got 4"),
+        (["data=diabetes"], r"Cannot change `data` .* data is table in the run, got diabetes"),
+        (["resume_override=[lr]"], r"`resume_override` must name keys that are set beside it, got 'lr'"),
+    ],
+)
+def test_what_differs_from_the_run_is_refused_with_both_values(
+    script: Script, stopped: Path, arguments: list[str], message: str
+) -> None:
+    ended = script("train", "resume=run", *arguments)
+    assert ended.code == 1
+    assert __import__("re").search(message, ended.err), ended.err
+    assert not (stopped / "result.json").exists()
+
+
+def test_a_changed_learning_rate_is_followed_where_it_is_meant(script: Script, stopped: Path) -> None:
+    shutil.copytree(stopped, stopped.parent / "same")
+    more = ("trainer.max_epochs=4", "lr=0.002", "resume_override=[trainer.max_epochs,lr]")
+    assert script("train", "resume=run", *more).code == 0
+    group = torch.load(stopped / LAST, weights_only=True)["optimizer_states"][0]["param_groups"][0]
+    assert group["lr"] == pytest.approx(0.002)
+    assert "lr: 0.002\n" in (stopped / ".hydra" / "config.yaml").read_text()
+    assert "resume: null" in (stopped / ".hydra" / "config.yaml").read_text()
+
+
+def test_a_table_that_has_changed_since_is_refused(script: Script, stopped: Path) -> None:
+    file = stopped.parent / "t.csv"
+    file.write_text(file.read_text().replace("\n5,5,", "\n5,5.5,"))
+    ended = script("train", "resume=run")
+    assert ended.code == 1
+    assert "the data have changed since: the cells of t hash to" in ended.err
+
+
+def test_another_runs_checkpoint_is_refused(script: Script, stopped: Path) -> None:
+    assert script("train", "hydra.run.dir=other", "trainer.max_epochs=1").code == 0
+    for name in ("last", "best"):
+        shutil.copy(stopped.parent / "other" / "checkpoints" / f"{name}.ckpt", stopped / "checkpoints")
+    ended = script("train", "resume=run")
+    assert ended.code == 1
+    assert "made with another weights" in ended.err or "another features" in ended.err
+
+
+@pytest.mark.parametrize("what", ["nowhere", "nothing"])
+def test_nothing_to_go_on_from_is_an_error(script: Script, stopped: Path, what: str) -> None:
+    shutil.rmtree(stopped / "checkpoints")
+    ended = script("train", "resume=nowhere" if what == "nowhere" else "resume=run")
+    assert ended.code == 1
+    assert "`resume` must be the folder of a run" in ended.err
+
+
+def test_a_run_killed_before_it_wrote_its_result_writes_it_when_gone_on_with(script: Script, stopped: Path) -> None:
+    assert script("train", "resume=run").code == 0
+    assert read_json(stopped)["status"] == "completed"
+    assert read_json(stopped)["metrics"]["train/loss"] > 0
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_stops_a_run_that_can_be_gone_on_with(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py")]
+    settings = ["hydra.run.dir=run", "trainer.max_epochs=1000000"]
+    process = subprocess.Popen([*command, *settings], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoints").exists():
+        time.sleep(0.05)
+        assert process.poll() is None
+    process.send_signal(number)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "go on     python scripts/train.py resume=run" in out
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    saved = torch.load(tmp_path / "run" / LAST, weights_only=True)
+    assert result["status"] == "interrupted"
+    assert result["num_optimizer_steps"] == saved["global_step"] > 0
