@@ -6,10 +6,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig
 
@@ -27,7 +29,7 @@ class Probe(Callback):
     def __init__(self, file: str) -> None:
         self.file = Path(file)
 
-    def on_job_end(self, config: DictConfig, **kwargs: Any) -> None:
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         self._write()
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -85,9 +87,7 @@ def _run(folder: Path, jobs: int) -> list[Row]:
 
 def _row(part: list[Row], rows: list[Row]) -> list[str]:
     first, last = rows.index(part[0]), rows.index(part[-1])
-    wall, cpu = (
-        [after[what] - before[what] for before, after in zip(part, part[1:], strict=False)] for what in ("wall", "cpu")
-    )
+    wall, cpu = ([after[what] - before[what] for before, after in pairwise(part)] for what in ("wall", "cpu"))
     return [
         f"{first + 1:,}–{last + 1:,}",
         *(f"{median(values):.2f}" for values in (wall, cpu)),
