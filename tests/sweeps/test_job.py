@@ -18,7 +18,7 @@ import torch
 
 from downslope.result import Result
 from downslope.sweeps.isolation import isolated
-from downslope.sweeps.job import _objective
+from downslope.sweeps.job import objective
 from tests.conftest import ROOT, Outcome, only_run, read_json, run_process
 
 TINY = ("trainer.max_epochs=2", "hydra.sweep.dir=sweep")
@@ -138,9 +138,9 @@ def test_nothing_that_a_job_changes_in_the_process_reaches_the_next(
 
 
 def test_a_loss_of_exactly_zero_is_the_best_and_not_a_missing_one() -> None:
-    assert _objective(Result(status="completed", metrics={"val/loss": 0.0})) == 0.0
-    assert _objective(Result(status="diverged", metrics={"val/loss": 0.0})) == float("inf")
-    assert _objective(None) == float("inf")
+    assert objective(Result(status="completed", metrics={"val/loss": 0.0})) == 0.0
+    assert objective(Result(status="diverged", metrics={"val/loss": 0.0})) == float("inf")
+    assert objective(None) == float("inf")
 
 
 def test_a_killed_sweep_that_two_processes_end_equals_one_that_was_not_killed(tmp_path: Path) -> None:

@@ -1,9 +1,17 @@
 """Several processes a job inside a sweep."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.conftest import Outcome, read_json, run_process
+import pytest
+
+from tests.conftest import ROOT, Outcome, read_json, run_process
 
 
 def test_each_job_of_one_or_two_processes_runs_once(tmp_path: Path) -> None:
@@ -24,3 +32,36 @@ def test_five_processes_on_the_cpu_are_refused_unless_asked_for(script: Callable
     assert outcome.code == 1
     assert "trainer=ddp" in outcome.err
     assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc, which Linux alone has")
+def test_a_rank_that_dies_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "train.py"), "-m", "trainer=ddp", "trainer.devices=2", "device=cpu"),
+        *("trainer.max_epochs=100000,1", "hydra.sweep.dir=s"),
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not any(file.stat().st_size > 3000 for file in tmp_path.glob("s/*=100000*/events*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (rank_0,) = children(process.pid)
+    (rank_1,) = children(rank_0)
+    os.kill(rank_1, signal.SIGKILL)
+    killed = time.time()
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    jobs = {re.search(r"max_epochs=(\d+)", str(file))[1]: file for file in tmp_path.glob("s/*/result.json")}
+    assert {epochs: read_json(file.parent)["status"] for epochs, file in jobs.items()} == {
+        "100000": "failed",
+        "1": "completed",
+    }
+    assert jobs["100000"].stat().st_mtime - killed < 30  # Lightning looks every 5 s, and this machine may be busy
+    assert read_json(jobs["100000"].parent)["error"]["message"]
+    assert "1 failed:" in out
+
+
+def children(pid: int) -> list[int]:
+    """The Python processes that a process has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]

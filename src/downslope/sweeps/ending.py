@@ -11,7 +11,7 @@ from downslope.result import FILE_NAME, read_result
 
 
 class Ending:
-    """Knows what the folder held before the sweep, and tells how it ended, also where Hydra leaves without callbacks."""
+    """Knows what the folder held before the sweep; tells how it ended, also where Hydra leaves without callbacks."""
 
     def __init__(self, config: DictConfig) -> None:
         self.folder = Path(config.hydra.sweep.dir).absolute()

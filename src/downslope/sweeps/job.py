@@ -46,13 +46,14 @@ def run_job(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
                 result = _run(config, folder, train)
             else:
                 say(f"kept {folder.name}: {result.status}")
-            return _objective(result)
+            return objective(result)
     except Timeout:
         say(f"left {folder.name} to the process that runs it")
         return math.inf
 
 
-def _objective(result: Result | None) -> float:
+def objective(result: Result | None) -> float:
+    """Returns what a sweeper minimises: the validation loss, infinity where the job has not completed."""
     loss = result.metrics.get("val/loss") if result and result.status == "completed" else None
     return math.inf if loss is None else loss
 

@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from downslope.configuration import CONFIGURATION
 from downslope.result import read_result
+from downslope.sweeps.job import objective
 
 TRAIN = CONFIGURATION.parent / "scripts" / "train.py"
 
@@ -43,7 +44,7 @@ def train_in_process(config: DictConfig) -> float:
         raise ValueError(result.error["message"] if result and result.error else died)
     result.overrides = list(hydra.overrides.task)
     result.write(folder)
-    return result.metrics.get("val/loss") or float("inf")
+    return objective(result)
 
 
 def _arguments(config: DictConfig, folder: Path) -> list[str]:
