@@ -43,12 +43,15 @@ class Ending:
     def _list_failures(self) -> bool:
         """Lists the jobs that failed in this sweep, not in an earlier one over the same folder."""
         files = [file for file, stamp in self._stamps().items() if self.before.get(file) != stamp]
-        results = [(file.parent.name, read_result(file.parent)) for file in files]
-        failed = [(name, result.error or {}) for name, result in results if result and result.status == "failed"]
+        failed: dict[str, list[str]] = {}  # often many for one reason
+        for file in files:
+            result = read_result(file.parent)
+            if result and result.status == "failed":
+                failed.setdefault((result.error or {}).get("message", ""), []).append(file.parent.name)
         if failed:
-            say(f"\n{len(failed)} failed:")
-        for name, error in failed:
-            say(f"  {name}: {error.get('message', '')}")
+            say(f"\n{sum(map(len, failed.values()))} failed:")
+        for message, names in failed.items():
+            say("\n    ".join([f"  {message}", *names]))
         return bool(failed)
 
 
