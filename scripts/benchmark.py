@@ -10,6 +10,7 @@ BENCHMARKS = {
     "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
     "verdict": "how often the verdict is right, whether its suggestion helps, and how early it warns",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
+    "sweep": "what a job of a sweep costs, one that is kept too, and what a thousand leave behind",
 }
 EPILOG = """\
 Tables go to stdout as Markdown, progress to stderr. What is compared is measured in turn, A B A B …, and
@@ -40,6 +41,10 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks.verdict import verdict
 
         verdict(num_runs=32 if options.quick else 240)
+    elif options.benchmark == "sweep":
+        from benchmarks.sweep import sweep
+
+        sweep(jobs=options.rounds or (10 if options.quick else 1000))
     else:
         from benchmarks.steps import steps
 
@@ -54,7 +59,9 @@ def _parser() -> argparse.ArgumentParser:
     names = "; ".join(f"{name}: {what}" for name, what in BENCHMARKS.items())
     parser.add_argument("benchmark", nargs="?", choices=BENCHMARKS, metavar="NAME", help=names)
     parser.add_argument("--quick", action="store_true", help="one short round: shows that it works, measures little")
-    parser.add_argument("--rounds", type=_positive, metavar="N", help="how often each thing is measured")
+    parser.add_argument(
+        "--rounds", type=_positive, metavar="N", help="how often each thing is measured; jobs of the sweep"
+    )
     return parser
 
 

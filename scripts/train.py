@@ -6,18 +6,42 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from downslope.console import command, refusing
+from downslope.gate import Gate
+from downslope.sweeps.job import run_job
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(config: DictConfig) -> float:
     """Trains as configured; torch is imported only here, so that `--help` answers at once."""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        return run_job(config, train_as_if_alone)
+    with refusing("train"):
+        from downslope.training import train
+
+        return train(config)
+
+
+def train_as_if_alone(config: DictConfig) -> float:
+    """Trains a job of a sweep: in this process, or in several of its own."""
+    from downslope.sweeps.process import distributed, train_in_process
+
+    if distributed(config):
+        return train_in_process(config)
+    from downslope.sweeps.isolation import isolated
     from downslope.training import train
 
-    if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return train(config)  # one job's error is Hydra's to collect: the others go on
-    with refusing("train"):
+    with isolated():
         return train(config)
 
 
 if __name__ == "__main__":
-    command(main, "train")
+    try:
+        command(main, "train")
+    except (SystemExit, KeyboardInterrupt) as stop:
+        code = stop.code if isinstance(stop, SystemExit) else 130
+        sweep, Gate.sweep = Gate.sweep, None
+        if sweep and code in (130, 143):
+            sweep.interrupted()
+        elif sweep:  # the launcher or the sweeper gave up: Hydra has left without `on_multirun_end`
+            sweep.finish()
+        raise SystemExit(code) from None

@@ -56,7 +56,8 @@ def quoted(argument: str) -> str:
         'lr=range(start=1,stop=3)'
     """
     key, _, value = argument.partition("=")
-    return f"{key}='{value}'" if "=" in value and not set(value) & set("'\"(${[") else argument
+    path = key.startswith(("/", "-"))  # --config-path of a sweep's job: no override
+    return f"{key}='{value}'" if "=" in value and not (path or set(value) & set("'\"(${[")) else argument
 
 
 @contextlib.contextmanager

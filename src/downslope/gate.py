@@ -26,7 +26,12 @@ from downslope.configuration import check_additions, check_nodes, check_values
 from downslope.console import explain, refusing, say
 from downslope.result import EXIT_CODES, read_result
 from downslope.resuming import adopt, checkpoint_of, keep_changes
+from downslope.sweeps.ending import Ending
+from downslope.sweeps.job import SOURCES
+from downslope.sweeps.missing import missing_jobs, sources_digest
+from downslope.sweeps.name import job_name
 
+GRID = "hydra_plugins.downslope_sweeper.MissingJobs"
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
 
 
@@ -37,6 +42,7 @@ def run_name() -> str:
 
 
 OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("job_name", job_name, replace=True)
 
 
 class Gate(Callback):
@@ -44,6 +50,8 @@ class Gate(Callback):
 
     Hydra swallows every `Exception` of a callback, so that a refusal leaves by `SystemExit`.
     """
+
+    sweep: Ending | None = None  # the one that runs: on an interruption Hydra leaves without `on_multirun_end`
 
     def on_run_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a single run."""
@@ -71,25 +79,35 @@ class Gate(Callback):
                 )
             folder = Path(config.hydra.sweep.dir).absolute()
             check_folder(folder, "hydra.sweep.dir")
-            for variant, overrides in variants(config, config_name):
-                try:
-                    check(variant, folder, devices=False)
-                except Exception as error:
-                    hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
-                    raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
+            if config.hydra.sweeper._target_ != GRID or missing_jobs(config):
+                check_sweep(config, config_name, folder)
+        with open_dict(config), read_write(config):
+            # A job writes its own, once it knows that the folder is its own.
+            config.hydra.overrides.hydra.append("hydra.output_subdir=null")
+            config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SOURCES}={sources_digest(config)}")
+        Gate.sweep = Ending(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
-        """Makes the sweep's report; one that fails is told, which Hydra would not do."""
-        from downslope.sweeps.report import make_report, print_report
-
-        with refusing("train"):
-            print_report(make_report(Path(config.hydra.sweep.dir)))
+        """Leaves with exit code 1 where a job has failed."""
+        sweep, Gate.sweep = Gate.sweep, None
+        if sweep:
+            sweep.finish()
 
     def on_run_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Leaves with the exit code of the run's status."""
         result = read_result(Path(config.hydra.runtime.output_dir))
         if result and result.status == "diverged":
             raise SystemExit(EXIT_CODES[result.status])
+
+
+def check_sweep(config: DictConfig, config_name: str, folder: Path) -> None:
+    """Raises where one of a sweep's values would stop its job, whatever the others are."""
+    for variant, overrides in variants(config, config_name):
+        try:
+            check(variant, folder, devices=False)
+        except Exception as error:
+            hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
+            raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
 
 
 def check(config: DictConfig, folder: Path, devices: bool = True) -> None:

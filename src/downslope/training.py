@@ -53,6 +53,21 @@ def check_device(config: DictConfig) -> None:
         )
 
 
+def check_processes(config: DictConfig) -> None:
+    """Refuses several processes on the CPU that nobody asked for: Lightning would start them in silence.
+
+    Raises:
+        ValueError: The number that was asked for, and the way out.
+    """
+    devices, strategy = config.trainer.get("devices", 1), config.trainer.get("strategy", "auto")
+    on_cpu = config.trainer.accelerator == "cpu" or not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if on_cpu and strategy == "auto" and isinstance(devices, int) and devices > 1:
+        raise ValueError(
+            f"`trainer.devices` must be 1 on the CPU, got {devices}. Several processes that share each batch: "
+            f"trainer=ddp trainer.devices={devices}."
+        )
+
+
 def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
     """Makes what trains out of its configuration: reads the data, writes nothing.
 
@@ -60,6 +75,7 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
         ValueError: A part of it cannot be.
     """
     check_device(config)
+    check_processes(config)
     datamodule = instantiate(config.data, _convert_="all")
     seed_everything(config.seed, workers=True, verbose=False)
     module = instantiate(config.model, num_features=datamodule.num_features, _convert_="all")

@@ -1,1 +1,1 @@
-"""Sweeps: what their jobs were, as a table, as pictures and as a page. Nothing here needs torch."""
+"""Sweeps: which jobs are missing, each run once and as if alone, and what came of them. Nothing imports torch here."""

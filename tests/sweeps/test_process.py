@@ -1,0 +1,67 @@
+"""Several processes a job inside a sweep."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, Outcome, read_json, run_process
+
+
+def test_each_job_of_one_or_two_processes_runs_once(tmp_path: Path) -> None:
+    outcome = run_process(
+        tmp_path, "train", "-m", "trainer=ddp", "trainer.devices=1,2,1", "lr=0.01", "device=cpu", "seed=4",
+        "trainer.max_epochs=2", "hydra.sweep.dir=s",
+    )  # fmt: skip
+    assert outcome.returncode == 0, outcome.stdout + outcome.stderr
+    results = [read_json(file.parent) for file in tmp_path.glob("s/*/result.json")]
+    assert [(each["status"], each["learning_rate"], each["seed"]) for each in results] == [("completed", 0.01, 4)] * 2
+    assert outcome.stdout.count("kept ") == 1  # the second devices=1 is the first one again
+    for job in tmp_path.glob("s/*/"):
+        assert len(list(job.glob("events*"))) == 1
+
+
+def test_five_processes_on_the_cpu_are_refused_unless_asked_for(script: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = script("train", "device=cpu", "trainer.devices=5")
+    assert outcome.code == 1
+    assert "trainer=ddp" in outcome.err
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc, which Linux alone has")
+def test_a_rank_that_dies_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> None:
+    command = [
+        *(sys.executable, str(ROOT / "scripts" / "train.py"), "-m", "trainer=ddp", "trainer.devices=2", "device=cpu"),
+        *("trainer.max_epochs=100000,1", "hydra.sweep.dir=s"),
+    ]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    deadline = time.monotonic() + 120
+    while not any(file.stat().st_size > 3000 for file in tmp_path.glob("s/*=100000*/events*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (rank_0,) = children(process.pid)
+    (rank_1,) = children(rank_0)
+    os.kill(rank_1, signal.SIGKILL)
+    killed = time.time()
+    out, _ = process.communicate(timeout=200)
+    assert process.returncode == 1
+    jobs = {re.search(r"max_epochs=(\d+)", str(file))[1]: file for file in tmp_path.glob("s/*/result.json")}
+    assert {epochs: read_json(file.parent)["status"] for epochs, file in jobs.items()} == {
+        "100000": "failed",
+        "1": "completed",
+    }
+    assert jobs["100000"].stat().st_mtime - killed < 30  # Lightning looks every 5 s, and this machine may be busy
+    assert read_json(jobs["100000"].parent)["error"]["message"]
+    assert "1 failed:" in out
+
+
+def children(pid: int) -> list[int]:
+    """The Python processes that a process has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(child) for child in found if "train.py" in Path(f"/proc/{child}/cmdline").read_text()]
