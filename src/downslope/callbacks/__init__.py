@@ -5,6 +5,7 @@ from downslope.callbacks.flight_recorder import DivergenceError, FlightRecorder
 from downslope.callbacks.gradient_check import GradientCheck
 from downslope.callbacks.gradient_monitor import GradientMonitor
 from downslope.callbacks.learning_rate_effects import LearningRateEffects
+from downslope.callbacks.pictures import Pictures
 from downslope.callbacks.progress import Progress
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 
@@ -15,6 +16,7 @@ __all__ = [
     "GradientCheck",
     "GradientMonitor",
     "LearningRateEffects",
+    "Pictures",
     "Progress",
     "SharpnessMonitor",
 ]

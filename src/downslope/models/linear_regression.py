@@ -13,7 +13,7 @@ from torchmetrics import MeanSquaredError
 from downslope.data import DataModule
 from downslope.data.batches import Batch
 from downslope.evaluation import regression_metrics
-from downslope.gradients.least_squares import least_squares
+from downslope.gradients.least_squares import LeastSquares, least_squares
 from downslope.tensorboard import write_scalars
 
 
@@ -52,12 +52,15 @@ class LinearRegression(LightningModule):
         self.train_loss.update(prediction.detach(), target)
         return nn.functional.mse_loss(prediction, target)
 
+    def least_squares(self) -> LeastSquares | None:
+        """Returns the loss over all training rows in closed form; None for others' data."""
+        datamodule = getattr(self.trainer, "datamodule", None)
+        return least_squares(*datamodule.parts["train"]) if isinstance(datamodule, DataModule) else None
+
     def exact_sharpness(self) -> float | None:
         """Returns λ of the loss over all training rows, which their features alone decide; None for others' data."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        if not isinstance(datamodule, DataModule):
-            return None
-        return least_squares(*datamodule.parts["train"]).sharpness
+        line = self.least_squares()
+        return None if line is None else line.sharpness
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         """Makes the optimizer, and the scheduler if there is one."""
