@@ -41,4 +41,6 @@ if __name__ == "__main__":
         code = stop.code if isinstance(stop, SystemExit) else 130
         if Gate.sweep and code in (130, 143):
             Gate.sweep.interrupted()
+        elif Gate.sweep:  # the launcher gave up: a process of its own died
+            Gate.sweep.finish()
         raise SystemExit(code) from None

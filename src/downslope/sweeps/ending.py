@@ -10,6 +10,8 @@ from omegaconf import DictConfig
 from downslope.console import explain, say
 from downslope.result import FILE_NAME, read_result
 
+DIED = "its process died without a word: the same command with hydra.sweep.dir= of this sweep runs it again"
+
 
 class Ending:
     """Knows when the sweep began, and tells how it ended, also where Hydra leaves without its callbacks."""
@@ -43,12 +45,16 @@ class Ending:
     def _failed(self) -> list[tuple[str, str]]:
         """Name and message of the jobs that failed in this sweep, not in an earlier one over the same folder."""
         found = []
-        for file in sorted(self.folder.glob(f"*/{FILE_NAME}")):
-            if file.stat().st_mtime < self.began - 1:
+        for hydra in sorted(self.folder.glob("*/.hydra")):
+            folder = hydra.parent
+            file = folder / FILE_NAME
+            if (file if file.is_file() else hydra).stat().st_mtime < self.began - 1:
                 continue
-            result = read_result(file.parent)
-            if result and result.status == "failed":
-                found.append((file.parent.name, (result.error or {}).get("message", "")))
+            result = read_result(folder)
+            if result is None:
+                found.append((folder.name, DIED))
+            elif result.status == "failed":
+                found.append((folder.name, (result.error or {}).get("message", "")))
         return found
 
 
