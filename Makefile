@@ -31,6 +31,10 @@ $(VENV)/.installed-benchmark: pyproject.toml constraints.txt
 	$(call install,[benchmark])
 	@touch $(VENV)/.installed
 
+$(VENV)/.installed-launchers: pyproject.toml constraints.txt
+	$(call install,[launchers])
+	@touch $(VENV)/.installed
+
 .PHONY: install
 install: $(VENV)/.installed ## Set up .venv
 

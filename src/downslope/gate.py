@@ -18,7 +18,7 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -85,6 +85,7 @@ class Gate(Callback):
             # A job writes its own, once it knows that the folder is its own.
             config.hydra.overrides.hydra.append("hydra.output_subdir=null")
             config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SOURCES}={sources_digest(config)}")
+        os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray leaves out what several jobs say alike: their results
         Gate.sweep = Ending(config)
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
@@ -226,7 +227,11 @@ def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig,
 
 
 def _choices(override: Override) -> list[str]:
-    """Every value of a swept override, as overrides; ranges that a sweeper samples from are its own affair."""
+    """Every value of a swept override, as overrides; of an interval that a sweeper samples from, its two ends."""
+    if override.is_interval_sweep():
+        interval = override.value()
+        assert isinstance(interval, IntervalSweep)
+        return [f"{override.get_key_element()}={end}" for end in (interval.start, interval.end)]
     if not override.is_discrete_sweep():
         assert override.input_line is not None
         return [override.input_line]

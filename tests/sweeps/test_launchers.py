@@ -1,19 +1,101 @@
 """Failures, folders and exit codes are the same whoever runs the jobs."""
 
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import read_json, run_process
+from tests.conftest import ROOT, read_json, run_process
+
+SMALL = ("data=synthetic", "data.num_rows=60", "trainer=fast", "callbacks=none", "hydra.sweep.dir=s")
+JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
+SUBMITIT = ("hydra/launcher=submitit_local",)
+RAY = (
+    "hydra/launcher=ray", "+hydra.launcher.ray.init.num_cpus=2", "+hydra.launcher.ray.init.include_dashboard=false",
+)  # fmt: skip
+OPTUNA = ("hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=0", "lr=tag(log,interval(0.001,1))")
 
 
-def test_joblib_runs_two_jobs_at_once_and_lists_the_one_that_failed(tmp_path: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="pip install -e '.[joblib]'")
+def need(extra: str) -> None:
+    plugin = {"optuna": "hydra_optuna_sweeper"}.get(extra, f"hydra_{extra}_launcher")
+    pytest.importorskip(f"hydra_plugins.{plugin}", reason=f"needs pip install -e '.[{extra}]'")
+
+
+def statuses(sweep: Path) -> Counter[str]:
+    return Counter(read_json(file.parent)["status"] for file in sweep.glob("*/result.json"))
+
+
+def kill_the_first_job(sweep: Path) -> None:
+    """As the system does where memory runs out; the process is known by the name of its TensorBoard file."""
+    deadline = time.monotonic() + 120
+    while not (files := list(sweep.glob("*/events.out.tfevents.*"))):
+        assert time.monotonic() < deadline, "no job began"
+        time.sleep(0.02)
+    os.kill(int(files[0].name.split(".")[-2]), signal.SIGKILL)
+
+
+def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *arguments]
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.parametrize(("extra", "launcher"), [("joblib", JOBLIB), ("submitit", SUBMITIT)])
+def test_jobs_run_at_once_and_those_that_failed_are_listed(
+    extra: str, launcher: tuple[str, ...], tmp_path: Path
+) -> None:
+    need(extra)
     outcome = run_process(
-        tmp_path, "train", "-m", "hydra/launcher=joblib", "hydra.launcher.n_jobs=2", "lr=0.01,0.1", "device=cpu,gpu",
-        "trainer.max_epochs=2", "hydra.sweep.dir=s",
-    )  # fmt: skip
+        tmp_path, "train", "-m", *launcher, "lr=0.01,0.1", "device=cpu,gpu", "trainer.max_epochs=2", *SMALL
+    )
     assert outcome.returncode == 1, outcome.stderr
     assert "2 failed:" in outcome.stdout
-    states = sorted(read_json(file.parent)["status"] for file in tmp_path.glob("s/*/result.json"))
-    assert states == ["completed", "completed", "failed", "failed"]
+    assert statuses(tmp_path / "s") == {"completed": 2, "failed": 2}
+
+
+def test_joblib_that_lost_a_worker_tells_which_jobs_died_and_the_same_command_runs_them(tmp_path: Path) -> None:
+    need("joblib")
+    arguments = (*JOBLIB, "lr=0.01,0.1", "trainer.max_epochs=300", *SMALL)
+    sweep = start(tmp_path, *arguments)
+    kill_the_first_job(tmp_path / "s")
+    output, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 1, output
+    assert "its process died" in output
+    again = run_process(tmp_path, "train", "-m", *arguments)
+    assert again.returncode == 0, again.stderr
+    assert statuses(tmp_path / "s") == {"completed": 2}
+
+
+def test_ray_runs_the_job_of_a_killed_worker_again(tmp_path: Path) -> None:
+    need("ray")
+    sweep = start(tmp_path, *RAY, "lr=0.01,0.1", "device=cpu,gpu", "trainer.max_epochs=300", *SMALL)
+    kill_the_first_job(tmp_path / "s")
+    output, _ = sweep.communicate(timeout=240)
+    assert sweep.returncode == 1, output
+    assert "will be retried" in output
+    assert "2 failed:" in output
+    assert statuses(tmp_path / "s") == {"completed": 2, "failed": 2}
+
+
+def test_optuna_searches_a_range_and_the_same_seed_finds_its_jobs_again(tmp_path: Path) -> None:
+    need("optuna")
+    arguments = ("-m", *OPTUNA, "hydra.sweeper.n_trials=3", "trainer.max_epochs=2", *SMALL)
+    outcome = run_process(tmp_path, "train", *arguments)
+    assert outcome.returncode == 0, outcome.stderr
+    rates = [read_json(file.parent)["learning_rate"] for file in tmp_path.glob("s/*/result.json")]
+    assert len(set(rates)) == 3
+    assert all(0.001 <= rate <= 1 for rate in rates)
+    again = run_process(tmp_path, "train", *arguments)
+    assert again.stdout.count("kept ") == 3
+
+
+def test_a_range_that_reaches_an_impossible_value_is_refused(tmp_path: Path) -> None:
+    need("optuna")
+    outcome = run_process(tmp_path, "train", "-m", *OPTUNA[:2], "lr=interval(0,1)", *SMALL)
+    assert outcome.returncode == 1
+    assert "`lr` must be a finite number greater than 0, got 0.0" in outcome.stderr
+    assert not (tmp_path / "s").exists()

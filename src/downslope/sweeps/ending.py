@@ -9,6 +9,8 @@ from omegaconf import DictConfig
 from downslope.console import explain, say
 from downslope.result import FILE_NAME, read_result
 
+DIED = "its process died without a word: the same command with hydra.sweep.dir= of this sweep runs it again"
+
 
 class Ending:
     """Knows what the folder held before the sweep; tells how it ended, also where Hydra leaves without callbacks."""
@@ -37,17 +39,22 @@ class Ending:
         say(f"  {shlex.join(['python', sys.argv[0], *arguments, f'hydra.sweep.dir={self.folder}'])}")
 
     def _stamps(self) -> dict[Path, int]:
-        """When each job's result was written."""
-        return {file: file.stat().st_mtime_ns for file in sorted(self.folder.glob(f"*/{FILE_NAME}"))}
+        """When each job's result was written, or its configuration where it has none."""
+        folders = [hydra.parent for hydra in sorted(self.folder.glob("*/.hydra"))]
+        files = {folder: folder / FILE_NAME for folder in folders}
+        return {
+            folder: (file if file.is_file() else folder / ".hydra").stat().st_mtime_ns for folder, file in files.items()
+        }
 
     def _list_failures(self) -> bool:
         """Lists the jobs that failed in this sweep, not in an earlier one over the same folder."""
-        files = [file for file, stamp in self._stamps().items() if self.before.get(file) != stamp]
         failed: dict[str, list[str]] = {}  # often many for one reason
-        for file in files:
-            result = read_result(file.parent)
-            if result and result.status == "failed":
-                failed.setdefault((result.error or {}).get("message", ""), []).append(file.parent.name)
+        for folder in [folder for folder, stamp in self._stamps().items() if self.before.get(folder) != stamp]:
+            result = read_result(folder)
+            if result is None:
+                failed.setdefault(DIED, []).append(folder.name)
+            elif result.status == "failed":
+                failed.setdefault((result.error or {}).get("message", ""), []).append(folder.name)
         if failed:
             say(f"\n{sum(map(len, failed.values()))} failed:")
         for message, names in failed.items():
