@@ -29,7 +29,7 @@ from downslope.verdict import Evidence, Method
 FIRST_JUDGEMENTS = (8, 16, 32)  # at 10 × the limit float32 overflows after some 30 steps
 MOST_BLOCKS = 256
 FEW = 1e-12
-SHORTEST_STEP = 1e-5  # in units of the weights' size
+ROUNDING = 1e-5  # in units of the weights' size, or of the first gradient's
 
 
 class Block(NamedTuple):
@@ -315,8 +315,9 @@ class EvidenceCollector:
             # A step that overshoots turns the gradient round, and the next one back: noise does not come back.
             bounces = first_cosine < -0.8 and (cosine_after_two or 0.0) > 0.8
             noise = 0.0 if bounces else 1 - max(0.0, first_cosine)
-        # Shorter steps drown in the rounding of float32.
-        curvatures = [turn / before for *_, size, _, before, turn in rows if before > SHORTEST_STEP**2 * size]
+        # Shorter steps and gradients drown in the rounding of float32.
+        heard = [row for row in rows if row[0] > ROUNDING**2 * self._history[0].norm ** 2]
+        curvatures = [turn / before for *_, size, _, before, turn in heard if before > ROUNDING**2 * size]
         curvature = median(curvatures) if curvatures and noise < 0.1 else None
         if curvature and curvature > (self._largest_curvature or 0.0):
             self._largest_curvature = curvature
