@@ -29,6 +29,7 @@ from downslope.verdict import Evidence, Method
 FIRST_JUDGEMENTS = (8, 16, 32)  # at 10 × the limit float32 overflows after some 30 steps
 MOST_BLOCKS = 256
 FEW = 1e-12
+ROUNDING = 1e-5  # in units of the weights' size, or of the first gradient's
 
 
 class Block(NamedTuple):
@@ -38,6 +39,14 @@ class Block(NamedTuple):
     mean: float
     level: float
     spread: float
+
+
+class Glance(NamedTuple):
+    """‖g‖ at a judgement, and the time until then: Σ η over the steps."""
+
+    step: int
+    norm: float
+    time: float
 
 
 @dataclass
@@ -88,10 +97,10 @@ class EvidenceCollector:
         self._full_batch = full_batch
         self._losses: list[Tensor] = []
         self._blocks: list[Block] = []
-        self._gradient_norms: list[tuple[int, float]] = []
+        self._history: list[Glance] = []
         self._first_loss: float | None = None
         self._largest_curvature: float | None = None
-        self._rate = self._largest_rate = _rate(optimizer)
+        self._rate, self._time = _rate(optimizer), 0.0
         self._gradient_excess: float | None = None
         self._leftover: Tensor | None = None
         self._begin_window()
@@ -100,21 +109,21 @@ class EvidenceCollector:
         """What a resumed run needs to know of its beginning: plain data."""
         return {
             "blocks": [list(block) for block in self._blocks],
-            "gradient_norms": [list(pair) for pair in self._gradient_norms],
+            "history": [list(glance) for glance in self._history],
             "first_loss": self._first_loss,
             "first_excess": self._first_excess,
             "best_learning_rate": self._best_learning_rate,
             "largest_curvature": self._largest_curvature,
-            "largest_rate": self._largest_rate,
+            "time": self._time,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes on from there."""
         self._blocks = [Block(*block) for block in state["blocks"]]
-        self._gradient_norms = [(step, norm) for step, norm in state["gradient_norms"]]
+        self._history = [Glance(*glance) for glance in state["history"]]
         self._first_loss, self._first_excess = state["first_loss"], state["first_excess"]
         self._best_learning_rate = state["best_learning_rate"]
-        self._largest_curvature, self._largest_rate = state["largest_curvature"], state["largest_rate"]
+        self._largest_curvature, self._time = state["largest_curvature"], state["time"]
 
     def set_line(
         self, line: LeastSquares, parameters: Sequence[Tensor], tolerance: float, names: Sequence[str] = ()
@@ -176,7 +185,7 @@ class EvidenceCollector:
         watching = self.is_watching
         self.step += 1
         self._rate = _rate(self.optimizer)  # a schedule may change it before anybody asks
-        self._largest_rate = max(self._largest_rate, self._rate)
+        self._time += self._rate
         if not watching:
             return
         held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
@@ -298,7 +307,7 @@ class EvidenceCollector:
             return {}
         squares, ones, twos, moved, sizes, promises, _, _ = zip(*rows, strict=True)
         norm = math.sqrt(fmean(squares))
-        self._gradient_norms.append((self.step, norm))
+        self._history.append(Glance(self.step, norm, self._time))
         first_cosine = _cosine(ones[1:], squares)
         cosine_after_two = _cosine(twos[2:], squares, lag=2)
         noise = 0.0
@@ -306,17 +315,20 @@ class EvidenceCollector:
             # A step that overshoots turns the gradient round, and the next one back: noise does not come back.
             bounces = first_cosine < -0.8 and (cosine_after_two or 0.0) > 0.8
             noise = 0.0 if bounces else 1 - max(0.0, first_cosine)
-        curvatures = [turn / before for *_, before, turn in rows if before > 0]
+        # Shorter steps and gradients drown in the rounding of float32.
+        heard = [row for row in rows if row[0] > ROUNDING**2 * self._history[0].norm ** 2]
+        curvatures = [turn / before for *_, size, _, before, turn in heard if before > ROUNDING**2 * size]
         curvature = median(curvatures) if curvatures and noise < 0.1 else None
         if curvature and curvature > (self._largest_curvature or 0.0):
             self._largest_curvature = curvature
         decay = self._decay()
+        per_step = None if decay is None else math.exp(max(-50.0, min(50.0, -decay * self._rate)))
         ratios = [later / earlier for earlier, later in pairwise(squares) if earlier > 0 and later > 0]
         figures = {
             "gradient_norm": norm,
-            "first_gradient_norm": self._gradient_norms[0][1],
+            "first_gradient_norm": self._history[0].norm,
             "gradient_ratio": math.exp(fmean(map(math.log, ratios)) / 2) if ratios else None,
-            "gradient_decay": decay,
+            "gradient_decay": per_step,
             "gradient_cosine": first_cosine,
             "noise_share": noise,
             "curvature": curvature,
@@ -325,7 +337,9 @@ class EvidenceCollector:
         }
         promise, bend = -fmean(promises[1:] or [0.0]), (curvature or 0.0) * fmean(moved[1:] or [0.0]) / 2
         if len(rows) > 1:
-            figures["left_to_gain"] = self._left_to_gain(promise, promise - bend, squares, decay, noise, seen)
+            figures["left_to_gain"] = self._left_to_gain(
+                promise, promise - bend, fmean(squares), decay, noise, seen.get("loss_trend", 0.0)
+            )
         if self._full_batch and len(losses) >= len(rows) > 2 and promise > 0:
             # The step after the last loss has no loss after it.
             change = losses[-1] - losses[-len(rows) + 1]
@@ -334,38 +348,30 @@ class EvidenceCollector:
         return figures
 
     def _decay(self) -> float | None:
-        """‖g‖ now over ‖g‖ some time ago, a step."""
-        step, norm = self._gradient_norms[-1]
-        earlier = [pair for pair in self._gradient_norms[:-1] if pair[0] <= 0.75 * step] or self._gradient_norms[:-1]
-        if len(self._gradient_norms) > 2 * MOST_BLOCKS:
-            del self._gradient_norms[1:-MOST_BLOCKS:2]
-        if not earlier or earlier[-1][1] <= 0 or norm <= 0:
+        """How quickly ln ‖g‖ falls per unit of time, where a step takes η: the same whatever the schedule does."""
+        now = self._history[-1]
+        # A long look back, because what is slow shows only there.
+        earlier = [each for each in self._history[:-1] if each.step <= 0.75 * now.step] or self._history[:-1]
+        if len(self._history) > 2 * MOST_BLOCKS:
+            del self._history[1:-MOST_BLOCKS:2]
+        if not earlier or earlier[-1].norm <= 0 or now.norm <= 0 or now.time <= earlier[-1].time:
             return None
-        then, norm_then = earlier[-1]
-        return float((norm / norm_then) ** (1 / (step - then)))
+        return math.log(earlier[-1].norm / now.norm) / (now.time - earlier[-1].time)
 
     def _left_to_gain(
-        self,
-        promise: float,
-        gain: float,
-        squares: Sequence[float],
-        decay: float | None,
-        noise: float,
-        seen: Mapping[str, Any],
+        self, promise: float, gain: float, square: float, decay: float | None, noise: float, trend: float
     ) -> float:
-        """Σ of a geometric series: the loss falls by `gain` a step, and by decay² less each time.
+        """∫ of what is gained per unit of time, which falls as the gradient's square does: gain / (2 · decay).
 
-        But never more than ten times the steps taken would bring at an undiminished pace, and at the largest rate so
-        far: that a schedule ends is no convergence. Where noise prevails, the
+        But never more than ten times the time so far would bring at an undiminished pace. Where noise prevails, the
         excess at which a rate η holds the weights, ησ²/4 for isotropic noise of variance σ² (per step, all elements).
         """
         if noise > 0.5:
-            rate = promise / max(fmean(squares), FEW)
-            floor = abs(rate) * noise * fmean(squares) / 4
-            return floor if seen.get("loss_trend", 0.0) > -3.0 else math.inf
-        falls = (1 - decay**2) if decay is not None and decay < 1 else 0.0
-        faster = self._largest_rate / self._rate if self._rate else 1.0
-        return abs(gain) * faster * (1 - noise) / max(falls, 0.1 / max(self.step, 1))
+            floor = abs(promise) / max(square, FEW) * noise * square / 4
+            return floor if trend > -3.0 else math.inf
+        if self._rate <= 0 or self._time <= 0:
+            return math.inf
+        return abs(gain) / self._rate * (1 - noise) / max(2 * (decay or 0.0), 0.1 / self._time)
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

@@ -36,7 +36,8 @@ class Evidence:
         gradient_norm: ‖g‖, mean of the window.
         first_gradient_norm: Of the first window.
         gradient_ratio: ‖gₜ₊₁‖ / ‖gₜ‖, geometric mean over the window.
-        gradient_decay: The same over all steps between the last windows: what is slow shows only there.
+        gradient_decay: The same, at the present rate, over the last quarter of the time Σ η: what is slow shows only
+            there, and a schedule's end is no convergence.
         gradient_cosine: Of successive gradients, mean of the window: +1 creeping, −1 bouncing.
         curvature: ⟨Δg, Δθ⟩ / ‖Δθ‖², along the steps of the window: on a parabola never above λ.
         largest_curvature: The largest one so far.
@@ -138,6 +139,8 @@ class Thresholds:
         noisy: More than this share of ‖g‖² is noise: the mini-batches move the weights, not the slope.
         slow_factor: Too slow: more than this many times the steps taken are still needed …
         slow_rate: … at less than this share of the largest stable rate: another rate would be as many times faster.
+        hopeless_factor: Too slow, too, whatever the rate: a line that needs so many times the steps taken, because one
+            direction is that much flatter than another. Nobody waits for a thousand times as long.
         gradient_excess: The gradient is more than that many times the loss's slope: then it is not of this loss. The
             least that a sum instead of a mean does is 2.
         worth_changing: A suggestion is said aloud if it differs from η by this factor.
@@ -152,6 +155,7 @@ class Thresholds:
     noisy: float = 0.5
     slow_factor: float = 10.0
     slow_rate: float = 0.1
+    hopeless_factor: float = 1000.0
     gradient_excess: float = 1.8
     worth_changing: float = 1.25
 
@@ -336,18 +340,16 @@ def num_steps_left(seen: Evidence, thresholds: Thresholds | None = None) -> floa
     left = _left(seen)
     if left is None or seen.gradient_decay is None or left[0] <= 0:
         return None
-    decay = seen.gradient_decay
-    if seen.full_batch and seen.gradient_ratio and (seen.gradient_cosine or 0.0) > 0.9:
-        decay = max(decay, seen.gradient_ratio)  # creeping; under a schedule it was quicker before
-    if decay >= 1:
+    if seen.gradient_decay >= 1:
         return math.inf
     target = limits.tolerance * max(left[1], 0.0)
-    return math.inf if target == 0 else max(0.0, math.log(left[0] / target) / (-2 * math.log(decay)))
+    return math.inf if target == 0 else max(0.0, math.log(left[0] / target) / (-2 * math.log(seen.gradient_decay)))
 
 
 def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
     if seen.stability is not None and seen.stability > limits.slow_rate:
-        return False  # then no constant rate is much quicker: it is the valley that is narrow
+        # No constant rate is much quicker: it is the valley that is narrow.
+        return seen.line is not None and (num_steps_left(seen, limits) or 0) > limits.hopeless_factor * seen.step
     if _has_hardly_begun(seen):
         return True
     if seen.line is None and seen.noise_share > limits.noisy:
@@ -436,7 +438,7 @@ def _hints(seen: Evidence, limits: Thresholds) -> list[str]:
     """Mistakes that leave these traces."""
     hints = []
     if seen.leftover_gradient:
-        hints.append("backward() finds the last step's gradient still in `.grad`: is zero_grad() missing?")
+        hints.append("the last step's gradient is still in `.grad` when the next one comes: is zero_grad() missing?")
     if seen.without_gradient:
         hints.append(f"no gradient reaches {_list(seen.without_gradient)}: detached, or not used by the loss?")
     if seen.zero_gradient:
@@ -445,7 +447,7 @@ def _hints(seen: Evidence, limits: Thresholds) -> list[str]:
         hints.append(f"{_list(seen.frozen)} is frozen: requires_grad is off, or no optimizer holds it")
     if _is_not_of_this_loss(seen, limits):
         hints.append(
-            f"the gradient is about {seen.gradient_excess:.2g} × that of the loss: a sum over batches instead of a mean?"
+            f"the gradient is about {seen.gradient_excess:.2g} × that of the loss: a sum over batches, not their mean?"
         )
     return hints
 
