@@ -19,6 +19,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
@@ -87,6 +88,10 @@ class Gate(Callback):
             config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SOURCES}={sources_digest(config)}")
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray leaves out what several jobs say alike: their results
         Gate.sweep = Ending(config)
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
+        """Lets go of the job's configuration: the launcher keeps what a job returns until the sweep ends."""
+        job_return.cfg = job_return.hydra_cfg = None
 
     def on_multirun_end(self, config: DictConfig, **kwargs: Any) -> None:
         """Leaves with exit code 1 where a job has failed."""
