@@ -123,15 +123,16 @@ class Pictures(Callback):
         if self._num_steps == self._drawn_at:  # batches of one step, or no step at all
             return
         self._drawn_at = self._num_steps
+        from PIL import Image  # matplotlib brings it along
+
         try:
             for name, figure in self.figures(trainer).items():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                figure.savefig(self.folder / f"{name}.png")
+                picture = pixels(figure)  # laid out and drawn once, for all who show it
+                Image.fromarray(picture).save(self.folder / f"{name}.png")
                 for logger in trainer.loggers:
                     if isinstance(logger, TensorBoardLogger):
-                        logger.experiment.add_image(
-                            f"pictures/{name}", pixels(figure), self._num_steps, dataformats="HWC"
-                        )
+                        logger.experiment.add_image(f"pictures/{name}", picture, self._num_steps, dataformats="HWC")
         except Exception as error:  # a full disk, a foreign logger: pictures never end a training
             self._detach()
             log.warning("Pictures are off from here on: %s: %s", type(error).__name__, error)
