@@ -69,7 +69,7 @@ class EvidenceCollector:
         window: Steps that are watched before each.
         full_batch: Whether every step sees all rows, so that nothing but the steps changes the gradient.
         step: Optimizer steps taken already.
-        last_step: One more judgement comes after it.
+        last_step: Where training is to end, as far as that is known; one more judgement comes there.
 
     Attributes:
         step: Steps taken.
@@ -87,6 +87,7 @@ class EvidenceCollector:
     ) -> None:
         self.optimizer = optimizer
         self.step = step
+        self._last_step = last_step
         self._others = sorted({*FIRST_JUDGEMENTS, *([] if last_step is None else [last_step])})
         self._line: LeastSquares | None = None
         self._first_excess: float | None = None
@@ -239,6 +240,7 @@ class EvidenceCollector:
         method, momentum = _method(self.optimizer)
         seen: dict[str, Any] = {
             "step": self.step,
+            "planned_steps": self._last_step,
             "learning_rate": self._rate,
             "method": method,
             "momentum": momentum,
@@ -286,17 +288,17 @@ class EvidenceCollector:
         best = min(self._blocks, key=lambda block: block.mean)
         least = min(best.mean, min(losses)) if self._full_batch else best.mean
         half = len(losses) // 2
+        rise = _certainty([_block(losses[:half])], [_block(losses[half:])]) if half else 0.0
         late = self._blocks[len(self._blocks) // 2 :]
         middle = len(late) // 2
-        halves = (late[:middle], late[middle:]) if middle else ([_block(losses[:half])], [_block(losses[half:])])
         growth = losses[-1] / losses[-self._window] if len(losses) >= self._window and losses[-self._window] else None
         return {
             "first_loss": self._first_loss,
             "loss": losses[-1] if self._full_batch else recent.mean,
             "best_loss": least,
             "loss_growth": _certainty([best], [recent]),
-            "loss_rise": _certainty([_block(losses[:half])], [_block(losses[half:])]) if half else 0.0,
-            "loss_trend": _certainty(*halves) if half else 0.0,
+            "loss_rise": rise,
+            "loss_trend": _certainty(late[:middle], late[middle:]) if middle else rise,
             "window_growth": growth,
         }
 

@@ -22,6 +22,7 @@ class Evidence:
 
     Attributes:
         step: Optimizer steps taken.
+        planned_steps: How many there will be, where that is known.
         learning_rate: η of the last of them.
         method: What makes a step of a gradient.
         momentum: β, of momentum.
@@ -61,6 +62,7 @@ class Evidence:
 
     step: int
     learning_rate: float
+    planned_steps: int | None = None
     method: Method = "gradient_descent"
     momentum: float = 0.0
     num_non_finite: int = 0
@@ -93,6 +95,11 @@ class Evidence:
     frozen: tuple[str, ...] = ()
     share_moving: float = 1.0
     leftover_gradient: bool = False
+
+    @property
+    def horizon(self) -> int:
+        """The steps that it has for its way: those planned, at least those taken."""
+        return max(self.step, self.planned_steps or 0)
 
     @property
     def steepest(self) -> float | None:
@@ -137,9 +144,9 @@ class Thresholds:
         bouncing: Oscillating: the mean cosine of successive gradients is below this. Independent batches give 0,
             overshooting −1; half way is twice the angle that chance makes of 8 steps.
         noisy: More than this share of ‖g‖² is noise: the mini-batches move the weights, not the slope.
-        slow_factor: Too slow: more than this many times the steps taken are still needed …
+        slow_factor: Too slow: more than this many times the steps planned (or taken) are still needed …
         slow_rate: … at less than this share of the largest stable rate: another rate would be as many times faster.
-        hopeless_factor: Too slow, too, whatever the rate: a line that needs so many times the steps taken, because one
+        hopeless_factor: Too slow, too, whatever the rate: a line that needs so many times the steps planned, since one
             direction is that much flatter than another. Nobody waits for a thousand times as long.
         gradient_excess: The gradient is more than that many times the loss's slope: then it is not of this loss. The
             least that a sum instead of a mean does is 2.
@@ -240,7 +247,10 @@ def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:
     """No gradient, none but zeros, or one that moves nothing; not one that has shrunk on its way to the optimum."""
     if seen.gradient_norm is None:
         return "no gradient reaches any parameter" if seen.step else None
-    arrived = seen.gradient_norm < limits.tolerance * (seen.first_gradient_norm or 0.0)
+    if seen.gradient_norm > 0:
+        arrived = seen.gradient_norm < limits.tolerance * (seen.first_gradient_norm or 0.0)
+    else:  # rounding never makes all of a gradient zero, but a perfect fit does
+        arrived = seen.loss is not None and abs(seen.loss) <= limits.tolerance * abs(seen.first_loss or 0.0)
     if seen.line is not None:
         arrived = seen.first_excess is not None and seen.line.excess <= limits.tolerance * seen.first_excess
     if seen.gradient_norm == 0 and not arrived:
@@ -328,8 +338,8 @@ def _is_held_by_noise(seen: Evidence, limits: Thresholds) -> bool:
 
 
 def _has_hardly_begun(seen: Evidence) -> bool:
-    """Whether even the steepest direction needs more steps than were taken: ηλt < 1."""
-    return seen.steepest is not None and seen.limit is not None and 2 * seen.step * (seen.stability or 0) < 1
+    """Whether even the steepest direction needs more steps than there are: ηλt < 1."""
+    return seen.stability is not None and 2 * seen.horizon * seen.stability < 1
 
 
 def num_steps_left(seen: Evidence, thresholds: Thresholds | None = None) -> float | None:
@@ -349,7 +359,7 @@ def num_steps_left(seen: Evidence, thresholds: Thresholds | None = None) -> floa
 def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
     if seen.stability is not None and seen.stability > limits.slow_rate:
         # No constant rate is much quicker: it is the valley that is narrow.
-        return seen.line is not None and (num_steps_left(seen, limits) or 0) > limits.hopeless_factor * seen.step
+        return seen.line is not None and (num_steps_left(seen, limits) or 0) > limits.hopeless_factor * seen.horizon
     if _has_hardly_begun(seen):
         return True
     if seen.line is None and seen.noise_share > limits.noisy:
@@ -357,7 +367,7 @@ def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
     if seen.limit is None and (seen.gradient_cosine or 0) < 0.9:
         return False
     steps = num_steps_left(seen, limits)
-    return steps is not None and steps > limits.slow_factor * seen.step
+    return steps is not None and steps > limits.slow_factor * seen.horizon
 
 
 def _progress(seen: Evidence, limits: Thresholds) -> str:
