@@ -267,7 +267,9 @@ def _is_diverging(seen: Evidence, limits: Thresholds) -> bool:
         return seen.line.excess > 0  # on a parabola nothing can bring it back
     if seen.loss is None or seen.best_loss is None:
         return False
-    has_grown = seen.loss - seen.best_loss > (limits.growth - 1) * abs(seen.best_loss)
+    # What has momentum swings, on a parabola up to where it began: only above that it has grown.
+    best = seen.best_loss if seen.method == "gradient_descent" else max(seen.best_loss, seen.first_loss or -math.inf)
+    has_grown = seen.loss - best > (limits.growth - 1) * abs(best)
     grows = (seen.gradient_ratio or 0) > 1 and (seen.window_growth or 0) > 1
     # Momentum beats: it swells and ebbs on its way down, so that a window alone tells nothing.
     lasts = seen.method == "gradient_descent" if seen.gradient_decay is None else seen.gradient_decay > 1
@@ -416,7 +418,7 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     limits = thresholds or Thresholds()
     if word == "stalled" or seen.leftover_gradient:
         return Suggestion(None, "no learning rate mends this")
-    if seen.noise_share > limits.noisy and word in ("oscillating", "converged"):
+    if seen.noise_share > limits.noisy and word == "oscillating":
         return Suggestion(seen.learning_rate / 10, "the noise of the batches holds the weights in proportion to it")
     if seen.method in ("adam", "other"):
         return Suggestion(None, "no suggestion: theory has no best rate for steps that are scaled by past gradients")
