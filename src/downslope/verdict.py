@@ -274,7 +274,8 @@ def _is_diverging(seen: Evidence, limits: Thresholds) -> bool:
     # Momentum beats: it swells and ebbs on its way down, so that a window alone tells nothing.
     lasts = seen.method == "gradient_descent" if seen.gradient_decay is None else seen.gradient_decay > 1
     bounces_out = grows and lasts and (seen.gradient_cosine or 0) < limits.bouncing
-    far_out = grows and seen.first_loss is not None and seen.loss > limits.far * abs(seen.first_loss)
+    overflows = seen.gradient_norm == math.inf
+    far_out = (grows or overflows) and seen.first_loss is not None and seen.loss > limits.far * abs(seen.first_loss)
     is_rising = seen.loss_growth > limits.growth_certainty and seen.loss_rise > limits.trend_certainty
     return has_grown and (bounces_out or is_rising or far_out)
 
