@@ -99,6 +99,7 @@ class EvidenceCollector:
         self.optimizer = optimizer
         self.step = step
         self._last_step = last_step
+        self._next_due = step
         self._others = sorted({*FIRST_JUDGEMENTS, *([] if last_step is None else [last_step])})
         self._line: LeastSquares | None = None
         self._first_excess: float | None = None
@@ -176,9 +177,10 @@ class EvidenceCollector:
     @property
     def is_watching(self) -> bool:
         """Tells whether the next step is one of a window."""
-        nearest = -(-(self.step + 1) // self._every_n_steps) * self._every_n_steps
-        due = min([nearest, *(step for step in self._others if step > self.step)])
-        return due - self.step <= self._window
+        if self.step >= self._next_due:
+            nearest = (self.step // self._every_n_steps + 1) * self._every_n_steps
+            self._next_due = min([nearest, *(step for step in self._others if step > self.step)])
+        return self._next_due - self.step <= self._window
 
     def add_loss(self, loss: Tensor) -> None:
         """Takes the loss of a batch, before its step."""
@@ -199,9 +201,7 @@ class EvidenceCollector:
         if not watching:
             return
         moved = [parameter for parameter in self._held if parameter.grad is not None]
-        if len(moved) != len(self._moved) or any(
-            one is not other for one, other in zip(moved, self._moved, strict=True)
-        ):
+        if [*map(id, moved)] != [*map(id, self._moved)]:
             self._begin_window()  # another set of parameters has a gradient now
             self._moved = moved
         self._missing = tuple(self._name(parameter) for parameter in self._held if parameter.grad is None)
@@ -350,9 +350,8 @@ class EvidenceCollector:
         if len(rows) > 1:
             promise = -fmean(row.promise for row in rows[1:])
             gain = promise - (curvature or 0.0) * moved / 2
-            figures["left_to_gain"] = self._left_to_gain(
-                promise, gain, norm**2, decay, noise, seen.get("loss_trend", 0.0)
-            )
+            trend = seen.get("loss_trend", 0.0)
+            figures["left_to_gain"] = self._left_to_gain(promise, gain, norm**2, decay, noise, trend)
         if self._full_batch and len(losses) >= len(rows) > 2:
             figures["descent_ratio"] = _descent_ratio(rows, losses)
         return figures
@@ -399,16 +398,14 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 def _cosine(rows: Sequence[Row], lag: int) -> float | None:
     """Mean cosine of gradients so many steps apart; None where there are none."""
-    pairs = [
-        (later.one if lag == 1 else later.two, earlier, later) for earlier, later in zip(rows, rows[lag:], strict=False)
-    ]
-    sizes = [(product, math.sqrt(earlier.square) * math.sqrt(later.square)) for product, earlier, later in pairs]
-    cosines = [product / size for product, size in sizes if size > 0]
+    products = [row.one if lag == 1 else row.two for row in rows[lag:]]
+    sizes = [math.sqrt(one.square) * math.sqrt(other.square) for one, other in zip(rows, rows[lag:], strict=False)]
+    cosines = [product / size for product, size in zip(products, sizes, strict=True) if size > 0]
     return max(-1.0, min(1.0, fmean(cosines))) if cosines else None
 
 
 def _descent_ratio(rows: Sequence[Row], losses: Sequence[float]) -> float | None:
-    """What the window's steps changed the loss by, over what the gradient promised; the last one's loss is not known."""
+    """What the window's steps changed the loss by, over what the gradient promised; the last one's is not known."""
     change = losses[-1] - losses[-len(rows) + 1]
     promise = sum(row.promise for row in rows[1:-1])
     return change / promise if promise < 0 and abs(change) > 1e-4 * abs(losses[-1]) else None
