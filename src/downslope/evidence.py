@@ -11,7 +11,7 @@ print(judge(collector.evidence()).sentence)
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from statistics import fmean, median, variance
 from typing import Any, NamedTuple
@@ -49,12 +49,23 @@ class Glance(NamedTuple):
     time: float
 
 
-@dataclass
-class Watched:
-    """What a step of the window leaves on the device: squares and products, 0 where a predecessor is missing."""
+class Row(NamedTuple):
+    """Of one step of the window: what the products of its vectors say; 0 where a predecessor is missing."""
 
-    products: Tensor
-    gradient_norms: Tensor | None
+    square: float  # ‖gₜ‖²
+    one: float  # ⟨gₜ, gₜ₋₁⟩
+    two: float  # ⟨gₜ, gₜ₋₂⟩
+    moved: float  # ‖Δθₜ‖²
+    size: float  # ‖θₜ‖²
+    promise: float  # ⟨gₜ, Δθₜ⟩
+    before: float  # ‖Δθₜ₋₁‖²
+    turn: float  # ⟨gₜ − gₜ₋₁, Δθₜ₋₁⟩
+
+    @classmethod
+    def of(cls, products: Sequence[Sequence[float]]) -> "Row":
+        """Reads the products of gₜ, gₜ₋₁, gₜ₋₂, Δθₜ, Δθₜ₋₁ and θₜ, each with each."""
+        g, last, _, step, last_step, start = products
+        return cls(g[0], g[1], g[2], step[3], start[5], g[3], last_step[4], g[4] - last[4])
 
 
 class EvidenceCollector:
@@ -69,7 +80,7 @@ class EvidenceCollector:
         window: Steps that are watched before each.
         full_batch: Whether every step sees all rows, so that nothing but the steps changes the gradient.
         step: Optimizer steps taken already.
-        last_step: One more judgement comes after it.
+        last_step: Where training is to end, as far as that is known; one more judgement comes there.
 
     Attributes:
         step: Steps taken.
@@ -87,6 +98,8 @@ class EvidenceCollector:
     ) -> None:
         self.optimizer = optimizer
         self.step = step
+        self._last_step = last_step
+        self._next_due = step
         self._others = sorted({*FIRST_JUDGEMENTS, *([] if last_step is None else [last_step])})
         self._line: LeastSquares | None = None
         self._first_excess: float | None = None
@@ -136,7 +149,7 @@ class EvidenceCollector:
             tolerance: Share of the first excess loss at which it has arrived.
             names: Of the features.
         """
-        weights = _flat([parameter.detach() for parameter in parameters])
+        weights = _flat(parameters)
         if len(weights) != len(line.parameters):
             return
         self._line, self._line_parameters, self._line_names = line, parameters, names
@@ -148,14 +161,13 @@ class EvidenceCollector:
     def _outlook(self, learning_rate: float) -> Outlook | None:
         if self._line is None:
             return None
-        weights = _flat([parameter.detach() for parameter in self._line_parameters])
+        weights = _flat(self._line_parameters)
         return outlook(self._line, weights, learning_rate, self._target, self._line_names)
 
     def _begin_window(self) -> None:
-        self._watched: list[Watched] = []
-        self._gradients: list[Tensor] = []  # the last two
-        self._parameters: list[Tensor] = []
-        self._missing: set[str] = set()
+        self._moved: list[Parameter] = []
+        self._products: list[Tensor] = []
+        self._missing: tuple[str, ...] = ()
 
     @property
     def is_due(self) -> bool:
@@ -165,9 +177,10 @@ class EvidenceCollector:
     @property
     def is_watching(self) -> bool:
         """Tells whether the next step is one of a window."""
-        nearest = -(-(self.step + 1) // self._every_n_steps) * self._every_n_steps
-        due = min([nearest, *(step for step in self._others if step > self.step)])
-        return due - self.step <= self._window
+        if self.step >= self._next_due:
+            nearest = (self.step // self._every_n_steps + 1) * self._every_n_steps
+            self._next_due = min([nearest, *(step for step in self._others if step > self.step)])
+        return self._next_due - self.step <= self._window
 
     def add_loss(self, loss: Tensor) -> None:
         """Takes the loss of a batch, before its step."""
@@ -175,8 +188,7 @@ class EvidenceCollector:
 
     def add_leftover(self) -> None:
         """Takes the gradients that `backward` finds when it begins a new step: they should be gone, or zero."""
-        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        left = [parameter.grad for parameter in held if parameter.grad is not None]
+        left = [parameter.grad for parameter in self._held if parameter.grad is not None]
         if left:
             self._leftover = norms(left).sum()
 
@@ -188,34 +200,30 @@ class EvidenceCollector:
         self._time += self._rate
         if not watching:
             return
-        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        moved = [parameter for parameter in held if parameter.grad is not None]
-        self._missing = {self._name(parameter) for parameter in held if parameter.grad is None}
-        if not moved:
-            return
-        gradients = [parameter.grad.detach().to_dense() for parameter in moved]
-        parameters = _flat([parameter.detach() for parameter in moved])
-        self._watch(_flat(gradients), parameters, norms(gradients))
-        self._moved: list[Parameter] = moved
-
-    def _watch(self, gradient: Tensor, parameters: Tensor, gradient_norms: Tensor) -> None:
-        if self._gradients and len(self._gradients[-1]) != len(gradient):
+        moved = [parameter for parameter in self._held if parameter.grad is not None]
+        if [*map(id, moved)] != [*map(id, self._moved)]:
             self._begin_window()  # another set of parameters has a gradient now
-        nothing = gradient.new_zeros(())
-        one, two, moved, before, size, promise, turn = (nothing,) * 7
-        if self._gradients:
-            last = self._gradients[-1]
-            one = gradient @ last
-            step = parameters - self._parameters[-1]
-            moved, size, promise = step @ step, self._parameters[-1] @ self._parameters[-1], gradient @ step
-            if len(self._gradients) > 1:
-                two = gradient @ self._gradients[-2]
-                last_step = self._parameters[-1] - self._parameters[-2]
-                before, turn = last_step @ last_step, (gradient - last) @ last_step
-        products = torch.stack([gradient @ gradient, one, two, moved, size, promise, before, turn])
-        self._watched.append(Watched(products, gradient_norms))
-        self._gradients = [*self._gradients[-1:], gradient]
-        self._parameters = [*self._parameters[-1:], parameters]
+            self._moved = moved
+        self._missing = tuple(self._name(parameter) for parameter in self._held if parameter.grad is None)
+        if moved:
+            self._watch(_flat([parameter.grad for parameter in moved if parameter.grad is not None]), _flat(moved))
+
+    @property
+    def _held(self) -> list[Parameter]:
+        return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _watch(self, gradient: Tensor, parameters: Tensor) -> None:
+        """Takes all products of gₜ, gₜ₋₁, gₜ₋₂, Δθₜ, Δθₜ₋₁ and θₜ at once; what came before the window is zero."""
+        if not self._products:
+            nothing = torch.zeros_like(gradient)
+            self._last = (nothing, nothing, nothing, parameters)
+            self._most = nothing
+        last, before_last, last_step, start = self._last
+        step = parameters - start
+        vectors = torch.stack([gradient, last, before_last, step, last_step, start])
+        self._products.append(vectors @ vectors.T)
+        self._most = torch.maximum(self._most, gradient.abs())
+        self._last = (gradient, last, step, parameters)
 
     def _name(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), "?")
@@ -231,14 +239,14 @@ class EvidenceCollector:
             frozen: Parameters of the module that no optimizer can move, and their sizes.
             sharpness: λ, where somebody has measured it.
         """
-        losses = [float(loss) for loss in torch.stack(self._losses).double().cpu()] if self._losses else []
-        rows = torch.stack([each.products for each in self._watched]).double().tolist() if self._watched else []
-        non_finite = sum(not math.isfinite(value) for value in losses)
-        # A square that overflows is no infinite gradient.
-        non_finite += sum(not math.isfinite(float(row.gradient_norms.double().sum())) for row in self._watched)  # type: ignore[union-attr]
+        losses = torch.stack(self._losses).cpu().double().tolist() if self._losses else []
+        rows = [Row.of(each) for each in torch.stack(self._products).cpu().double().tolist()] if self._products else []
+        largest = self._largest_by_parameter()
+        non_finite = sum(not math.isfinite(value) for value in [*losses, *largest])
         method, momentum = _method(self.optimizer)
         seen: dict[str, Any] = {
             "step": self.step,
+            "planned_steps": self._last_step,
             "learning_rate": self._rate,
             "method": method,
             "momentum": momentum,
@@ -249,9 +257,9 @@ class EvidenceCollector:
             "first_excess": self._first_excess,
             "best_learning_rate": self._best_learning_rate,
             "frozen": tuple(frozen or ()),
-            "without_gradient": tuple(sorted(self._missing)),
+            "without_gradient": self._missing,
             "leftover_gradient": self._leftover is not None and bool(self._leftover > 0),
-            **self._of_the_parameters(frozen or {}),
+            **self._of_the_parameters(largest, frozen or {}),
         }
         if not non_finite:
             seen |= self._of_the_losses(losses)
@@ -263,16 +271,22 @@ class EvidenceCollector:
         self._gradient_excess = _gradient_excess(evidence) or self._gradient_excess
         return replace(evidence, gradient_excess=self._gradient_excess)
 
-    def _of_the_parameters(self, frozen: Mapping[str, int]) -> dict[str, Any]:
+    def _largest_by_parameter(self) -> list[float]:
+        """The largest element that each parameter's gradient had in the window."""
+        if not self._products:
+            return []
+        parts = self._most.split([parameter.numel() for parameter in self._moved])
+        return torch.stack([part.max() if part.numel() else part.new_zeros(()) for part in parts]).tolist()
+
+    def _of_the_parameters(self, largest: Sequence[float], frozen: Mapping[str, int]) -> dict[str, Any]:
         """Which have a gradient that is not zero."""
-        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        count = sum(parameter.numel() for parameter in held) + sum(frozen.values())
-        if not self._watched:
-            return {"share_moving": 0.0}
-        most = torch.stack([each.gradient_norms for each in self._watched]).amax(dim=0).tolist()  # type: ignore[misc]
-        zero = [self._name(parameter) for parameter, norm in zip(self._moved, most, strict=True) if norm == 0]
-        moving = sum(parameter.numel() for parameter, norm in zip(self._moved, most, strict=True) if norm != 0)
-        return {"zero_gradient": tuple(zero), "share_moving": moving / max(count, 1)}
+        count = sum(parameter.numel() for parameter in self._held) + sum(frozen.values())
+        moving = [parameter for parameter, most in zip(self._moved, largest, strict=True) if most != 0]
+        still = [parameter for parameter, most in zip(self._moved, largest, strict=True) if most == 0]
+        return {
+            "zero_gradient": tuple(self._name(parameter) for parameter in still if parameter.numel()),
+            "share_moving": sum(parameter.numel() for parameter in moving) / max(count, 1),
+        }
 
     def _of_the_losses(self, losses: Sequence[float]) -> dict[str, Any]:
         if not losses:
@@ -282,70 +296,71 @@ class EvidenceCollector:
         recent = _block(losses)
         self._blocks.append(recent)
         if len(self._blocks) > MOST_BLOCKS:
-            self._blocks = [_merged(*pair) for pair in zip(self._blocks[::2], self._blocks[1::2], strict=True)]
+            *pairs, newest = self._blocks
+            self._blocks = [*(_merged(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)), newest]
         best = min(self._blocks, key=lambda block: block.mean)
         least = min(best.mean, min(losses)) if self._full_batch else best.mean
         half = len(losses) // 2
+        rise = _certainty([_block(losses[:half])], [_block(losses[half:])]) if half else 0.0
         late = self._blocks[len(self._blocks) // 2 :]
         middle = len(late) // 2
-        halves = (late[:middle], late[middle:]) if middle else ([_block(losses[:half])], [_block(losses[half:])])
         growth = losses[-1] / losses[-self._window] if len(losses) >= self._window and losses[-self._window] else None
         return {
             "first_loss": self._first_loss,
             "loss": losses[-1] if self._full_batch else recent.mean,
             "best_loss": least,
             "loss_growth": _certainty([best], [recent]),
-            "loss_rise": _certainty([_block(losses[:half])], [_block(losses[half:])]) if half else 0.0,
-            "loss_trend": _certainty(*halves) if half else 0.0,
+            "loss_rise": rise,
+            "loss_trend": _certainty(late[:middle], late[middle:]) if middle else rise,
             "window_growth": growth,
         }
 
     def _of_the_gradients(
-        self, rows: Sequence[Sequence[float]], losses: Sequence[float], seen: Mapping[str, Any]
+        self, rows: Sequence[Row], losses: Sequence[float], seen: Mapping[str, Any]
     ) -> dict[str, Any]:
         if not rows:
             return {}
-        squares, ones, twos, moved, sizes, promises, _, _ = zip(*rows, strict=True)
-        norm = math.sqrt(fmean(squares))
+        if not all(math.isfinite(value) for row in rows for value in row):
+            return {"gradient_norm": math.inf}  # each element is finite, but their squares no longer are
+        norm = math.sqrt(fmean(row.square for row in rows))
         self._history.append(Glance(self.step, norm, self._time))
-        first_cosine = _cosine(ones[1:], squares)
-        cosine_after_two = _cosine(twos[2:], squares, lag=2)
+        first_cosine, cosine_after_two = _cosine(rows, 1), _cosine(rows, 2)
         noise = 0.0
         if not self._full_batch and first_cosine is not None:
             # A step that overshoots turns the gradient round, and the next one back: noise does not come back.
             bounces = first_cosine < -0.8 and (cosine_after_two or 0.0) > 0.8
             noise = 0.0 if bounces else 1 - max(0.0, first_cosine)
-        # Shorter steps and gradients drown in the rounding of float32.
-        heard = [row for row in rows if row[0] > ROUNDING**2 * self._history[0].norm ** 2]
-        curvatures = [turn / before for *_, size, _, before, turn in heard if before > ROUNDING**2 * size]
-        curvature = median(curvatures) if curvatures and noise < 0.1 else None
+        curvature = self._curvature(rows) if noise < 0.1 else None
         if curvature and curvature > (self._largest_curvature or 0.0):
             self._largest_curvature = curvature
         decay = self._decay()
-        per_step = None if decay is None else math.exp(max(-50.0, min(50.0, -decay * self._rate)))
-        ratios = [later / earlier for earlier, later in pairwise(squares) if earlier > 0 and later > 0]
+        ratios = [later.square / earlier.square for earlier, later in pairwise(rows) if earlier.square and later.square]
+        moved, size = fmean(row.moved for row in rows[1:] or rows), fmean(row.size for row in rows)
         figures = {
             "gradient_norm": norm,
             "first_gradient_norm": self._history[0].norm,
             "gradient_ratio": math.exp(fmean(map(math.log, ratios)) / 2) if ratios else None,
-            "gradient_decay": per_step,
+            "gradient_decay": None if decay is None else math.exp(max(-50.0, min(50.0, -decay * self._rate))),
             "gradient_cosine": first_cosine,
             "noise_share": noise,
             "curvature": curvature,
             "largest_curvature": self._largest_curvature,
-            "update_ratio": math.sqrt(fmean(moved[1:]) / fmean(sizes[1:])) if len(rows) > 1 and any(sizes) else None,
+            "update_ratio": math.sqrt(moved / size) if size and len(rows) > 1 else None,
         }
-        promise, bend = -fmean(promises[1:] or [0.0]), (curvature or 0.0) * fmean(moved[1:] or [0.0]) / 2
         if len(rows) > 1:
-            figures["left_to_gain"] = self._left_to_gain(
-                promise, promise - bend, fmean(squares), decay, noise, seen.get("loss_trend", 0.0)
-            )
-        if self._full_batch and len(losses) >= len(rows) > 2 and promise > 0:
-            # The step after the last loss has no loss after it.
-            change = losses[-1] - losses[-len(rows) + 1]
-            if abs(change) > 1e-4 * abs(losses[-1]):
-                figures["descent_ratio"] = change / sum(promises[1:-1])
+            promise = -fmean(row.promise for row in rows[1:])
+            gain = promise - (curvature or 0.0) * moved / 2
+            trend = seen.get("loss_trend", 0.0)
+            figures["left_to_gain"] = self._left_to_gain(promise, gain, norm**2, decay, noise, trend)
+        if self._full_batch and len(losses) >= len(rows) > 2:
+            figures["descent_ratio"] = _descent_ratio(rows, losses)
         return figures
+
+    def _curvature(self, rows: Sequence[Row]) -> float | None:
+        """The median along the steps; shorter steps and gradients would drown in the rounding of float32."""
+        heard = [row for row in rows if row.square > ROUNDING**2 * self._history[0].norm ** 2]
+        curvatures = [row.turn / row.before for row in heard if row.before > ROUNDING**2 * row.size]
+        return median(curvatures) if curvatures else None
 
     def _decay(self) -> float | None:
         """How quickly ln ‖g‖ falls per unit of time, where a step takes η: the same whatever the schedule does."""
@@ -374,15 +389,26 @@ class EvidenceCollector:
         return abs(gain) / self._rate * (1 - noise) / max(2 * (decay or 0.0), 0.1 / self._time)
 
 
+@torch.no_grad()
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.reshape(-1) for tensor in tensors]).float()
+    """All elements as one vector of its own, in float32."""
+    parts = [tensor.to_dense().reshape(-1) if tensor.is_sparse else tensor.reshape(-1) for tensor in tensors]
+    return torch.cat(parts).float()
 
 
-def _cosine(products: Sequence[float], squares: Sequence[float], lag: int = 1) -> float | None:
+def _cosine(rows: Sequence[Row], lag: int) -> float | None:
     """Mean cosine of gradients so many steps apart; None where there are none."""
-    pairs = zip(products, squares, squares[lag:], strict=False)
-    cosines = [product / math.sqrt(one * other) for product, one, other in pairs if one > 0 and other > 0]
+    products = [row.one if lag == 1 else row.two for row in rows[lag:]]
+    sizes = [math.sqrt(one.square) * math.sqrt(other.square) for one, other in zip(rows, rows[lag:], strict=False)]
+    cosines = [product / size for product, size in zip(products, sizes, strict=True) if size > 0]
     return max(-1.0, min(1.0, fmean(cosines))) if cosines else None
+
+
+def _descent_ratio(rows: Sequence[Row], losses: Sequence[float]) -> float | None:
+    """What the window's steps changed the loss by, over what the gradient promised; the last one's is not known."""
+    change = losses[-1] - losses[-len(rows) + 1]
+    promise = sum(row.promise for row in rows[1:-1])
+    return change / promise if promise < 0 and abs(change) > 1e-4 * abs(losses[-1]) else None
 
 
 def _block(losses: Sequence[float]) -> Block:

@@ -22,6 +22,7 @@ class Evidence:
 
     Attributes:
         step: Optimizer steps taken.
+        planned_steps: How many there will be, where that is known.
         learning_rate: η of the last of them.
         method: What makes a step of a gradient.
         momentum: β, of momentum.
@@ -61,6 +62,7 @@ class Evidence:
 
     step: int
     learning_rate: float
+    planned_steps: int | None = None
     method: Method = "gradient_descent"
     momentum: float = 0.0
     num_non_finite: int = 0
@@ -93,6 +95,11 @@ class Evidence:
     frozen: tuple[str, ...] = ()
     share_moving: float = 1.0
     leftover_gradient: bool = False
+
+    @property
+    def horizon(self) -> int:
+        """The steps that it has for its way: those planned, at least those taken."""
+        return max(self.step, self.planned_steps or 0)
 
     @property
     def steepest(self) -> float | None:
@@ -137,9 +144,9 @@ class Thresholds:
         bouncing: Oscillating: the mean cosine of successive gradients is below this. Independent batches give 0,
             overshooting −1; half way is twice the angle that chance makes of 8 steps.
         noisy: More than this share of ‖g‖² is noise: the mini-batches move the weights, not the slope.
-        slow_factor: Too slow: more than this many times the steps taken are still needed …
+        slow_factor: Too slow: more than this many times the steps planned (or taken) are still needed …
         slow_rate: … at less than this share of the largest stable rate: another rate would be as many times faster.
-        hopeless_factor: Too slow, too, whatever the rate: a line that needs so many times the steps taken, because one
+        hopeless_factor: Too slow, too, whatever the rate: a line that needs so many times the steps planned, since one
             direction is that much flatter than another. Nobody waits for a thousand times as long.
         gradient_excess: The gradient is more than that many times the loss's slope: then it is not of this loss. The
             least that a sum instead of a mean does is 2.
@@ -240,7 +247,10 @@ def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:
     """No gradient, none but zeros, or one that moves nothing; not one that has shrunk on its way to the optimum."""
     if seen.gradient_norm is None:
         return "no gradient reaches any parameter" if seen.step else None
-    arrived = seen.gradient_norm < limits.tolerance * (seen.first_gradient_norm or 0.0)
+    if seen.gradient_norm > 0:
+        arrived = seen.gradient_norm < limits.tolerance * (seen.first_gradient_norm or 0.0)
+    else:  # rounding never makes all of a gradient zero, but a perfect fit does
+        arrived = seen.loss is not None and abs(seen.loss) <= limits.tolerance * abs(seen.first_loss or 0.0)
     if seen.line is not None:
         arrived = seen.first_excess is not None and seen.line.excess <= limits.tolerance * seen.first_excess
     if seen.gradient_norm == 0 and not arrived:
@@ -257,12 +267,15 @@ def _is_diverging(seen: Evidence, limits: Thresholds) -> bool:
         return seen.line.excess > 0  # on a parabola nothing can bring it back
     if seen.loss is None or seen.best_loss is None:
         return False
-    has_grown = seen.loss - seen.best_loss > (limits.growth - 1) * abs(seen.best_loss)
+    # What has momentum swings, on a parabola up to where it began: only above that it has grown.
+    best = seen.best_loss if seen.method == "gradient_descent" else max(seen.best_loss, seen.first_loss or -math.inf)
+    has_grown = seen.loss - best > (limits.growth - 1) * abs(best)
     grows = (seen.gradient_ratio or 0) > 1 and (seen.window_growth or 0) > 1
     # Momentum beats: it swells and ebbs on its way down, so that a window alone tells nothing.
     lasts = seen.method == "gradient_descent" if seen.gradient_decay is None else seen.gradient_decay > 1
     bounces_out = grows and lasts and (seen.gradient_cosine or 0) < limits.bouncing
-    far_out = grows and seen.first_loss is not None and seen.loss > limits.far * abs(seen.first_loss)
+    overflows = seen.gradient_norm == math.inf
+    far_out = (grows or overflows) and seen.first_loss is not None and seen.loss > limits.far * abs(seen.first_loss)
     is_rising = seen.loss_growth > limits.growth_certainty and seen.loss_rise > limits.trend_certainty
     return has_grown and (bounces_out or is_rising or far_out)
 
@@ -328,8 +341,8 @@ def _is_held_by_noise(seen: Evidence, limits: Thresholds) -> bool:
 
 
 def _has_hardly_begun(seen: Evidence) -> bool:
-    """Whether even the steepest direction needs more steps than were taken: ηλt < 1."""
-    return seen.steepest is not None and seen.limit is not None and 2 * seen.step * (seen.stability or 0) < 1
+    """Whether even the steepest direction needs more steps than there are: ηλt < 1."""
+    return seen.stability is not None and 2 * seen.horizon * seen.stability < 1
 
 
 def num_steps_left(seen: Evidence, thresholds: Thresholds | None = None) -> float | None:
@@ -349,7 +362,7 @@ def num_steps_left(seen: Evidence, thresholds: Thresholds | None = None) -> floa
 def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
     if seen.stability is not None and seen.stability > limits.slow_rate:
         # No constant rate is much quicker: it is the valley that is narrow.
-        return seen.line is not None and (num_steps_left(seen, limits) or 0) > limits.hopeless_factor * seen.step
+        return seen.line is not None and (num_steps_left(seen, limits) or 0) > limits.hopeless_factor * seen.horizon
     if _has_hardly_begun(seen):
         return True
     if seen.line is None and seen.noise_share > limits.noisy:
@@ -357,7 +370,7 @@ def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
     if seen.limit is None and (seen.gradient_cosine or 0) < 0.9:
         return False
     steps = num_steps_left(seen, limits)
-    return steps is not None and steps > limits.slow_factor * seen.step
+    return steps is not None and steps > limits.slow_factor * seen.horizon
 
 
 def _progress(seen: Evidence, limits: Thresholds) -> str:
@@ -406,7 +419,7 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     limits = thresholds or Thresholds()
     if word == "stalled" or seen.leftover_gradient:
         return Suggestion(None, "no learning rate mends this")
-    if seen.noise_share > limits.noisy and word in ("oscillating", "converged"):
+    if seen.noise_share > limits.noisy and word == "oscillating":
         return Suggestion(seen.learning_rate / 10, "the noise of the batches holds the weights in proportion to it")
     if seen.method in ("adam", "other"):
         return Suggestion(None, "no suggestion: theory has no best rate for steps that are scaled by past gradients")

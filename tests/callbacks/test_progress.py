@@ -44,7 +44,7 @@ def test_plain_text_elsewhere(script, tmp_path: Path) -> None:
     )
     assert outcome.code == 0
     lines = [line for line in outcome.err.splitlines() if "epoch" in line]
-    assert re.fullmatch(r"  epoch 2/2  12/12 steps  loss \d\.\d{4}  ‖gradient‖ [\d.]+", lines[-1])
+    assert re.fullmatch(r"  epoch 2/2  12/12 steps  loss \d\.\d{4}  ‖gradient‖ [\d.]+  [a-z_]+", lines[-1])
 
 
 @pytest.mark.parametrize("model", ["automatic", "manual"])

@@ -126,7 +126,7 @@ class VerdictMonitor(Callback):
             return
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._losses.append(loss.detach().mean())
+            self._losses.append(loss.detach() if loss.dim() == 0 else loss.detach().mean())
         if collector.step == self._taken:
             return  # the batch was one of several before a step
         self._taken = collector.step
