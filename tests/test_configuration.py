@@ -35,7 +35,7 @@ def test_the_configuration_is_the_documented_one() -> None:
         "test_fraction": 0.1,
         "seed": 0,
     }
-    assert set(config) == {"lr", "seed", *GROUPS} - {"experiment"}
+    assert set(config) == {"lr", "seed", "resume", "resume_override", "trust", *GROUPS} - {"experiment"}
 
 
 def test_the_learning_rate_is_one() -> None:

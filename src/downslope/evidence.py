@@ -118,8 +118,13 @@ class EvidenceCollector:
         self._leftover: Tensor | None = None
         self._begin_window()
 
+    def _begin_window(self) -> None:
+        self._moved: list[Parameter] = []
+        self._products: list[Tensor] = []
+        self._missing: tuple[str, ...] = ()
+
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know of its beginning: plain data."""
+        """What a resumed run needs to know of its beginning, and of the window that it is in: plain data and tensors."""
         return {
             "blocks": [list(block) for block in self._blocks],
             "history": [list(glance) for glance in self._history],
@@ -128,6 +133,18 @@ class EvidenceCollector:
             "best_learning_rate": self._best_learning_rate,
             "largest_curvature": self._largest_curvature,
             "time": self._time,
+            "gradient_excess": self._gradient_excess,
+            "window": {
+                "losses": self._losses,
+                "products": self._products,
+                "last": list(self._last) if self._products else [],
+                "most": self._most if self._products else None,
+                "moved": [
+                    index for index, each in enumerate(self._held) if any(each is moved for moved in self._moved)
+                ],
+                "missing": list(self._missing),
+                "leftover": self._leftover,
+            },
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -137,6 +154,16 @@ class EvidenceCollector:
         self._first_loss, self._first_excess = state["first_loss"], state["first_excess"]
         self._best_learning_rate = state["best_learning_rate"]
         self._largest_curvature, self._time = state["largest_curvature"], state["time"]
+        self._gradient_excess = state["gradient_excess"]
+        window, held = state["window"], self._held
+        device = held[0].device
+        self._losses = [loss.to(device) for loss in window["losses"]]
+        self._products = [products.to(device) for products in window["products"]]
+        if self._products:
+            gradient, before, step, parameters = (tensor.to(device) for tensor in window["last"])
+            self._last, self._most = (gradient, before, step, parameters), window["most"].to(device)
+        self._moved = [held[index] for index in window["moved"]]
+        self._missing, self._leftover = tuple(window["missing"]), window["leftover"]
 
     def set_line(
         self, line: LeastSquares, parameters: Sequence[Tensor], tolerance: float, names: Sequence[str] = ()
@@ -163,11 +190,6 @@ class EvidenceCollector:
             return None
         weights = _flat(self._line_parameters)
         return outlook(self._line, weights, learning_rate, self._target, self._line_names)
-
-    def _begin_window(self) -> None:
-        self._moved: list[Parameter] = []
-        self._products: list[Tensor] = []
-        self._missing: tuple[str, ...] = ()
 
     @property
     def is_due(self) -> bool:

@@ -266,7 +266,7 @@ def test_a_sweep_trains_each_rate_in_its_own_folder(tmp_path: Path) -> None:
 def test_a_job_that_cannot_run_does_not_stop_the_others(tmp_path: Path) -> None:
     ended = run_process(tmp_path, "train", "-m", "device=gpu,cpu", *FAST)
     assert ended.returncode == 1
-    assert "error: `device=gpu` must be a device that PyTorch" in ended.stderr
+    assert "failed    `device=gpu` must be a device that PyTorch" in ended.stdout
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
     status = {folder.name.split(",")[0]: read_json(folder)["status"] for folder in sweep.iterdir() if folder.is_dir()}
     assert status == {"device=gpu": "failed", "device=cpu": "completed"}

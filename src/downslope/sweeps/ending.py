@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from downslope.console import explain, say
 from downslope.result import FILE_NAME, read_result
+from downslope.sweeps.job import is_running
 
 DIED = "its process died without a word: the same command with hydra.sweep.dir= of this sweep runs it again"
 
@@ -51,6 +52,8 @@ class Ending:
         failed: dict[str, list[str]] = {}  # often many for one reason
         for folder in [folder for folder, stamp in self._stamps().items() if self.before.get(folder) != stamp]:
             result = read_result(folder)
+            if is_running(folder):
+                continue  # by another process that shares the sweep
             if result is None:
                 failed.setdefault(DIED, []).append(folder.name)
             elif result.status == "failed":

@@ -16,7 +16,7 @@ from downslope.result import Result, read_result
 
 LOCK = ".lock"  # the system lets go of it when its process dies, by kill -9 too
 ENDED = ("completed", "diverged")
-OWN_KEYS = ("hydra", "resume", "resume_override")  # how a job is run, not which one it is
+OWN_KEYS = ("hydra", "resume", "resume_override", "trust")  # how a job is run, not which one it is
 KEY = ".hydra/key"  # a digest of what the job was composed from: sweeps/missing.py
 SOURCES = "DOWNSLOPE_SOURCES"  # how the gate tells the jobs, wherever they run, what theirs is made of
 
@@ -50,6 +50,15 @@ def run_job(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
     except Timeout:
         say(f"left {folder.name} to the process that runs it")
         return math.inf
+
+
+def is_running(folder: Path) -> bool:
+    """Tells whether a process has the job in hand."""
+    try:
+        with FileLock(folder / LOCK, blocking=False):
+            return False
+    except Timeout:
+        return True
 
 
 def objective(result: Result | None) -> float:
