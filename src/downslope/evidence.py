@@ -124,7 +124,7 @@ class EvidenceCollector:
         self._missing: tuple[str, ...] = ()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know of its beginning, and of the window that it is in: plain data and tensors."""
+        """What a resumed run needs to know of its beginning and of its window: plain data and tensors."""
         return {
             "blocks": [list(block) for block in self._blocks],
             "history": [list(glance) for glance in self._history],
