@@ -419,6 +419,8 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     limits = thresholds or Thresholds()
     if word == "stalled" or seen.leftover_gradient:
         return Suggestion(None, "no learning rate mends this")
+    if word == "converged" and not seen.full_batch:
+        return Suggestion(None, "none needed: a larger rate would hold the weights farther away")
     if seen.noise_share > limits.noisy and word == "oscillating":
         return Suggestion(seen.learning_rate / 10, "the noise of the batches holds the weights in proportion to it")
     if seen.method in ("adam", "other"):
