@@ -1,3 +1,6 @@
+import gc
+import signal
+import weakref
 from pathlib import Path
 
 import pytest
@@ -76,3 +79,23 @@ def test_last_is_written_on_the_way(tmp_path: Path) -> None:
     fit(tmp_path, module, every_n_seconds=1e9)
     assert not any(seen)
     assert (tmp_path / "last.ckpt").exists()
+
+
+def test_a_training_that_is_done_leaves_the_signals_as_it_found_them(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    fit(tmp_path, Scripted([1.0]))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_training_that_is_done_leaves_no_trainer_in_memory(tmp_path: Path) -> None:
+    """A sweep of a thousand jobs holds one."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # Lightning's handler calls the one that it finds
+    try:
+        module = Scripted([1.0])
+        fit(tmp_path, module)
+        left = weakref.ref(module)
+        del module
+        gc.collect()
+        assert left() is None
+    finally:
+        signal.signal(signal.SIGTERM, before)
