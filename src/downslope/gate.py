@@ -31,6 +31,7 @@ from downslope.sweeps.ending import Ending
 from downslope.sweeps.job import SOURCES
 from downslope.sweeps.missing import missing_jobs, sources_digest
 from downslope.sweeps.name import job_name
+from downslope.sweeps.stopping import BASIC
 
 GRID = "hydra_plugins.downslope_sweeper.MissingJobs"
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
@@ -80,7 +81,8 @@ class Gate(Callback):
                 )
             folder = Path(config.hydra.sweep.dir).absolute()
             check_folder(folder, "hydra.sweep.dir")
-            if config.hydra.sweeper._target_ != GRID or missing_jobs(config):
+            anything_to_run = config.hydra.sweeper._target_ != GRID or missing_jobs(config)
+            if anything_to_run:
                 check_sweep(config, config_name, folder)
         with open_dict(config), read_write(config):
             # A job writes its own, once it knows that the folder is its own.
@@ -88,6 +90,8 @@ class Gate(Callback):
             config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SOURCES}={sources_digest(config)}")
             os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray leaves out what several jobs say alike: their results
             Gate.sweep = Ending(config)
+            if anything_to_run and config.hydra.launcher._target_ != BASIC:
+                Gate.sweep.stop.listen(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Lets go of the job's configuration: the launcher keeps what a job returns until the sweep ends."""
