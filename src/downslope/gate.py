@@ -68,7 +68,7 @@ class Gate(Callback):
                 say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
             check_folder(folder, "hydra.run.dir")
-            check(config, folder)
+            check(config.copy(), folder)
             if config.get("resume"):
                 keep_changes(config)
 
@@ -124,7 +124,7 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
     """Raises for whatever would stop the run: the check of its parts is to build them.
 
     Args:
-        config: As composed, with Hydra's own node.
+        config: As composed, with Hydra's own node; changed in place.
         folder: Where the run would write.
         devices: Whether a device that is not there counts; a sweep goes on without the jobs that need it.
     """
@@ -132,7 +132,6 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     loader = GlobalHydra.instance().config_loader()
     check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
-    config = config.copy()
     with read_write(config), open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
         if not devices:
@@ -222,10 +221,11 @@ def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig,
     choices = [_choices(override) for override in overrides]
     first = [each[0] for each in choices]
     base = compose(config_name, first, return_hydra_config=True)
-    yield base, " ".join(override.input_line or "" for override in overrides)
+    yield base.copy(), " ".join(override.input_line or "" for override in overrides)
     for index, override in enumerate(overrides):
+        is_group = len(choices[index]) > 1 and bool(loader.get_group_options(override.key_or_group))
         for choice in choices[index][1:]:
-            if loader.get_group_options(override.key_or_group):
+            if is_group:
                 others = [*first[:index], choice, *first[index + 1 :]]
                 variant = compose(config_name, others, return_hydra_config=True)
             else:  # a thousand learning rates are checked in the time that a dozen are composed in
