@@ -24,7 +24,7 @@ FLAGS = (
 RATES = ("0.003", "0.1", "0.4")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Chrome]":
     binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not (binary and driver):
@@ -41,7 +41,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Chrome]":
     chrome.quit()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three rates of full batches, one of them above 2/λ."""
     folder = tmp_path_factory.mktemp("project")
@@ -53,7 +53,7 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "outputs" / "sweeps" / "rates"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def dashboard(sweep: Path) -> Iterator[str]:
     """TensorBoard over the sweep, as `make dashboard` serves it, on a port that is free."""
     with socket.socket() as probe:

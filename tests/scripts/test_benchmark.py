@@ -45,6 +45,16 @@ def test_steps_measures_every_way_in_every_case():
     assert process.stdout.rstrip().endswith("`python scripts/benchmark.py steps --quick`")
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc, which Linux alone has")
+def test_sweep_measures_the_first_the_middle_and_the_last_jobs():
+    process = run("sweep", "--rounds", "3")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    assert [row.pop("jobs") for row in rows] == ["1–2", "1–2", "2–3", "1–3"]
+    assert all(is_positive(cell) for row in rows for cell in row.values())
+    assert "a kept job costs" in process.stdout
+
+
 @pytest.mark.parametrize("arguments", [["stops"], ["steps", "--rounds", "0"], ["steps", "--rounds", "many"]])
 def test_what_cannot_be_measured_is_refused_in_words(arguments):
     process = run(*arguments)
