@@ -82,7 +82,11 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
 
 
 def test_the_same_holds_for_a_process_of_its_own(tmp_path: Path) -> None:
-    for command, message in (("device=gpu", "device=auto"), ("-m lr=0,01", "written with a point")):
+    for command, message in (
+        ("device=gpu", "device=auto"),
+        ("-m lr=0,01", "written with a point"),
+        ("-m device=[]", "device.accelerator"),
+    ):
         ended = run_process(tmp_path, "train", *command.split())
         assert ended.returncode == 1
         assert message in ended.stderr

@@ -134,11 +134,13 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
     check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
     with read_write(config), open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
-        if not devices:
-            config.device = {"accelerator": "cpu", "devices": 1}
     with _heavy_imports(), _hydra_config(config):
         from downslope.training import build
 
+        if not devices:
+            OmegaConf.to_container(config.trainer, resolve=True)  # is there one, for whatever device?
+            with read_write(config), open_dict(config):
+                config.device = {"accelerator": "cpu", "devices": 1}
         check_nodes(config)
         datamodule, module, _ = build(config)
         datamodule.setup("fit")  # are its numbers too large for float32?
