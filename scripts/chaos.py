@@ -29,10 +29,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
-import downslope.checkpoints
 from downslope.callbacks import Checkpoints, FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
 from downslope.checkpoints import load_checkpoint, newest_checkpoint
 from downslope.tensorboard import TensorBoard, rewind_event_files
+from downslope.whole_files import PARTIAL
 
 TRAIN = Path(__file__).with_name("train.py")
 OBSERVED = [f"callbacks.{name}.every_n_steps=3" for name in ("gradient_monitor", "learning_rate_effects")]
@@ -247,7 +247,7 @@ def at_rename(number: int, after: bool) -> Callable[[], None]:
     renames, replace = itertools.count(1), Path.replace
 
     def dying(self: Path, target: Path) -> Path:
-        if self.suffix == downslope.checkpoints.PARTIAL and next(renames) == number:
+        if self.suffix == PARTIAL and next(renames) == number:
             if after:
                 replace(self, target)
             die()

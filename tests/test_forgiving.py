@@ -62,7 +62,7 @@ def test_a_full_disk_under_a_logger_is_one_warning_and_the_same_bits(
 
 
 def test_a_result_that_cannot_be_written_is_an_error(script: Callable[..., Outcome]) -> None:
-    Path("run/result.tmp").mkdir(parents=True)
+    Path("run/result.json.partial").mkdir(parents=True)
     ended = script("train", *SHORT, "~callbacks.progress")
     assert ended.code == 1
     assert len(ended.err.splitlines()) == 1
