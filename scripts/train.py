@@ -1,5 +1,7 @@
 """Trains a linear regression, once or in a sweep; `--help` shows what can be chosen."""
 
+import os
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
@@ -44,4 +46,6 @@ if __name__ == "__main__":
             sweep.interrupted()
         elif sweep:  # the launcher or the sweeper gave up: Hydra has left without `on_multirun_end`
             sweep.finish()
+        if code in (3, 130, 143) and os.environ.get("LOCAL_RANK", "0") != "0":
+            code = 0  # the main process tells it; Lightning kills that one, in mid-sentence, when another one fails
         raise SystemExit(code) from None

@@ -8,10 +8,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class Interrupted(SystemExit):
-    """Leaves with the shell's exit code of a signal: 130 for SIGINT, 143 for SIGTERM."""
+    """Leaves with the shell's exit code of a signal: 130 for SIGINT, 143 for SIGTERM.
 
-    def __init__(self, number: int) -> None:
+    Attributes:
+        saved: Whether all that was trained is in a checkpoint.
+    """
+
+    def __init__(self, number: int, saved: bool = False) -> None:
         super().__init__(128 + number)
+        self.saved = saved
 
 
 def exit_on_signals() -> None:

@@ -164,7 +164,7 @@ class Checkpoints(Checkpoint):
         if signal:
             if self._io.error:
                 log.warning("Cannot save before stopping: %s", self._io.error)
-            raise Interrupted(signal)
+            raise Interrupted(signal, saved=self._saved_step == trainer.global_step and not self._io.error)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_steps and trainer.global_step - self._saved_step >= self.every_n_steps:

@@ -1,0 +1,126 @@
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from downslope.checkpoints import load_checkpoint
+from tests.conftest import ROOT, run_process
+from tests.witness import until
+
+Start = Callable[..., "subprocess.Popen[str]"]
+LAST = "checkpoints/last.ckpt"
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    """Starts a run, in a process group of its own, that a witness holds after a step."""
+    processes = []
+
+    def run(*overrides: str, step: int, write: bool = False) -> "subprocess.Popen[str]":
+        witness = {"_target_": "tests.witness.Witness", "folder": tmp_path, "step": step, "write": write}
+        command = [sys.executable, str(ROOT / "scripts" / "train.py"), "hydra.run.dir=run", "device=cpu", *overrides]
+        process = subprocess.Popen(
+            [*command, *(f"+callbacks.witness.{key}={value}" for key, value in witness.items())],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        processes.append(process)
+        until(lambda: (tmp_path / "step").exists() or process.poll() is not None)
+        return process
+
+    yield run
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def step_of(folder: Path) -> int:
+    """Of the checkpoint that a run goes on from; it is whole, or this raises."""
+    step: int = load_checkpoint(folder / "run" / LAST)["global_step"]
+    return step
+
+
+@pytest.mark.parametrize("write", [False, True], ids=["in a long step", "in a checkpoint"])
+def test_a_second_interrupt_stops_at_once_and_leaves_the_last_good_checkpoint(
+    tmp_path: Path, start: Start, write: bool
+) -> None:
+    process = start("callbacks=checkpoints", "callbacks.checkpoints.every_n_steps=2", step=5, write=write)
+    process.send_signal(signal.SIGINT)
+    if write:
+        (tmp_path / "step.go").touch()
+        until((tmp_path / "write").exists)
+    time.sleep(0.3)  # two that come at once are one
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)  # the witness would wait for 120 seconds
+    assert (process.returncode, err) == (130, "")
+    assert "stopped   at step 5, at once" in out
+    assert step_of(tmp_path) == 4
+    assert {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()} <= {"last.ckpt", "best.ckpt"}
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+
+
+TWO = (
+    "trainer=ddp",
+    "device=cpu",
+    "trainer.devices=2",
+    "trainer.max_epochs=3",
+    "data.batch_size=32",
+    "~callbacks.pictures",
+)
+
+
+@pytest.fixture(scope="module")
+def never_stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("two")
+    ended = run_process(folder, "train", "hydra.run.dir=run", *TWO)
+    assert ended.returncode == 0, ended.stderr
+    return folder / "run"
+
+
+def living(group: int) -> list[str]:
+    """The processes of a group that have not ended."""
+    listed = subprocess.run(["ps", "-eo", "pgid=,stat=,args="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(maxsplit=2) for line in listed.splitlines()]
+    return [row[2] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
+
+
+@pytest.mark.parametrize(
+    ("number", "send", "code"), [(signal.SIGTERM, os.kill, 143), (signal.SIGINT, os.killpg, 130)], ids=["main", "group"]
+)
+def test_two_processes_stop_at_the_same_step_and_go_on_to_the_same_bits(
+    tmp_path: Path,
+    start: Start,
+    never_stopped: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: signal.Signals,
+    send: Callable[[int, int], None],
+    code: int,
+) -> None:
+    process = start(*TWO, step=8)
+    send(process.pid, number)
+    (tmp_path / "step.go").touch()
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code, out + err
+    assert "stopped   at step 8, saved" in out
+    assert [(tmp_path / f"stopped-{rank}").read_text() for rank in (0, 1)] == ["8", "8"]
+    until(lambda: not living(process.pid))
+    assert step_of(tmp_path) == 8
+    assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+    ended = run_process(tmp_path, "train", "resume=run", "trust=[tests.witness]", PYTHONPATH=str(ROOT))
+    assert ended.returncode == 0, ended.stderr
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from chaos import differences
+
+    assert differences(tmp_path / "run", never_stopped) == []
