@@ -7,7 +7,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from downslope.console import command, refusing
+from downslope.console import FULL_ERROR, SHOW_TRACEBACK, command, refusing
 from downslope.gate import Gate
 from downslope.sweeps.job import run_job
 
@@ -17,6 +17,7 @@ def main(config: DictConfig) -> float:
     """Trains as configured; torch is imported only here, so that `--help` answers at once."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return run_job(config, train_as_if_alone)
+    os.environ[FULL_ERROR] = str(int(SHOW_TRACEBACK))  # what was borrowed: other processes, of DDP say, inherit it
     with refusing("train"):
         from downslope.training import train
 
