@@ -1,9 +1,11 @@
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from downslope.checkpoints import load_checkpoint
-from tests.conftest import ROOT, run_process
+from tests.conftest import ROOT, Outcome, run_process
 from tests.witness import until
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -23,13 +25,13 @@ def start(tmp_path: Path) -> Iterator[Start]:
     """Starts a run, in a process group of its own, that a witness holds after a step."""
     processes = []
 
-    def run(*overrides: str, step: int, write: bool = False) -> "subprocess.Popen[str]":
+    def run(*overrides: str, step: int, write: bool = False, **environment: str) -> "subprocess.Popen[str]":
         witness = {"_target_": "tests.witness.Witness", "folder": tmp_path, "step": step, "write": write}
         command = [sys.executable, str(ROOT / "scripts" / "train.py"), "hydra.run.dir=run", "device=cpu", *overrides]
         process = subprocess.Popen(
             [*command, *(f"+callbacks.witness.{key}={value}" for key, value in witness.items())],
             cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -69,6 +71,38 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_good_checkpoint(
     assert step_of(tmp_path) == 4
     assert {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()} <= {"last.ckpt", "best.ckpt"}
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
+
+
+def test_killed_in_a_write_with_the_temporary_folder_on_another_disk_a_run_goes_on_from_the_last_good_checkpoint(
+    tmp_path: Path, start: Start, script: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory = Path("/dev/shm")
+    if not memory.is_dir() or memory.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system: /dev/shm")
+    settings = ("trainer.max_epochs=3", "~callbacks.pictures", "callbacks.checkpoints.every_n_steps=1")
+    with tempfile.TemporaryDirectory(dir=memory) as elsewhere:
+        process = start(*settings, step=5, write=True, TMPDIR=elsewhere)
+        (tmp_path / "step.go").touch()
+        until((tmp_path / "write").exists)
+        process.kill()
+        process.wait()
+        assert not list(Path(elsewhere).iterdir())
+    assert step_of(tmp_path) == 4
+    ended = script("train", "resume=run", "trust=[tests.witness]")
+    assert ended.code == 0, ended.err
+    line = ended.err.strip()
+    assert re.fullmatch(
+        r"WARNING: Passed over: .*last\.ckpt\.partial was being written when the run was killed\. "
+        r"Going on from last\.ckpt, step 4\.",
+        line,
+    )
+    assert script("train", "hydra.run.dir=reference", "device=cpu", *settings).code == 0
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    from chaos import differences
+
+    # beartype, in this process alone, draws from Python's random numbers, which a checkpoint's progress holds.
+    found = differences(tmp_path / "run", tmp_path / "reference")
+    assert {each for each in found if not each.endswith("progress")} == set()
 
 
 TWO = (

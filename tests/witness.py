@@ -25,7 +25,8 @@ class Witness(Callback):
         _ChildProcessObserver.__init__.__defaults__ = (0.05,)  # seconds between two looks: else five
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if trainer.global_step == self.step and trainer.is_global_zero:
+        reached = trainer.global_step == self.step and trainer.is_global_zero
+        if reached and not (self.folder / "step").exists():  # once: not when the run is gone on with
             if self.write:
                 os.fsync = self._fsync(os.fsync)
             self._wait("step")
