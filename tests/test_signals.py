@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from downslope.checkpoints import load_checkpoint
-from tests.conftest import ROOT, Outcome, run_process
+from tests.conftest import ROOT, Outcome, read_json, run_process
 from tests.witness import until
 
 Start = Callable[..., "subprocess.Popen[str]"]
@@ -39,6 +39,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
         )
         processes.append(process)
         until(lambda: (tmp_path / "step").exists() or process.poll() is not None)
+        assert process.poll() is None, process.communicate()
         return process
 
     yield run
@@ -69,7 +70,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_good_checkpoint(
     assert (process.returncode, err) == (130, "")
     assert "stopped   at step 5, at once" in out
     assert step_of(tmp_path) == 4
-    assert {each.name for each in (tmp_path / "run" / "checkpoints").iterdir()} <= {"last.ckpt", "best.ckpt"}
+    assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
 
 
@@ -103,6 +104,33 @@ def test_killed_in_a_write_with_the_temporary_folder_on_another_disk_a_run_goes_
     # beartype, in this process alone, draws from Python's random numbers, which a checkpoint's progress holds.
     found = differences(tmp_path / "run", tmp_path / "reference")
     assert {each for each in found if not each.endswith("progress")} == set()
+
+
+HIGH = ("lr=5", "data.batch_size=30", "+callbacks.flight_recorder.every_n_steps=10")
+
+
+@pytest.mark.filterwarnings("ignore:Diverged")
+@pytest.mark.parametrize(("number", "step"), [(signal.SIGKILL, 3), (signal.SIGTERM, 4)])
+def test_steps_that_nobody_has_judged_yet_are_not_lost_with_a_signal(
+    tmp_path: Path, start: Start, script: Callable[..., Outcome], number: signal.Signals, step: int
+) -> None:
+    settings = (*HIGH, "callbacks.checkpoints.every_n_steps=2", "~callbacks.pictures")
+    process = start(*settings, step=step)
+    process.send_signal(number)
+    (tmp_path / "step.go").touch()
+    out, err = process.communicate(timeout=60)
+    if number == signal.SIGKILL:
+        assert script("train", "resume=run", "trust=[tests.witness]").code == 3
+    else:
+        assert process.returncode == 3, out + err  # it stops, and not because of the signal
+    assert script("train", "hydra.run.dir=reference", "device=cpu", *settings).code == 3
+    here, there = (tmp_path / name for name in ("run", "reference"))
+    assert (here / "flight_record.json").read_bytes() == (there / "flight_record.json").read_bytes()
+    assert read_json(here)["status"] == "diverged"
+    assert read_json(here)["metrics"] == read_json(there)["metrics"]
+    saved = [load_checkpoint(file) for file in (here / "checkpoints").glob("*.ckpt")]
+    assert saved
+    assert all(value.isfinite().all() for each in saved for value in each["state_dict"].values())
 
 
 TWO = (

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.checkpoints import SafeCheckpointIO, load_checkpoint, write_checkpoint
 from downslope.gradients.random_state import RandomState
 from downslope.signals import Interrupted, StopRequest
@@ -160,6 +161,9 @@ class Checkpoints(Checkpoint):
         if not batch:
             self._save_best(trainer, module, batch)
         if due or signal:
+            _judge(trainer)
+            if trainer.should_stop:  # with the weights before a step that diverged: no place to go on from
+                return
             self._save(trainer, module, "last.ckpt", batch)
         if signal:
             if self._io.error:
@@ -207,6 +211,13 @@ class Checkpoints(Checkpoint):
             "settings": [_settings(optimizer) for optimizer in trainer.optimizers],
             "event_files": event_files(trainer),
         }
+
+
+def _judge(trainer: Trainer) -> None:
+    """Has every step judged that is about to be saved: what waits for it is in no checkpoint."""
+    for recorder in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(recorder, FlightRecorder):
+            recorder.judge()
 
 
 def _something_follows(trainer: Trainer, batch_idx: int) -> bool:
