@@ -1,4 +1,5 @@
 import contextlib
+import csv
 import json
 import os
 import re
@@ -131,6 +132,32 @@ def test_steps_that_nobody_has_judged_yet_are_not_lost_with_a_signal(
     saved = [load_checkpoint(file) for file in (here / "checkpoints").glob("*.ckpt")]
     assert saved
     assert all(value.isfinite().all() for each in saved for value in each["state_dict"].values())
+
+
+def test_the_csv_table_of_a_run_that_was_killed_holds_every_value_once(
+    tmp_path: Path, start: Start, script: Callable[..., Outcome]
+) -> None:
+    settings = ("logger=csv", "+logger.csv.flush_logs_every_n_steps=1", "trainer.max_epochs=3", "~callbacks.pictures")
+    often = ("callbacks.checkpoints.every_n_steps=5", "callbacks.gradient_monitor.every_n_steps=1")
+    process = start(*settings, *often, step=14)
+    process.kill()
+    process.wait()
+    assert step_of(tmp_path) == 10
+    table = tmp_path / "run" / "csv" / "metrics.csv"
+    assert max(int(step) for step, _, _ in cells(table)) > 10  # which will be written again
+    assert script("train", "resume=run", "trust=[tests.witness]").code == 0
+    assert script("train", "hydra.run.dir=reference", "device=cpu", *settings, *often).code == 0
+    assert cells(table) == cells(tmp_path / "reference" / "csv" / "metrics.csv")
+    assert script("train", "hydra.run.dir=reference", "device=cpu", *settings, *often).code == 0  # over it, from 0
+    assert cells(table) == cells(tmp_path / "reference" / "csv" / "metrics.csv")
+
+
+def cells(table: Path) -> list[tuple[str, str, str]]:
+    """Step, column and value of every cell; the order of the rows is that of writing, which is by the clock."""
+    with table.open(newline="") as stream:
+        return sorted(
+            (row["step"], key, value) for row in csv.DictReader(stream) for key, value in row.items() if value
+        )
 
 
 TWO = (

@@ -15,6 +15,7 @@ from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.checkpoints import SafeCheckpointIO, load_checkpoint, write_checkpoint
+from downslope.csv_table import CSVTable
 from downslope.gradients.random_state import RandomState
 from downslope.signals import Interrupted, StopRequest
 from downslope.tensorboard import announce_restart, event_files, flush_step_writer
@@ -82,6 +83,8 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = checkpoint.get("progress")
+        for table, num_rows in zip(_tables(trainer), (self._resumed or {}).get("table_rows", ()), strict=False):
+            table.num_rows = num_rows  # before the first is written
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed:
@@ -202,6 +205,8 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             processes = [{} for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(processes, mine)
+        for table in _tables(trainer):
+            table.save()
         checkpoint["progress"] = {
             "batch": self._batch,
             "processes": processes,
@@ -210,7 +215,12 @@ class Checkpoints(Checkpoint):
             "optimizers": [_name(each) for each in (*trainer.optimizers, *_schedulers(trainer))],
             "settings": [_settings(optimizer) for optimizer in trainer.optimizers],
             "event_files": event_files(trainer),
+            "table_rows": [table.num_rows for table in _tables(trainer)],
         }
+
+
+def _tables(trainer: Trainer) -> list[CSVTable]:
+    return [logger for logger in trainer.loggers if isinstance(logger, CSVTable)]
 
 
 def _judge(trainer: Trainer) -> None:
