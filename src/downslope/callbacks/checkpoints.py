@@ -141,8 +141,8 @@ class Checkpoints(Checkpoint):
         self._epoch_random = RandomState()  # of the epoch that might follow
         self._save_best(trainer, pl_module, batch=0)
         self._save(trainer, pl_module, "last.ckpt", batch=0)
-        if self._io.error:
-            raise self._io.error
+        if error := self._io.error:
+            raise OSError(f"The last weights cannot be written to {self.folder}: {error.strerror or error}.") from error
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed and trainer.is_global_zero and Path(str(trainer.ckpt_path)).name == "best.ckpt":
