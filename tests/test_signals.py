@@ -69,7 +69,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_good_checkpoint(
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)  # the witness would wait for 120 seconds
     assert (process.returncode, err) == (130, "")
-    assert "stopped   at step 5, at once" in out
+    assert "stopped   at step 5, not saved" in out
     assert step_of(tmp_path) == 4
     assert not list((tmp_path / "run" / "checkpoints").glob("*.partial"))
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"

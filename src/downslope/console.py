@@ -236,11 +236,11 @@ def _again(result: Result) -> str:
     return f"        again   {shlex.join(['python', 'scripts/train.py', *others, rate])}"
 
 
-def print_interrupted(result: Result, folder: Path, saved: bool) -> None:
+def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
     """Prints how far an interrupted run came, and how to go on with it."""
     say("")
     if any((folder / "checkpoints").glob("*.ckpt")):
-        what = "saved" if saved else "at once: what came after the last checkpoint is lost, and comes again"
+        what = "saved" if saved else "not saved: what came after the last checkpoint is lost, and comes again"
         say(f"  stopped   at step {result.num_optimizer_steps:,}, {what}")
         say(f"  go on     python scripts/train.py resume={_shortest(folder)}")
     else:

@@ -11,10 +11,11 @@ class Interrupted(SystemExit):
     """Leaves with the shell's exit code of a signal: 130 for SIGINT, 143 for SIGTERM.
 
     Attributes:
-        saved: Whether all that was trained is in a checkpoint.
+        saved: Whether all that was trained is in a checkpoint; None where this process left at once, whatever the
+            others do.
     """
 
-    def __init__(self, number: int, saved: bool = False) -> None:
+    def __init__(self, number: int, saved: bool | None = None) -> None:
         super().__init__(128 + number)
         self.saved = saved
 

@@ -39,6 +39,8 @@ class Checkpoints(Checkpoint):
         monitor: The logged metric whose least value is best.
         every_n_seconds: How much work a killed run may lose; null for no limit.
         every_n_steps: The same in optimizer steps.
+        max_share: Of the time, so much at most goes into `every_n_seconds`: what takes long to write is written less
+            often; 1 for no limit.
 
     Attributes:
         seconds: Of training, the killed processes' up to their last checkpoint included.
@@ -50,13 +52,18 @@ class Checkpoints(Checkpoint):
         monitor: str = "val/loss",
         every_n_seconds: float | None = 30.0,
         every_n_steps: int | None = None,
+        max_share: float = 0.02,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or null, got {every_n_steps}.")
+        if not 0 < max_share <= 1:
+            raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share}.")
         self.folder = Path(folder)
         self.monitor = monitor
         self.every_n_seconds = every_n_seconds
         self.every_n_steps = every_n_steps
+        self.max_share = max_share
+        self._stop = StopRequest()
         self.best = math.inf
         self._best_is_due = False
         self._seconds_before = 0.0
@@ -76,6 +83,7 @@ class Checkpoints(Checkpoint):
         self._io = trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._stop = StopRequest()
         self._started_at = time.perf_counter()
+        self._save_took = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_random = RandomState()  # the first epoch's iterator is made right after this
@@ -167,7 +175,9 @@ class Checkpoints(Checkpoint):
             _judge(trainer)
             if trainer.should_stop:  # with the weights before a step that diverged: no place to go on from
                 return
+            started = time.monotonic()
             self._save(trainer, module, "last.ckpt", batch)
+            self._save_took = time.monotonic() - started
         if signal:
             if self._io.error:
                 log.warning("Cannot save before stopping: %s", self._io.error)
@@ -176,7 +186,9 @@ class Checkpoints(Checkpoint):
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_steps and trainer.global_step - self._saved_step >= self.every_n_steps:
             return True
-        return self.every_n_seconds is not None and time.monotonic() - self._saved_at >= self.every_n_seconds
+        if self.every_n_seconds is None:
+            return False
+        return time.monotonic() - self._saved_at >= max(self.every_n_seconds, self._save_took / self.max_share)
 
     def _save_best(self, trainer: Trainer, module: LightningModule, batch: int) -> None:
         if self._best_is_due:
