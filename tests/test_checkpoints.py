@@ -13,14 +13,15 @@ import torch
 from downslope.checkpoints import (
     SafeCheckpointIO,
     UnreadableCheckpointError,
+    keep_previous,
     load_checkpoint,
     newest_checkpoint,
     write_checkpoint,
 )
 
 
-def checkpoint(step: int, batch: int | None = 0) -> dict[str, object]:
-    return {"global_step": step, "weight": torch.arange(1000.0) + step, "progress": {"batch": batch}}
+def checkpoint(step: int) -> dict[str, object]:
+    return {"global_step": step, "weight": torch.arange(1000.0) + step, "progress": {"batch": 0}}
 
 
 def test_torch_reads_the_file_as_it_is(tmp_path: Path) -> None:
@@ -56,19 +57,33 @@ def test_the_newest_good_one_is_taken_and_the_log_says_what_was_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "checkpoints"
-    write_checkpoint(checkpoint(5), folder / "best.ckpt")
+    write_checkpoint(checkpoint(5), folder / "last.ckpt")
+    keep_previous(folder / "last.ckpt")
     write_checkpoint(checkpoint(9), folder / "last.ckpt")
     assert newest_checkpoint(tmp_path)[0].name == "last.ckpt"
     (folder / "last.ckpt").write_bytes(b"")
     (folder / "last.ckpt.partial").write_bytes(b"PK")
     with caplog.at_level(logging.WARNING):
         file, read = newest_checkpoint(tmp_path)
-    assert (file.name, read["global_step"]) == ("best.ckpt", 5)
+    assert (file.name, read["global_step"]) == ("previous.ckpt", 5)
     assert "last.ckpt cannot be read as a checkpoint: it has no checksum" in caplog.text
     assert "last.ckpt.partial was being written" in caplog.text
-    write_checkpoint(checkpoint(5, batch=None), folder / "best.ckpt")
-    with pytest.raises(ValueError, match=r"`resume` must .*best\.ckpt was saved in the middle of something"):
+    write_checkpoint({"global_step": 5}, folder / "previous.ckpt")
+    with pytest.raises(ValueError, match=r"`resume` must .*previous\.ckpt holds weights that can be used, but not"):
         newest_checkpoint(tmp_path)
+
+
+def test_the_previous_one_stays_where_files_cannot_have_two_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for step in (1, 2, 3):
+        keep_previous(tmp_path / "last.ckpt")
+        write_checkpoint(checkpoint(step), tmp_path / "last.ckpt")
+    assert [load_checkpoint(tmp_path / f"{name}.ckpt")["global_step"] for name in ("previous", "last")] == [2, 3]
 
 
 WRITER = """

@@ -23,6 +23,7 @@ log = logging.getLogger(__name__)
 
 BEST = "checkpoints/best.ckpt"
 LAST = "checkpoints/last.ckpt"
+PREVIOUS = "checkpoints/previous.ckpt"
 CHECKSUM = b"downslope sha256 "
 COMMENT_LENGTH = len(CHECKSUM) + 64
 
@@ -77,6 +78,17 @@ def write_checkpoint(checkpoint: dict[str, Any], file: Path) -> None:
         stream.write(CHECKSUM + hashlib.sha256(data).hexdigest().encode())
 
 
+def keep_previous(last: Path) -> None:
+    """Gives the newest checkpoint a second name, which it keeps when the next one takes its own."""
+    previous = last.with_name(Path(PREVIOUS).name)
+    if last.exists():
+        previous.unlink(missing_ok=True)
+        try:
+            os.link(last, previous)
+        except OSError:  # a file system without such links
+            last.replace(previous)
+
+
 def load_checkpoint(file: Path) -> dict[str, Any]:
     """Reads a checkpoint as data: nothing in it is executed, and every bit is the one that was written.
 
@@ -113,28 +125,22 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: There is none; the message has the reason for each file.
     """
-    good: list[tuple[int, Path, dict[str, Any]]] = []
-    folder = (run / LAST).parent
-    bad = [f"{file} was being written when the run was killed." for file in folder.glob("*" + PARTIAL)]
-    for file in sorted(folder.glob("*.ckpt")):
+    bad = [f"{file} was being written when the run was killed." for file in run.glob(LAST + PARTIAL)]
+    for file in (run / LAST, run / PREVIOUS):
         try:
             checkpoint = load_checkpoint(file)
+        except FileNotFoundError:
+            continue
         except (UnreadableCheckpointError, OSError) as error:
             bad.append(str(error))
             continue
-        if (checkpoint.get("progress") or {}).get("batch") is None:
-            bad.append(f"{file} was saved in the middle of something: its weights can be used, but not gone on from.")
-        else:
-            good.append((checkpoint["global_step"], file, checkpoint))
-    if not good:
-        reasons = "; ".join(bad) or "it has no checkpoint"
-        raise ValueError(
-            f"`resume` must be the folder of a run that has saved a checkpoint, got {str(run)!r}: {reasons}."
-        )
-    step, file, checkpoint = max(good, key=lambda each: (each[0], each[1].name == Path(LAST).name))
-    for reason in bad:
-        log.warning("Passed over: %s Going on from %s, step %d.", reason, file.name, step)
-    return file, checkpoint
+        if "progress" in checkpoint:
+            for reason in bad:
+                log.warning("Passed over: %s Going on from %s, step %d.", reason, file.name, checkpoint["global_step"])
+            return file, checkpoint
+        bad.append(f"{file} holds weights that can be used, but not gone on from.")
+    reasons = "; ".join(bad) or "it has no checkpoint"
+    raise ValueError(f"`resume` must be the folder of a run that has saved a checkpoint, got {str(run)!r}: {reasons}.")
 
 
 def read_configuration(run: Path, trusted: Sequence[str] = ()) -> DictConfig:

@@ -52,7 +52,11 @@ class StopRequest:
         self.number = self.number or number
 
     def forget(self) -> None:
-        """Gives the handlers back their places."""
+        """Gives the handlers back their places, unless Lightning has, which comes before its callbacks' turn.
+
+        Otherwise its own handler, which holds the whole Trainer, would stay for good.
+        """
         for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+            if signal.getsignal(number) == self._take:
+                signal.signal(number, handler)  # type: ignore[arg-type]
         self._before = {}

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import record_writer
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import Tensor
@@ -290,6 +291,16 @@ def write_text(trainer: Trainer, tag: str, text: str) -> None:
                 writer.attempt(logger, lambda logger: logger.experiment.add_text(tag, indented, trainer.global_step))
 
     trainer.callbacks.append(LambdaCallback(on_train_start=on_train_start))  # type: ignore[attr-defined]
+
+
+def write_picture(trainer: Trainer, tag: str, png: bytes, step: int) -> None:
+    """Writes a picture into every TensorBoard as it is; `add_image` would unpack and pack it again."""
+    width, height = struct.unpack(">II", png[16:24])
+    image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+    summary = Summary(value=[Summary.Value(tag=tag, image=image)])
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.experiment._get_file_writer().add_summary(summary, step)
 
 
 def close_step_writer(trainer: Trainer) -> None:

@@ -1,7 +1,9 @@
+import gc
 import os
 import signal
 import stat
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -120,3 +122,23 @@ def test_an_interruption_before_training_begins_is_no_error(tmp_path: Path) -> N
 def test_a_share_that_is_none_is_refused(tmp_path: Path, max_share: float) -> None:
     with pytest.raises(ValueError, match="`max_share` must be a number above 0 and at most 1"):
         Checkpoints(str(tmp_path), max_share=max_share)
+
+
+def test_a_training_that_is_done_leaves_the_signals_as_it_found_them(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    fit(tmp_path, Scripted([1.0]))
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_a_training_that_is_done_leaves_no_trainer_in_memory(tmp_path: Path) -> None:
+    """A sweep of a thousand jobs holds one."""
+    before = signal.signal(signal.SIGTERM, lambda *_: None)  # Lightning's handler calls the one that it finds
+    try:
+        module = Scripted([1.0])
+        fit(tmp_path, module)
+        left = weakref.ref(module)
+        del module
+        gc.collect()
+        assert left() is None
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,5 +1,6 @@
-"""`last.ckpt` is the newest state, `best.ckpt` the one with the least validation loss; a run goes on from both."""
+"""`last.ckpt` is the newest state, which a run goes on from; `best.ckpt` has the weights of least validation loss."""
 
+import copy
 import logging
 import math
 import time
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
-from downslope.checkpoints import SafeCheckpointIO, load_checkpoint, write_checkpoint
+from downslope.checkpoints import SafeCheckpointIO, keep_previous
 from downslope.csv_table import CSVTable
 from downslope.gradients.random_state import RandomState
 from downslope.signals import Interrupted, StopRequest
@@ -27,6 +28,10 @@ Progress = dict[str, Any]
 
 class Checkpoints(Checkpoint):
     """Saves the state of the run, and never one that holds a non-finite weight.
+
+    The best weights are kept in memory and written with the next `last.ckpt`, just before it: at every improvement,
+    one in each of a short run's epochs, saving would take longer than training. A run that is killed goes on from
+    `last.ckpt`, and comes upon the same weights again. The `last.ckpt` before stays as `previous.ckpt`.
 
     A run that is killed and gone on with (`trainer.fit(ckpt_path=…)`) ends in the same bits as one that was not. So it
     is saved where nothing is half done: after an optimizer step that no validation follows, and before an epoch. Beside
@@ -65,7 +70,7 @@ class Checkpoints(Checkpoint):
         self.max_share = max_share
         self._stop = StopRequest()
         self.best = math.inf
-        self._best_is_due = False
+        self._best_weights: dict[str, Any] | None = None  # not written yet
         self._seconds_before = 0.0
         self._resumed: Progress | None = None
 
@@ -141,21 +146,13 @@ class Checkpoints(Checkpoint):
         value = float(trainer.callback_metrics[self.monitor])
         if value < self.best and _is_finite(pl_module):
             self.best = value
-            self._best_is_due = True
-            if not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
-                self._save(trainer, pl_module, "best.ckpt", batch=None)  # the next step will change the weights
+            self._best_weights = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
+            self._best_weights["state_dict"] = copy.deepcopy(self._best_weights["state_dict"])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_random = RandomState()  # of the epoch that might follow
-        self._save_best(trainer, pl_module, batch=0)
-        self._save(trainer, pl_module, "last.ckpt", batch=0)
-        if error := self._io.error:
+        if error := self._save(trainer, pl_module, batch=0):
             raise OSError(f"The last weights cannot be written to {self.folder}: {error.strerror or error}.") from error
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._resumed and trainer.is_global_zero and Path(str(trainer.ckpt_path)).name == "best.ckpt":
-            # Nothing was left to train: the run was killed at its very end, between the writing of the two.
-            write_checkpoint(load_checkpoint(Path(str(trainer.ckpt_path))), self.folder / "last.ckpt")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop.forget()
@@ -169,19 +166,15 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             wishes = torch.tensor([float(due), float(signal)], device=trainer.strategy.root_device)
             due, signal = (int(each) for each in trainer.strategy.all_gather(wishes).amax(dim=0))
-        if not batch:
-            self._save_best(trainer, module, batch)
         if due or signal:
             _judge(trainer)
             if trainer.should_stop:  # with the weights before a step that diverged: no place to go on from
                 return
             started = time.monotonic()
-            self._save(trainer, module, "last.ckpt", batch)
+            error = self._save(trainer, module, batch)
             self._save_took = time.monotonic() - started
         if signal:
-            if self._io.error:
-                log.warning("Cannot save before stopping: %s", self._io.error)
-            raise Interrupted(signal, saved=self._saved_step == trainer.global_step and not self._io.error)
+            raise Interrupted(signal, saved=self._saved_step == trainer.global_step and not error)
 
     def _is_due(self, trainer: Trainer) -> bool:
         if self.every_n_steps and trainer.global_step - self._saved_step >= self.every_n_steps:
@@ -190,22 +183,27 @@ class Checkpoints(Checkpoint):
             return False
         return time.monotonic() - self._saved_at >= max(self.every_n_seconds, self._save_took / self.max_share)
 
-    def _save_best(self, trainer: Trainer, module: LightningModule, batch: int) -> None:
-        if self._best_is_due:
-            self._save(trainer, module, "best.ckpt", batch)
-
-    def _save(self, trainer: Trainer, module: LightningModule, name: str, batch: int | None) -> None:
-        if not _is_finite(module):
-            return
-        if name == "best.ckpt":
-            self._best_is_due = False
-        else:
+    def _save(self, trainer: Trainer, module: LightningModule, batch: int) -> OSError | None:
+        """Writes what is to be written, and returns what kept it from being so."""
+        error = None
+        if self._best_weights:
+            trainer.strategy.save_checkpoint(self._best_weights, self.folder / "best.ckpt")
+            error = self._warn("best.ckpt")
+            self._best_weights = self._best_weights if error else None
+        if _is_finite(module):
             self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
-        self._batch = batch
-        flush_step_writer(trainer)
-        trainer.save_checkpoint(self.folder / name)
+            self._batch = batch
+            flush_step_writer(trainer)
+            if trainer.is_global_zero:
+                keep_previous(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.folder / "last.ckpt")
+            error = self._warn("last.ckpt") or error
+        return error
+
+    def _warn(self, name: str) -> OSError | None:
         if self._io.error:
             log.warning("Cannot write %s, training goes on: %s", self.folder / name, self._io.error)
+        return self._io.error
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         mine = {

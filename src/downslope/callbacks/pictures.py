@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from downslope.callbacks.batch_step import BatchStep, why_no_batch_step
@@ -18,7 +17,8 @@ from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.gradients.quadratic import loss_along_gradient, plane_of
 from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
-from downslope.pictures.style import pixels
+from downslope.pictures.style import png
+from downslope.tensorboard import write_picture
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -123,16 +123,12 @@ class Pictures(Callback):
         if self._num_steps == self._drawn_at:  # batches of one step, or no step at all
             return
         self._drawn_at = self._num_steps
-        from PIL import Image  # matplotlib brings it along
-
         try:
             for name, figure in self.figures(trainer).items():
                 self.folder.mkdir(parents=True, exist_ok=True)
-                picture = pixels(figure)  # laid out and drawn once, for all who show it
-                Image.fromarray(picture).save(self.folder / f"{name}.png")
-                for logger in trainer.loggers:
-                    if isinstance(logger, TensorBoardLogger):
-                        logger.experiment.add_image(f"pictures/{name}", picture, self._num_steps, dataformats="HWC")
+                picture = png(figure)  # drawn and packed once, for all who show it
+                (self.folder / f"{name}.png").write_bytes(picture)
+                write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
         except Exception as error:  # a full disk, a foreign logger: pictures never end a training
             self._detach()
             log.warning("Pictures are off from here on: %s: %s", type(error).__name__, error)

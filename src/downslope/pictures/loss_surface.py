@@ -11,7 +11,7 @@ from downslope.pictures.style import GREEN, INK, QUIET, RED, new_figure, title
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-NUM_CELLS = 160
+NUM_CELLS = 96
 NUM_LEVELS = 14
 FARTHEST = 6.0  # times the way from start to optimum: farther out a diverging path leaves the picture
 

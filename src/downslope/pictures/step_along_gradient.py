@@ -73,9 +73,9 @@ def draw_step_along_gradient(
     axes.plot(rates, losses, color=BLUE, linewidth=2.2, label="loss", marker=marker, markersize=3)
     low, high = loss(best), float(np.nanmax(losses))
     drop = high - low
-    marks = [(best, "best" if sampled else "best, 1/λ$_g$", GREEN, 1.06 if crowded else 1.12)]
+    marks = [(best, "best" if sampled else "best, 1/curvature", GREEN, 1.06 if crowded else 1.12)]
     if isinstance(loss, Parabola):
-        marks.append((loss.edge, "edge, 2/λ$_g$", ORANGE, 1.12))
+        marks.append((loss.edge, "edge, 2/curvature", ORANGE, 1.12))
     for rate, text, colour, height in marks:
         axes.axvline(rate, color=colour, linewidth=1.4, linestyle=(0, (4, 3)))
         axes.annotate(

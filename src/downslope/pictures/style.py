@@ -1,9 +1,7 @@
 """One look for every picture of the project: colours that colour-blind readers tell apart, quiet axes, one size."""
 
+import io
 from typing import TYPE_CHECKING
-
-import numpy as np
-from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -14,6 +12,8 @@ BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
 INK, QUIET, GRID = "#222222", "#666666", "#E3E3E3"
 SIZE = (7.0, 5.0)  # inches: 1050 × 750 pixels
 DPI = 150
+# In shares of the picture. To let matplotlib find them takes as long as all the drawing.
+MARGINS = {"left": 0.14, "right": 0.97, "bottom": 0.165, "top": 0.87}
 
 
 def new_figure() -> "tuple[Figure, Axes]":
@@ -21,7 +21,8 @@ def new_figure() -> "tuple[Figure, Axes]":
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE, dpi=DPI, layout="constrained", facecolor="white")
+    figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white")
+    figure.subplots_adjust(**MARGINS)
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for side in ("top", "right"):
@@ -42,11 +43,8 @@ def title(axes: "Axes", text: str, below: str) -> None:
     axes.text(0, 1.02, below, transform=axes.transAxes, fontsize=9.5, color=QUIET, va="bottom")
 
 
-def pixels(figure: "Figure") -> NDArray[np.uint8]:
-    """Returns the figure as (height, width, 3) bytes."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    canvas = figure.canvas
-    assert isinstance(canvas, FigureCanvasAgg)
-    canvas.draw()  # type: ignore[no-untyped-call]
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()  # type: ignore[no-untyped-call]
+def png(figure: "Figure") -> bytes:
+    """Returns the figure as a PNG file's content; packed quickly rather than tightly."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
+    return content.getvalue()
