@@ -47,7 +47,7 @@ if __name__ == "__main__":
             sweep.interrupted()
         elif sweep:  # the launcher or the sweeper gave up: Hydra has left without `on_multirun_end`
             sweep.finish()
-        together = code in (3, 130, 143) and getattr(stop, "saved", False) is not None
-        if together and os.environ.get("LOCAL_RANK", "0") != "0":
+        agreed = code == 3 or getattr(stop, "saved", None) is not None  # all processes stop, together
+        if agreed and os.environ.get("LOCAL_RANK", "0") != "0":
             code = 0  # the main process tells it; Lightning kills that one, in mid-sentence, when another one fails
         raise SystemExit(code) from None

@@ -54,7 +54,7 @@ def test_checkpoints_measures_runs_with_and_without_and_one_write():
     line, network = (float(row["a write, MB"]) for row in rows)
     assert 8_321 * 3 * 4 / 1e6 < network < 8_321 * 3 * 4 / 1e6 + 0.1  # Adam's three numbers a parameter, of 4 bytes
     assert line < 0.1
-    shares = [float(row["both files every 30 s"].rstrip("%")) / 100 for row in rows]
+    shares = [float(row["two every 30 s"].rstrip("%")) / 100 for row in rows]
     parts = [sum(float(row[f"{part}, ms"]) for part in ("serialise", "SHA-256", "to the disk")) for row in rows]
     assert shares == pytest.approx([2 * part / 30_000 for part in parts], abs=1e-4)
 
