@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint
 from torch.optim import Optimizer
 from torchmetrics import Metric
@@ -122,6 +123,8 @@ class Checkpoints(Checkpoint):
         self._keeps_epoch_random = progress["batch"] == 0
         _follow_settings(trainer, progress["settings"])
         announce_restart(trainer)
+        for logger in trainer.loggers if progress.get("unlogged") else ():
+            logger.log_metrics(*progress["unlogged"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._keeps_epoch_random:
@@ -225,8 +228,20 @@ class Checkpoints(Checkpoint):
             "optimizers": [_name(each) for each in (*trainer.optimizers, *_schedulers(trainer))],
             "settings": [_settings(optimizer) for optimizer in trainer.optimizers],
             "event_files": event_files(trainer),
+            "unlogged": _unlogged(trainer) if self._batch else None,
             "table_rows": [table.num_rows for table in _tables(trainer)],
         }
+
+
+def _unlogged(trainer: Trainer) -> tuple[dict[str, float], int] | None:
+    """What a step has logged by `self.log`, and where: Lightning passes it on only after the step has been saved."""
+    if not trainer._logger_connector.should_update_logs:
+        return None
+    values = convert_tensors_to_scalars(trainer._logger_connector.metrics["log"])
+    if not values:
+        return None
+    step = int(values.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped))
+    return {"epoch": trainer.current_epoch, **values}, step
 
 
 def _tables(trainer: Trainer) -> list[CSVTable]:
