@@ -86,8 +86,8 @@ class Gate(Callback):
             # A job writes its own, once it knows that the folder is its own.
             config.hydra.overrides.hydra.append("hydra.output_subdir=null")
             config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SOURCES}={sources_digest(config)}")
-        os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray leaves out what several jobs say alike: their results
-        Gate.sweep = Ending(config)
+            os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray leaves out what several jobs say alike: their results
+            Gate.sweep = Ending(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Lets go of the job's configuration: the launcher keeps what a job returns until the sweep ends."""

@@ -1,10 +1,15 @@
 """SIGINT and SIGTERM: at once where nothing can be lost, else at the next step that training can be gone on from."""
 
+import os
 import signal
 import threading
+import time
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+STOP_FILE = "DOWNSLOPE_STOP_FILE"  # where a sweep's jobs, in processes of their own, find the signal that it was sent
 
 
 class Interrupted(SystemExit):
@@ -30,16 +35,33 @@ def exit_on_signals() -> None:
         signal.signal(number, leave)
 
 
+def signal_from_the_sweep() -> int:
+    """Returns the signal that the job's sweep passes on, 0 for none."""
+    with suppress(KeyError, OSError, ValueError):
+        return int(Path(os.environ[STOP_FILE]).read_text())
+    return 0
+
+
 class StopRequest:
     """Remembers the first signal for whoever stops at a good place; a second SIGINT leaves at once.
 
-    Attributes:
-        number: The signal that came, 0 for none.
+    Args:
+        seconds: Between two looks at what the sweep says.
     """
 
-    def __init__(self) -> None:
-        self.number = 0
+    def __init__(self, seconds: float = 0.2) -> None:
+        self._number = 0
+        self._seconds = seconds
+        self._looked_at = time.monotonic()
         self._before: dict[signal.Signals, object] = {}
+
+    @property
+    def number(self) -> int:
+        """The signal that came, 0 for none."""
+        if not self._number and STOP_FILE in os.environ and time.monotonic() - self._looked_at >= self._seconds:
+            self._looked_at = time.monotonic()
+            self._number = signal_from_the_sweep()
+        return self._number
 
     def listen(self) -> None:
         """Takes the place of the handlers that are there; in the main thread alone, where Python allows it."""
@@ -47,9 +69,9 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self.number and number == signal.SIGINT:
+        if self._number and number == signal.SIGINT:
             raise Interrupted(number)
-        self.number = self.number or number
+        self._number = self._number or number
 
     def forget(self) -> None:
         """Gives the handlers back their places, unless Lightning has, which comes before its callbacks' turn.

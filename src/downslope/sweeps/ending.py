@@ -8,7 +8,9 @@ from omegaconf import DictConfig
 
 from downslope.console import explain, say
 from downslope.result import FILE_NAME, read_result
+from downslope.signals import Interrupted
 from downslope.sweeps.job import is_running
+from downslope.sweeps.stopping import BASIC, SweepStop
 
 DIED = "its process died without a word: the same command with hydra.sweep.dir= of this sweep runs it again"
 
@@ -19,13 +21,20 @@ class Ending:
     def __init__(self, config: DictConfig) -> None:
         self.folder = Path(config.hydra.sweep.dir).absolute()
         self.before = self._stamps()
+        self.stop = SweepStop(self.folder)
+        if config.hydra.launcher._target_ != BASIC:
+            self.stop.listen(config)
 
     def finish(self) -> None:
         """Lists the failures, makes the report, and leaves with exit code 1 where any job failed.
 
         Raises:
-            SystemExit: 1, a job has failed.
+            SystemExit: 1, a job has failed; 130 or 143, the sweep was told to stop.
         """
+        if self.stop.number:
+            self.interrupted()
+            self.stop.forget()
+            raise Interrupted(self.stop.number)
         failed = self._list_failures()
         report(self.folder)
         if failed:

@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import math
+import os
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from downslope.console import explain, say
 from downslope.result import Result, read_result
+from downslope.signals import STOP_FILE, signal_from_the_sweep
 
 LOCK = ".lock"  # the system lets go of it when its process dies, by kill -9 too
 ENDED = ("completed", "diverged")
@@ -37,6 +39,8 @@ def run_job(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
         ValueError: The folder holds the same job with another configuration.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
+    if signal_from_the_sweep():
+        return math.inf
     try:
         with FileLock(folder / LOCK, blocking=False):
             check_identity(config, folder)
@@ -71,6 +75,9 @@ def _run(config: DictConfig, folder: Path, train: Callable[[DictConfig], float])
     say(f"\n{folder.name}")
     try:
         train(config)
+    except SystemExit:  # told to stop, it has saved
+        if STOP_FILE not in os.environ:
+            raise  # the sweep runs in this process
     except Exception as error:
         result = read_result(folder)
         if result is None or result.status != "failed":
