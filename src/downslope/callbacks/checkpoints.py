@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
+from downslope.callbacks.optimizer_steps import wake
 from downslope.checkpoints import SafeCheckpointIO, keep_previous
 from downslope.csv_table import CSVTable
 from downslope.gradients.random_state import RandomState
@@ -105,6 +106,8 @@ class Checkpoints(Checkpoint):
             self._go_on(trainer, pl_module, self._resumed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._step = trainer.global_step
+        self._is_shared = trainer.world_size > 1
+        wake(self, "on_train_batch_start", awake=bool(trainer.fit_loop.restarting))
         self._stop.listen()
 
     def _go_on(self, trainer: Trainer, module: LightningModule, progress: Progress) -> None:
@@ -133,14 +136,17 @@ class Checkpoints(Checkpoint):
         self._save_and_stop_if_due(trainer, pl_module, batch=0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.fit_loop.restarting:
-            trainer.fit_loop.restarting = False  # else Lightning leaves out a plateau's step at this epoch's end
+        trainer.fit_loop.restarting = False  # else Lightning leaves out a plateau's step at this epoch's end
+        wake(self, "on_train_batch_start", awake=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
-        if stepped and not trainer.should_stop and not _something_follows(trainer, batch_idx):
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if step == before or not (self._is_shared or self._stop.number or self._is_due(step)):
+            return  # soon: this is asked after every step
+        if not trainer.should_stop and not _something_follows(trainer, batch_idx):
             self._save_and_stop_if_due(trainer, pl_module, batch=batch_idx + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -165,8 +171,8 @@ class Checkpoints(Checkpoint):
 
     def _save_and_stop_if_due(self, trainer: Trainer, module: LightningModule, batch: int) -> None:
         """All processes together, whatever their clocks say and whichever of them the signal reached."""
-        due, signal = int(self._is_due(trainer)), self._stop.number
-        if trainer.world_size > 1:
+        due, signal = int(self._is_due(trainer.global_step)), self._stop.number
+        if self._is_shared:
             wishes = torch.tensor([float(due), float(signal)], device=trainer.strategy.root_device)
             due, signal = (int(each) for each in trainer.strategy.all_gather(wishes).amax(dim=0))
         if due or signal:
@@ -179,8 +185,8 @@ class Checkpoints(Checkpoint):
         if signal:
             raise Interrupted(signal, saved=self._saved_step == trainer.global_step and not error)
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        if self.every_n_steps and trainer.global_step - self._saved_step >= self.every_n_steps:
+    def _is_due(self, step: int) -> bool:
+        if self.every_n_steps and step - self._saved_step >= self.every_n_steps:
             return True
         if self.every_n_seconds is None:
             return False
