@@ -176,8 +176,7 @@ class Checkpoints(Checkpoint):
             wishes = torch.tensor([float(due), float(signal)], device=trainer.strategy.root_device)
             due, signal = (int(each) for each in trainer.strategy.all_gather(wishes).amax(dim=0))
         if due or signal:
-            _judge(trainer)
-            if trainer.should_stop:  # with the weights before a step that diverged: no place to go on from
+            if _has_diverged(trainer):  # it ends by itself, with weights of before: no place to go on from
                 return
             started = time.monotonic()
             error = self._save(trainer, module, batch)
@@ -254,11 +253,12 @@ def _tables(trainer: Trainer) -> list[CSVTable]:
     return [logger for logger in trainer.loggers if isinstance(logger, CSVTable)]
 
 
-def _judge(trainer: Trainer) -> None:
+def _has_diverged(trainer: Trainer) -> bool:
     """Has every step judged that is about to be saved: what waits for it is in no checkpoint."""
-    for recorder in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(recorder, FlightRecorder):
-            recorder.judge()
+    recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]  # type: ignore[attr-defined]
+    for recorder in recorders:
+        recorder.judge()
+    return any(recorder.diverged and recorder.on_divergence == "stop" for recorder in recorders)
 
 
 def _something_follows(trainer: Trainer, batch_idx: int) -> bool:
