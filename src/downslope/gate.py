@@ -31,6 +31,7 @@ from downslope.sweeps.ending import Ending
 from downslope.sweeps.job import SOURCES
 from downslope.sweeps.missing import missing_jobs, sources_digest
 from downslope.sweeps.name import job_name
+from downslope.sweeps.stopping import BASIC
 
 GRID = "hydra_plugins.downslope_sweeper.MissingJobs"
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
@@ -67,7 +68,7 @@ class Gate(Callback):
                 say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
             check_folder(folder, "hydra.run.dir")
-            check(config, folder)
+            check(config.copy(), folder)
             if config.get("resume"):
                 keep_changes(config)
 
@@ -80,7 +81,8 @@ class Gate(Callback):
                 )
             folder = Path(config.hydra.sweep.dir).absolute()
             check_folder(folder, "hydra.sweep.dir")
-            if config.hydra.sweeper._target_ != GRID or missing_jobs(config):
+            anything_to_run = config.hydra.sweeper._target_ != GRID or missing_jobs(config)
+            if anything_to_run:
                 check_sweep(config, config_name, folder)
         with open_dict(config), read_write(config):
             # A job writes its own, once it knows that the folder is its own.
@@ -88,6 +90,8 @@ class Gate(Callback):
             config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SOURCES}={sources_digest(config)}")
             os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray leaves out what several jobs say alike: their results
             Gate.sweep = Ending(config)
+            if anything_to_run and config.hydra.launcher._target_ != BASIC:
+                Gate.sweep.stop.listen(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Lets go of the job's configuration: the launcher keeps what a job returns until the sweep ends."""
@@ -120,7 +124,7 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
     """Raises for whatever would stop the run: the check of its parts is to build them.
 
     Args:
-        config: As composed, with Hydra's own node.
+        config: As composed, with Hydra's own node; changed in place.
         folder: Where the run would write.
         devices: Whether a device that is not there counts; a sweep goes on without the jobs that need it.
     """
@@ -128,7 +132,6 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
     overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     loader = GlobalHydra.instance().config_loader()
     check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
-    config = config.copy()
     with read_write(config), open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
         if not devices:
@@ -218,10 +221,11 @@ def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig,
     choices = [_choices(override) for override in overrides]
     first = [each[0] for each in choices]
     base = compose(config_name, first, return_hydra_config=True)
-    yield base, " ".join(override.input_line or "" for override in overrides)
+    yield base.copy(), " ".join(override.input_line or "" for override in overrides)
     for index, override in enumerate(overrides):
+        is_group = len(choices[index]) > 1 and bool(loader.get_group_options(override.key_or_group))
         for choice in choices[index][1:]:
-            if loader.get_group_options(override.key_or_group):
+            if is_group:
                 others = [*first[:index], choice, *first[index + 1 :]]
                 variant = compose(config_name, others, return_hydra_config=True)
             else:  # a thousand learning rates are checked in the time that a dozen are composed in

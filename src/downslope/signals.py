@@ -42,6 +42,12 @@ def signal_from_the_sweep() -> int:
     return 0
 
 
+def leave_interrupts_to_the_sweep() -> None:
+    """Ignores Ctrl-C in a job's own process, while nothing can be saved: the sweep hears it too, and passes it on."""
+    if STOP_FILE in os.environ and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 class StopRequest:
     """Remembers the first signal for whoever stops at a good place; a second SIGINT leaves at once.
 

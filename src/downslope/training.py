@@ -28,6 +28,9 @@ from downslope.signals import Interrupted
 from downslope.tensorboard import close_step_writer, rewind_event_files, write_scalars, write_text
 
 log = logging.getLogger(__name__)
+for name in ("lightning", "lightning.pytorch", "lightning.fabric"):  # they print for themselves, unless told otherwise
+    logging.getLogger(name).handlers.clear()
+    logging.getLogger(name).propagate = True
 
 DIVERGED_BEYOND = 1e6
 

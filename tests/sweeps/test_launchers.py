@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,16 +33,22 @@ def statuses(sweep: Path) -> Counter[str]:
 
 def kill_the_first_job(sweep: Path) -> None:
     """As the system does where memory runs out; the process is known by the name of its TensorBoard file."""
+    wait_for(lambda: any(sweep.glob("*/events.out.tfevents.*")))
+    (file, *_) = sweep.glob("*/events.out.tfevents.*")
+    os.kill(int(file.name.split(".")[-2]), signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not (files := list(sweep.glob("*/events.out.tfevents.*"))):
+    while not condition():
         assert time.monotonic() < deadline, "no job began"
         time.sleep(0.02)
-    os.kill(int(files[0].name.split(".")[-2]), signal.SIGKILL)
 
 
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *arguments]
-    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, **output)
 
 
 @pytest.mark.parametrize(("extra", "launcher"), [("joblib", JOBLIB), ("submitit", SUBMITIT)])
@@ -79,6 +86,56 @@ def test_ray_runs_the_job_of_a_killed_worker_again(tmp_path: Path) -> None:
     assert "will be retried" in output
     assert "2 failed:" in output
     assert statuses(tmp_path / "s") == {"completed": 2, "failed": 2}
+
+
+@pytest.mark.parametrize(
+    ("extra", "launcher", "number", "everywhere"),
+    [
+        ("joblib", JOBLIB, signal.SIGINT, True),  # as Ctrl-C in a terminal, which reaches every process
+        ("joblib", JOBLIB, signal.SIGTERM, False),
+        ("submitit", SUBMITIT, signal.SIGINT, True),
+        ("ray", RAY, signal.SIGTERM, False),
+    ],
+)
+def test_a_signal_stops_every_job_where_it_can_be_gone_on_with(
+    extra: str, launcher: tuple[str, ...], number: signal.Signals, everywhere: bool, tmp_path: Path
+) -> None:
+    need(extra)
+    arguments = (
+        *launcher,
+        "lr=0.01,0.1,0.2",
+        "trainer.max_epochs=600",
+        *SMALL[:2],
+        "callbacks=checkpoints",
+        SMALL[-1],
+    )
+    sweep = start(tmp_path, *arguments)
+    wait_for(lambda: len(list(tmp_path.glob("s/*/events.out.tfevents.*"))) >= 2)
+    (os.killpg if everywhere else os.kill)(sweep.pid, number)
+    output, _ = sweep.communicate(timeout=120)
+    assert sweep.returncode == 128 + number, output
+    assert "stopping: what is running saves" in output
+    assert "failed" not in output
+    begun = [file.parents[1] for file in tmp_path.glob("s/*/.hydra/config.yaml")]
+    assert {read_json(job)["status"] for job in begun} == {"interrupted"}
+    assert all((job / "checkpoints" / "last.ckpt").exists() for job in begun)
+    assert not list(tmp_path.glob("s/.stop*"))
+    if extra == "joblib" and everywhere:
+        again = run_process(tmp_path, "train", "-m", *arguments)
+        assert again.returncode == 0, again.stderr
+        results = [read_json(file.parent) for file in tmp_path.glob("s/*/result.json")]
+        assert [(each["status"], each["num_optimizer_steps"]) for each in results] == [("completed", 600)] * 3
+
+
+def test_a_second_signal_leaves_at_once(tmp_path: Path) -> None:
+    need("joblib")
+    sweep = start(tmp_path, *JOBLIB, "lr=0.01,0.1", "trainer.max_epochs=100000", *SMALL)  # whose jobs do not save
+    wait_for(lambda: len(list(tmp_path.glob("s/*/events.out.tfevents.*"))) >= 2)
+    for _ in range(2):
+        os.kill(sweep.pid, signal.SIGINT)
+        time.sleep(0.5)
+    sweep.communicate(timeout=60)
+    assert sweep.returncode == 130
 
 
 def test_optuna_searches_a_range_and_the_same_seed_finds_its_jobs_again(tmp_path: Path) -> None:

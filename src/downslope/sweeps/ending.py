@@ -10,7 +10,7 @@ from downslope.console import explain, say
 from downslope.result import FILE_NAME, read_result
 from downslope.signals import Interrupted
 from downslope.sweeps.job import is_running
-from downslope.sweeps.stopping import BASIC, SweepStop
+from downslope.sweeps.stopping import SweepStop
 
 DIED = "its process died without a word: the same command with hydra.sweep.dir= of this sweep runs it again"
 
@@ -22,8 +22,6 @@ class Ending:
         self.folder = Path(config.hydra.sweep.dir).absolute()
         self.before = self._stamps()
         self.stop = SweepStop(self.folder)
-        if config.hydra.launcher._target_ != BASIC:
-            self.stop.listen(config)
 
     def finish(self) -> None:
         """Lists the failures, makes the report, and leaves with exit code 1 where any job failed.

@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from downslope.console import explain, say
 from downslope.result import Result, read_result
-from downslope.signals import STOP_FILE, signal_from_the_sweep
+from downslope.signals import STOP_FILE, leave_interrupts_to_the_sweep, signal_from_the_sweep
 
 LOCK = ".lock"  # the system lets go of it when its process dies, by kill -9 too
 ENDED = ("completed", "diverged")
@@ -39,6 +39,7 @@ def run_job(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
         ValueError: The folder holds the same job with another configuration.
     """
     folder = Path(HydraConfig.get().runtime.output_dir)
+    leave_interrupts_to_the_sweep()
     if signal_from_the_sweep():
         return math.inf
     try:
