@@ -20,8 +20,8 @@ SCRIPTS = Path(__file__).parent
 NUM_SAMPLES = 20
 # What may be allocated late: an allocator's arenas, a cache that fills up to its bound.
 SPARE_BYTES = 32 * 2**20
-# The default observers write 14 a step; what waits in memory, for a second or two, comes all at once.
-MOST_EVENT_BYTES, SPARE_EVENT_BYTES = 30, 2**18
+# What the default observers write grows with the steps; what waits in memory, and a picture, comes all at once.
+MOST_EVENT_BYTES, SPARE_EVENT_BYTES = 30, 2**20
 
 
 @dataclass(frozen=True)

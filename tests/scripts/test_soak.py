@@ -25,7 +25,7 @@ def test_a_little_soak_is_flat(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("what", "each"), [("memory", 2**20), ("files", 1), ("threads", 1), ("event_bytes", 2**10)])
+@pytest.mark.parametrize(("what", "each"), [("memory", 2**20), ("files", 1), ("threads", 1), ("event_bytes", 2**12)])
 def test_what_piles_up_is_noticed(soak: ModuleType, what: str, each: int) -> None:
     leaking = [soak.Sample(count, **{**FLAT, what: FLAT[what] + count * each}) for count in range(0, 1000, 50)]
     (line,) = soak.growth(leaking)
@@ -48,7 +48,7 @@ def test_a_leak_that_was_planted_is_noticed(soak: ModuleType, tmp_path: Path, wh
                 threading.Thread(target=over.wait).start()
             else:
                 with (tmp_path / "events.out.tfevents.1").open("ab") as stream:
-                    stream.write(bytes(2**16))
+                    stream.write(bytes(2**18))
 
         samples = []
         for count in range(20):
