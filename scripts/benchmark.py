@@ -10,6 +10,7 @@ BENCHMARKS = {
     "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
     "verdict": "how often the verdict is right, whether its suggestion helps, and how early it warns",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
+    "checkpoints": "what checkpoints add to a run, and one of their writes taken apart",
     "sweep": "what a job of a sweep costs, one that is kept too, and what a thousand leave behind",
 }
 EPILOG = """\
@@ -41,6 +42,10 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks.verdict import verdict
 
         verdict(num_runs=32 if options.quick else 240)
+    elif options.benchmark == "checkpoints":
+        from benchmarks.checkpoints import checkpoints
+
+        checkpoints(rounds=options.rounds or (1 if options.quick else 9), quick=options.quick)
     elif options.benchmark == "sweep":
         from benchmarks.sweep import sweep
 

@@ -29,10 +29,10 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics import MeanMetric
 
-import downslope.checkpoints
 from downslope.callbacks import Checkpoints, FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
 from downslope.checkpoints import load_checkpoint, newest_checkpoint
 from downslope.tensorboard import TensorBoard, rewind_event_files
+from downslope.whole_files import PARTIAL
 
 TRAIN = Path(__file__).with_name("train.py")
 OBSERVED = [f"callbacks.{name}.every_n_steps=3" for name in ("gradient_monitor", "learning_rate_effects")]
@@ -95,6 +95,7 @@ class Foreign(LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         loss = nn.functional.mse_loss(self.net(batch[0])[:, 0], batch[1])
+        self.log("loss", loss)
         self.mean.update(loss.detach())
         if not self.automatic_optimization:
             optimizer: Any = self.optimizers()
@@ -131,7 +132,9 @@ def train_command(overrides: list[str]) -> Callable[[Path, bool], None]:
     return train
 
 
-def train_foreign(automatic: bool, num_workers: int, **settings: Any) -> Callable[[Path, bool], None]:
+def train_foreign(
+    automatic: bool, num_workers: int, observed: bool = True, **settings: Any
+) -> Callable[[Path, bool], None]:
     """Trains somebody else's module, under a Trainer of its own."""
 
     def train(run: Path, goes_on: bool) -> None:
@@ -145,7 +148,7 @@ def train_foreign(automatic: bool, num_workers: int, **settings: Any) -> Callabl
             max_epochs=4,
             accelerator="cpu",
             logger=TensorBoard(str(run)),
-            callbacks=[*observers, Checkpoints(str(run / "checkpoints"), every_n_steps=4)],
+            callbacks=[*(observers if observed else ()), Checkpoints(str(run / "checkpoints"), every_n_steps=4)],
             enable_progress_bar=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,
@@ -161,6 +164,7 @@ CASES: dict[str, Callable[[Path, bool], None]] = {
     "foreign, 0 workers": train_foreign(True, 0),
     "foreign, 2 workers": train_foreign(True, 2),
     "foreign, 2 workers, accumulation": train_foreign(True, 2, accumulate_grad_batches=3),
+    "foreign, no observers": train_foreign(True, 0, observed=False),
     "foreign, manual, 0 workers": train_foreign(False, 0),
     "foreign, manual, 2 workers": train_foreign(False, 2),
 }
@@ -247,7 +251,7 @@ def at_rename(number: int, after: bool) -> Callable[[], None]:
     renames, replace = itertools.count(1), Path.replace
 
     def dying(self: Path, target: Path) -> Path:
-        if self.suffix == downslope.checkpoints.PARTIAL and next(renames) == number:
+        if self.suffix == PARTIAL and next(renames) == number:
             if after:
                 replace(self, target)
             die()

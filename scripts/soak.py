@@ -1,4 +1,4 @@
-"""Many runs in one process, and one long run: does memory, do files or threads pile up? Exit code 1 if so."""
+"""Many runs in one process, and one long run: does memory, do files, threads or events pile up? Exit code 1 if so."""
 
 import argparse
 import contextlib
@@ -20,6 +20,8 @@ SCRIPTS = Path(__file__).parent
 NUM_SAMPLES = 20
 # What may be allocated late: an allocator's arenas, a cache that fills up to its bound.
 SPARE_BYTES = 32 * 2**20
+# What the default observers write grows with the steps; what waits in memory, and a picture, comes all at once.
+MOST_EVENT_BYTES, SPARE_EVENT_BYTES = 30, 2**20
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,9 @@ def growth(samples: Sequence[Sample]) -> Iterator[str]:
         yield f"open files grew from {first.files} to {last.files}"
     if last.threads > first.threads:
         yield f"threads grew from {first.threads} to {last.threads}"
+    num, written = last.count - first.count, last.event_bytes - first.event_bytes
+    if written > MOST_EVENT_BYTES * num + SPARE_EVENT_BYTES:
+        yield f"events grew by {written / num:.0f} bytes for each of {num:,}, more than {MOST_EVENT_BYTES}"
 
 
 def show(sample: Sample) -> None:
@@ -131,7 +136,7 @@ def main(arguments: Sequence[str]) -> int:
     for what, soak, number in (("runs", many_runs, options.runs), ("steps", long_run, options.steps)):
         print(f"  {what:>11}  {'RSS, MiB':>9}  {'files':>5}  {'threads':>7}  {'events, MiB':>10}  {'seconds':>7}")
         grown += list(growth(soak(number))) if number else []
-    print("\n".join(grown) or "flat: neither memory nor open files nor threads pile up")
+    print("\n".join(grown) or "flat: neither memory nor open files, threads or events pile up")
     return int(bool(grown))
 
 

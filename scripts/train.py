@@ -1,11 +1,13 @@
 """Trains a linear regression, once or in a sweep; `--help` shows what can be chosen."""
 
+import os
+
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from downslope.console import command, refusing
+from downslope.console import FULL_ERROR, SHOW_TRACEBACK, command, refusing
 from downslope.gate import Gate
 from downslope.sweeps.job import run_job
 
@@ -15,6 +17,7 @@ def main(config: DictConfig) -> float:
     """Trains as configured; torch is imported only here, so that `--help` answers at once."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         return run_job(config, train_as_if_alone)
+    os.environ[FULL_ERROR] = str(int(SHOW_TRACEBACK))  # what was borrowed: other processes, of DDP say, inherit it
     with refusing("train"):
         from downslope.training import train
 
@@ -44,4 +47,7 @@ if __name__ == "__main__":
             sweep.interrupted()
         elif sweep:  # the launcher or the sweeper gave up: Hydra has left without `on_multirun_end`
             sweep.finish()
+        agreed = code == 3 or getattr(stop, "saved", None) is not None  # all processes stop, together
+        if agreed and os.environ.get("LOCAL_RANK", "0") != "0":
+            code = 0  # the main process tells it; Lightning kills that one, in mid-sentence, when another one fails
         raise SystemExit(code) from None

@@ -1,6 +1,8 @@
 import os
 import pty
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -13,20 +15,19 @@ import torch
 
 from tests.conftest import ROOT, Outcome, read_json
 
-SHORT = (
-    *("hydra.run.dir=run", "trainer.max_epochs=20", "callbacks.gradient_monitor.every_n_steps=1"),
-    "~callbacks.pictures",
-)
+TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]
+WITH_PICTURES = ("hydra.run.dir=run", "trainer.max_epochs=20", "callbacks.gradient_monitor.every_n_steps=1")
+SHORT = (*WITH_PICTURES, "~callbacks.pictures")
 
 
 def train(folder: Path, *overrides: str, **how: Any) -> subprocess.CompletedProcess[str]:
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **how}
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *SHORT, *overrides]
+    command = [*TRAIN, *SHORT, *overrides]
     return subprocess.run(command, cwd=folder, text=True, timeout=120, check=False, **how)
 
 
-def weights(folder: Path) -> torch.Tensor:
-    state = torch.load(folder / "run/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+def weights(folder: Path, checkpoints: str = "run/checkpoints") -> torch.Tensor:
+    state = torch.load(folder / checkpoints / "last.ckpt", weights_only=True)["state_dict"]
     return torch.cat([each.flatten() for each in state.values()])
 
 
@@ -53,16 +54,34 @@ def test_a_full_disk_under_a_logger_is_one_warning_and_the_same_bits(
 ) -> None:
     ended = train(tmp_path, f"logger={logger}", "~callbacks.progress", preexec_fn=at_most(60_000))  # a checkpoint fits
     assert ended.returncode == 0, ended.stderr
-    lines = ended.stderr.splitlines()
-    assert lines[0].startswith("WARNING: Cannot write to ")
-    assert len(lines) == (2 if logger == "tensorboard" else 1)  # the second: HPARAMS has a file of its own
-    assert all("Cannot write" in line and line.endswith("File too large") for line in lines)
+    (line,) = ended.stderr.splitlines()  # HPARAMS cannot be written either
+    assert re.match(r"WARNING: Cannot write to .* any more, training goes on: .*File too large \(said once", line)
     assert torch.equal(weights(tmp_path), undisturbed)
     assert read_json(tmp_path / "run")["status"] == "completed"
 
 
+def test_a_disk_that_is_really_full_is_one_warning_and_the_same_bits(tmp_path: Path, undisturbed: torch.Tensor) -> None:
+    alone = ["unshare", "--map-root-user", "--mount", "sh", "-c"]
+    mount = "mount -t tmpfs -o size=64k tmpfs run"
+    (tmp_path / "run").mkdir()
+    try:
+        subprocess.run([*alone, mount], cwd=tmp_path, check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"nobody may mount a small disk here: {error}")
+    command = [*TRAIN, *WITH_PICTURES, "callbacks.checkpoints.folder=checkpoints"]
+    ended = subprocess.run(
+        [*alone, f"{mount} && {shlex.join(command)}"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 1
+    assert "  loss      train " in ended.stdout
+    warning, error = ended.stderr.splitlines()  # loggers, log, pictures and HPARAMS; and what is lost
+    assert re.match(r"WARNING: Cannot write .*No space left on device \(said once", warning)
+    assert re.match(r"error: The result cannot be written to .*result\.json: No space left on device\.", error)
+    assert torch.equal(weights(tmp_path, "checkpoints"), undisturbed)
+
+
 def test_a_result_that_cannot_be_written_is_an_error(script: Callable[..., Outcome]) -> None:
-    Path("run/result.tmp").mkdir(parents=True)
+    Path("run/result.json.partial").mkdir(parents=True)
     ended = script("train", *SHORT, "~callbacks.progress")
     assert ended.code == 1
     assert len(ended.err.splitlines()) == 1

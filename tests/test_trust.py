@@ -214,5 +214,6 @@ def test_nothing_is_fetched(script: Script, address: str) -> None:
         ended = script(*command)
         assert ended.code == 1
         assert "nothing is fetched from an address" in ended.err
-    assert "nothing is fetched from an address" in script("train", f"data.path={address}").err
+    for key in ("data.path", "resume"):
+        assert "nothing is fetched from an address" in script("train", f"{key}={address}").err
     assert not list(Path.cwd().iterdir())

@@ -17,13 +17,13 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig
 
 from downslope.trust import read_untrusted
+from downslope.whole_files import PARTIAL, whole_file
 
 log = logging.getLogger(__name__)
 
 BEST = "checkpoints/best.ckpt"
 LAST = "checkpoints/last.ckpt"
 PREVIOUS = "checkpoints/previous.ckpt"
-PARTIAL = ".partial"
 CHECKSUM = b"downslope sha256 "
 COMMENT_LENGTH = len(CHECKSUM) + 64
 
@@ -73,19 +73,9 @@ def write_checkpoint(checkpoint: dict[str, Any], file: Path) -> None:
     buffer.seek(-2, os.SEEK_END)
     buffer.write(COMMENT_LENGTH.to_bytes(2, "little"))
     data = buffer.getbuffer()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + PARTIAL)
-    try:
-        with partial.open("wb") as stream:
-            stream.write(data)
-            stream.write(CHECKSUM + hashlib.sha256(data).hexdigest().encode())
-            stream.flush()
-            os.fsync(stream.fileno())
-        partial.replace(file)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-    _flush_folder(file.parent)
+    with whole_file(file) as stream:
+        stream.write(data)
+        stream.write(CHECKSUM + hashlib.sha256(data).hexdigest().encode())
 
 
 def keep_previous(last: Path) -> None:
@@ -97,16 +87,6 @@ def keep_previous(last: Path) -> None:
             os.link(last, previous)
         except OSError:  # a file system without such links
             last.replace(previous)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a renaming last through a power cut, where the file system knows of such a thing."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def load_checkpoint(file: Path) -> dict[str, Any]:

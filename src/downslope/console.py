@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FLIGHT_RECORD = "flight_record.json"  # its own module would bring torch along
 FULL_ERROR = "HYDRA_FULL_ERROR"
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `command` borrows the variable
 
 
@@ -140,22 +142,39 @@ def _explain_composition(message: str, config_name: str) -> str:
 
 
 class LogFile(logging.FileHandler):
-    """The log of a run: a disk that is full is told of once, and training goes on."""
+    """The log of a run: where it cannot be written, training goes on."""
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Says it on the terminal, and closes the file's door."""
+        """Says it, and closes the file's door."""
         self.addFilter(lambda _: False)
-        with contextlib.suppress(OSError):
-            print(f"WARNING: Cannot write {self.baseFilename} any more: {sys.exception()}", file=sys.stderr)
+        logging.getLogger(__name__).warning("Cannot write %s any more: %s", self.baseFilename, sys.exception())
 
 
 class Quiet(logging.Filter):
-    """Lets our own warnings through to the terminal, and everything when Hydra was told to be verbose."""
+    """Lets our own warnings through to the terminal, and everything when Hydra was told to be verbose.
+
+    That a disk cannot be written is said once a run, by whoever finds it first: loggers, pictures, checkpoints, the
+    log. What is lost for good, a result or the last checkpoint, is an error at the end.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._has_told = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tells whether the terminal shows the record."""
         verbose = logging.getLogger().level <= logging.DEBUG
-        return verbose or (record.name.startswith("downslope") and record.levelno >= logging.WARNING)
+        ours = record.name.startswith("downslope") and record.levelno >= logging.WARNING
+        return verbose or (ours and not self._is_told(record))
+
+    def _is_told(self, record: logging.LogRecord) -> bool:
+        """Tells whether the record says of the disk what another one has said; adds to the first that it is one."""
+        values = record.args if isinstance(record.args, tuple) else ()
+        told, full = self._has_told, any(isinstance(each, OSError) and each.errno in FULL for each in values)
+        if full and not told:
+            record.msg = f"{record.msg} (said once a run: other files may not be written either)"
+            self._has_told = True
+        return full and told
 
 
 @unheard()
@@ -217,11 +236,12 @@ def _again(result: Result) -> str:
     return f"        again   {shlex.join(['python', 'scripts/train.py', *others, rate])}"
 
 
-def print_interrupted(result: Result, folder: Path) -> None:
+def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
     """Prints how far an interrupted run came, and how to go on with it."""
     say("")
     if any((folder / "checkpoints").glob("*.ckpt")):
-        say(f"  stopped   at step {result.num_optimizer_steps:,}, saved")
+        what = "saved" if saved else "not saved: what came after the last checkpoint is lost, and comes again"
+        say(f"  stopped   at step {result.num_optimizer_steps:,}, {what}")
         say(f"  go on     python scripts/train.py resume={_shortest(folder)}")
     else:
         say("  stopped   before anything was saved")

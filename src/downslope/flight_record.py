@@ -13,6 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from downslope.whole_files import whole_file
+
 FILE_NAME = "flight_record.json"
 
 
@@ -86,11 +88,9 @@ class FlightRecord:
         """Writes the file, whole or not at all."""
         record = _words(asdict(self))
         record = record.pop("diagnosis") | record.pop("offending") | record
-        folder.mkdir(parents=True, exist_ok=True)
-        target = folder / FILE_NAME
-        beside = target.with_suffix(".tmp")
-        beside.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        beside.replace(target)
+        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        with whole_file(folder / FILE_NAME) as stream:
+            stream.write(text.encode())
 
 
 def diagnose(record: StepRecord, first_loss: float | None, diverged_beyond: float) -> Diagnosis | None:

@@ -1,11 +1,12 @@
 """A run as data: `result.json`."""
 
-import contextlib
 import json
 import math
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
+
+from downslope.whole_files import whole_file
 
 FILE_NAME = "result.json"
 EXIT_CODES = {"completed": 0, "failed": 1, "diverged": 3, "interrupted": 130}
@@ -60,14 +61,11 @@ class Result:
             OSError: It cannot be; the message names the file.
         """
         target = folder / FILE_NAME
-        beside = target.with_suffix(".tmp")
         text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         try:
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(target)
+            with whole_file(target) as stream:
+                stream.write(text.encode())
         except OSError as error:
-            with contextlib.suppress(OSError):
-                beside.unlink()
             raise OSError(f"The result cannot be written to {target}: {error.strerror or error}.") from error
 
 

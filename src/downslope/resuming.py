@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from downslope.configuration import show
 from downslope.result import Result, read_result
 from downslope.trust import check_local, names_in, read_untrusted
+from downslope.whole_files import whole_file
 
 if TYPE_CHECKING:
     from lightning import LightningModule
@@ -75,9 +76,8 @@ def keep_changes(config: DictConfig) -> None:
     hydra.hydra.overrides.task = config.hydra.overrides.task
     hydra.hydra.runtime.choices = config.hydra.runtime.choices
     for name, content in {"config": own, "overrides": config.hydra.overrides.task, "hydra": hydra}.items():
-        partial = folder / f"{name}.partial"
-        OmegaConf.save(content, partial)
-        partial.replace(folder / f"{name}.yaml")
+        with whole_file(folder / f"{name}.yaml") as stream:
+            stream.write(OmegaConf.to_yaml(content).encode())
 
 
 def _file(run: Path, name: str) -> Path:

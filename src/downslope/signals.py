@@ -13,10 +13,16 @@ STOP_FILE = "DOWNSLOPE_STOP_FILE"  # where a sweep's jobs, in processes of their
 
 
 class Interrupted(SystemExit):
-    """Leaves with the shell's exit code of a signal: 130 for SIGINT, 143 for SIGTERM."""
+    """Leaves with the shell's exit code of a signal: 130 for SIGINT, 143 for SIGTERM.
 
-    def __init__(self, number: int) -> None:
+    Attributes:
+        saved: Whether all that was trained is in a checkpoint; None where this process left at once, whatever the
+            others do.
+    """
+
+    def __init__(self, number: int, saved: bool | None = None) -> None:
         super().__init__(128 + number)
+        self.saved = saved
 
 
 def exit_on_signals() -> None:

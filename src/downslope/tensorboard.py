@@ -245,9 +245,12 @@ def flush_step_writer(trainer: Trainer) -> None:
     """Writes what waits, into the files."""
     if writer := _WRITERS.get(trainer):
         writer.flush()
-        for logger in list(writer._loggers):
-            if isinstance(logger, TensorBoardLogger):
-                writer.attempt(logger, lambda logger: logger.experiment.flush())
+    for logger in trainer.loggers if trainer.is_global_zero else []:
+        if isinstance(logger, TensorBoardLogger):
+            try:
+                logger.experiment.flush()
+            except Exception as error:
+                silence(logger, error)
 
 
 def event_files(trainer: Trainer) -> dict[str, int]:

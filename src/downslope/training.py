@@ -153,11 +153,11 @@ def train(config: DictConfig) -> float:
         with contextlib.suppress(OSError):  # a disk that is full must not hide the error
             result.write(folder)
         raise
-    except Interrupted:
+    except Interrupted as stop:
         result.status = "interrupted"
         if os.environ.get("LOCAL_RANK", "0") == "0":
             result.write(folder)
-            print_interrupted(result, folder)
+            print_interrupted(result, folder, stop.saved)
         raise
     if trainer.is_global_zero:
         try:

@@ -1,5 +1,8 @@
 import gc
+import os
 import signal
+import stat
+import time
 import weakref
 from pathlib import Path
 
@@ -11,6 +14,7 @@ from torch.optim import SGD
 from torch.utils.data import DataLoader
 
 from downslope.callbacks import Checkpoints
+from downslope.signals import Interrupted
 
 
 class Scripted(LightningModule):
@@ -79,6 +83,45 @@ def test_last_is_written_on_the_way(tmp_path: Path) -> None:
     fit(tmp_path, module, every_n_seconds=1e9)
     assert not any(seen)
     assert (tmp_path / "last.ckpt").exists()
+
+
+@pytest.mark.parametrize(("max_share", "at_most"), [(0.5, 7), (1.0, 21)])
+def test_what_takes_long_to_write_is_written_less_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_share: float, at_most: int
+) -> None:
+    flush, writes = os.fsync, []
+
+    def slow(handle: int) -> None:
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            writes.append(handle)
+            time.sleep(0.2)
+        flush(handle)
+
+    class Steady(Scripted):
+        def training_step(self, batch: Tensor) -> Tensor:
+            time.sleep(0.05)
+            return super().training_step(batch)
+
+    monkeypatch.setattr(os, "fsync", slow)
+    fit(tmp_path, Steady([float("nan")] * 10), every_n_seconds=0.0, max_share=max_share)
+    # 20 steps of 0.05 s: a write of 0.2 s for every 0.2 s, or at every step; and once more at the end.
+    assert len(writes) <= at_most
+    assert (len(writes) > 7) == (max_share == 1.0)
+
+
+def test_an_interruption_before_training_begins_is_no_error(tmp_path: Path) -> None:
+    class Interrupting(Scripted):
+        def prepare_data(self) -> None:
+            raise Interrupted(signal.SIGINT)
+
+    with pytest.raises(Interrupted):
+        fit(tmp_path, Interrupting([1.0]))
+
+
+@pytest.mark.parametrize("max_share", [0.0, -1.0, 2.0, float("nan")])
+def test_a_share_that_is_none_is_refused(tmp_path: Path, max_share: float) -> None:
+    with pytest.raises(ValueError, match="`max_share` must be a number above 0 and at most 1"):
+        Checkpoints(str(tmp_path), max_share=max_share)
 
 
 def test_a_training_that_is_done_leaves_the_signals_as_it_found_them(tmp_path: Path) -> None:

@@ -117,6 +117,11 @@ def test_the_png_files_and_tensorboards_images_are_the_same_and_no_bit_of_traini
         assert (logged[-1].width, logged[-1].height) == (1050, 750)
 
 
+def test_tensorboard_is_shown_ever_fewer_and_the_last(tmp_path: Path) -> None:
+    fit(tmp_path, 0.3, Pictures(str(tmp_path), every_n_steps=2))
+    assert [each.step for each in read_events(tmp_path).Images("pictures/loss_surface")] == [2, 4, 8, 12]
+
+
 @pytest.mark.parametrize(("share", "name"), [(0.01, "too short"), (0.9, "overshoot"), (1.2, "overshoot, uphill")])
 def test_the_step_is_marked_where_the_loss_really_went(tmp_path: Path, share: float, name: str) -> None:
     pictures = Kept(str(tmp_path))

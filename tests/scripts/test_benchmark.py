@@ -55,6 +55,20 @@ def test_sweep_measures_the_first_the_middle_and_the_last_jobs():
     assert "a kept job costs" in process.stdout
 
 
+def test_checkpoints_measures_runs_with_and_without_and_one_write():
+    process = run("checkpoints", "--quick")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    assert [row["run"] for row in rows] == ["the default run", "MLP, 8,321 parameters"]
+    assert all(is_positive(row[name]) for row in rows for name in ("seconds", "writes", "serialise, ms"))
+    line, network = (float(row["a write, MB"]) for row in rows)
+    assert 8_321 * 3 * 4 / 1e6 < network < 8_321 * 3 * 4 / 1e6 + 0.1  # Adam's three numbers a parameter, of 4 bytes
+    assert line < 0.1
+    shares = [float(row["two every 30 s"].rstrip("%")) / 100 for row in rows]
+    parts = [sum(float(row[f"{part}, ms"]) for part in ("serialise", "SHA-256", "to the disk")) for row in rows]
+    assert shares == pytest.approx([2 * part / 30_000 for part in parts], abs=1e-4)
+
+
 @pytest.mark.parametrize("arguments", [["stops"], ["steps", "--rounds", "0"], ["steps", "--rounds", "many"]])
 def test_what_cannot_be_measured_is_refused_in_words(arguments):
     process = run(*arguments)

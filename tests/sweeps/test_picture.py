@@ -17,7 +17,7 @@ def drawn(sweep: Path) -> Axes:
     figure = draw_learning_rate(read_jobs(sweep))
     save(figure, sweep / "picture.png")
     assert (sweep / "picture.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(sweep.glob("*.tmp"))
+    assert not list(sweep.glob("*.partial"))
     (axes,) = figure.axes
     return axes
 

@@ -10,11 +10,15 @@ from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from downslope.callbacks.flight_recorder import FlightRecorder
+from downslope.callbacks.optimizer_steps import wake
 from downslope.checkpoints import SafeCheckpointIO, keep_previous
+from downslope.csv_table import CSVTable
 from downslope.gradients.random_state import RandomState
 from downslope.signals import Interrupted, StopRequest
 from downslope.tensorboard import announce_restart, event_files, flush_step_writer
@@ -42,6 +46,8 @@ class Checkpoints(Checkpoint):
         monitor: The logged metric whose least value is best.
         every_n_seconds: How much work a killed run may lose; null for no limit.
         every_n_steps: The same in optimizer steps.
+        max_share: Of the time, so much at most goes into `every_n_seconds`: what takes long to write is written less
+            often; 1 for no limit.
 
     Attributes:
         seconds: Of training, the killed processes' up to their last checkpoint included.
@@ -53,13 +59,18 @@ class Checkpoints(Checkpoint):
         monitor: str = "val/loss",
         every_n_seconds: float | None = 30.0,
         every_n_steps: int | None = None,
+        max_share: float = 0.02,
     ) -> None:
         if every_n_steps is not None and every_n_steps < 1:
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or null, got {every_n_steps}.")
+        if not 0 < max_share <= 1:
+            raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share}.")
         self.folder = Path(folder)
         self.monitor = monitor
         self.every_n_seconds = every_n_seconds
         self.every_n_steps = every_n_steps
+        self.max_share = max_share
+        self._stop = StopRequest()
         self.best = math.inf
         self._best_weights: dict[str, Any] | None = None  # not written yet
         self._seconds_before = 0.0
@@ -79,6 +90,7 @@ class Checkpoints(Checkpoint):
         self._io = trainer.strategy.checkpoint_io = SafeCheckpointIO()
         self._stop = StopRequest()
         self._started_at = time.perf_counter()
+        self._save_took = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_random = RandomState()  # the first epoch's iterator is made right after this
@@ -86,12 +98,16 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = checkpoint.get("progress")
+        for table, num_rows in zip(_tables(trainer), (self._resumed or {}).get("table_rows", ()), strict=False):
+            table.num_rows = num_rows  # before the first is written
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed:
             self._go_on(trainer, pl_module, self._resumed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._step = trainer.global_step
+        self._is_shared = trainer.world_size > 1
+        wake(self, "on_train_batch_start", awake=bool(trainer.fit_loop.restarting))
         self._stop.listen()
 
     def _go_on(self, trainer: Trainer, module: LightningModule, progress: Progress) -> None:
@@ -110,6 +126,8 @@ class Checkpoints(Checkpoint):
         self._keeps_epoch_random = progress["batch"] == 0
         _follow_settings(trainer, progress["settings"])
         announce_restart(trainer)
+        for logger in trainer.loggers if progress.get("unlogged") else ():
+            logger.log_metrics(*progress["unlogged"])
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._keeps_epoch_random:
@@ -118,14 +136,17 @@ class Checkpoints(Checkpoint):
         self._save_and_stop_if_due(trainer, pl_module, batch=0)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if trainer.fit_loop.restarting:
-            trainer.fit_loop.restarting = False  # else Lightning leaves out a plateau's step at this epoch's end
+        trainer.fit_loop.restarting = False  # else Lightning leaves out a plateau's step at this epoch's end
+        wake(self, "on_train_batch_start", awake=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        stepped, self._step = trainer.global_step != self._step, trainer.global_step
-        if stepped and not trainer.should_stop and not _something_follows(trainer, batch_idx):
+        step, before = trainer.global_step, self._step
+        self._step = step
+        if step == before or not (self._is_shared or self._stop.number or self._is_due(step)):
+            return  # soon: this is asked after every step
+        if not trainer.should_stop and not _something_follows(trainer, batch_idx):
             self._save_and_stop_if_due(trainer, pl_module, batch=batch_idx + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,7 +161,7 @@ class Checkpoints(Checkpoint):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_random = RandomState()  # of the epoch that might follow
         if error := self._save(trainer, pl_module, batch=0):
-            raise error
+            raise OSError(f"The last weights cannot be written to {self.folder}: {error.strerror or error}.") from error
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._stop.forget()
@@ -150,19 +171,25 @@ class Checkpoints(Checkpoint):
 
     def _save_and_stop_if_due(self, trainer: Trainer, module: LightningModule, batch: int) -> None:
         """All processes together, whatever their clocks say and whichever of them the signal reached."""
-        due, signal = int(self._is_due(trainer)), self._stop.number
-        if trainer.world_size > 1:
+        due, signal = int(self._is_due(trainer.global_step)), self._stop.number
+        if self._is_shared:
             wishes = torch.tensor([float(due), float(signal)], device=trainer.strategy.root_device)
             due, signal = (int(each) for each in trainer.strategy.all_gather(wishes).amax(dim=0))
         if due or signal:
-            self._save(trainer, module, batch)
+            if _has_diverged(trainer):  # it ends by itself, with weights of before: no place to go on from
+                return
+            started = time.monotonic()
+            error = self._save(trainer, module, batch)
+            self._save_took = time.monotonic() - started
         if signal:
-            raise Interrupted(signal)
+            raise Interrupted(signal, saved=self._saved_step == trainer.global_step and not error)
 
-    def _is_due(self, trainer: Trainer) -> bool:
-        if self.every_n_steps and trainer.global_step - self._saved_step >= self.every_n_steps:
+    def _is_due(self, step: int) -> bool:
+        if self.every_n_steps and step - self._saved_step >= self.every_n_steps:
             return True
-        return self.every_n_seconds is not None and time.monotonic() - self._saved_at >= self.every_n_seconds
+        if self.every_n_seconds is None:
+            return False
+        return time.monotonic() - self._saved_at >= max(self.every_n_seconds, self._save_took / self.max_share)
 
     def _save(self, trainer: Trainer, module: LightningModule, batch: int) -> OSError | None:
         """Writes what is to be written, and returns what kept it from being so."""
@@ -196,6 +223,8 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             processes = [{} for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(processes, mine)
+        for table in _tables(trainer):
+            table.save()
         checkpoint["progress"] = {
             "batch": self._batch,
             "processes": processes,
@@ -204,7 +233,32 @@ class Checkpoints(Checkpoint):
             "optimizers": [_name(each) for each in (*trainer.optimizers, *_schedulers(trainer))],
             "settings": [_settings(optimizer) for optimizer in trainer.optimizers],
             "event_files": event_files(trainer),
+            "unlogged": _unlogged(trainer) if self._batch else None,
+            "table_rows": [table.num_rows for table in _tables(trainer)],
         }
+
+
+def _unlogged(trainer: Trainer) -> tuple[dict[str, float], int] | None:
+    """What a step has logged by `self.log`, and where: Lightning passes it on only after the step has been saved."""
+    if not trainer._logger_connector.should_update_logs:
+        return None
+    values = convert_tensors_to_scalars(trainer._logger_connector.metrics["log"])
+    if not values:
+        return None
+    step = int(values.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped))
+    return {"epoch": trainer.current_epoch, **values}, step
+
+
+def _tables(trainer: Trainer) -> list[CSVTable]:
+    return [logger for logger in trainer.loggers if isinstance(logger, CSVTable)]
+
+
+def _has_diverged(trainer: Trainer) -> bool:
+    """Has every step judged that is about to be saved: what waits for it is in no checkpoint."""
+    recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]  # type: ignore[attr-defined]
+    for recorder in recorders:
+        recorder.judge()
+    return any(recorder.diverged and recorder.on_divergence == "stop" for recorder in recorders)
 
 
 def _something_follows(trainer: Trainer, batch_idx: int) -> bool:

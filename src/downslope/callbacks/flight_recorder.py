@@ -84,8 +84,8 @@ class FlightRecorder(Callback):
         on_divergence: `stop`; `raise` a `DivergenceError` out of `fit`, the step taken back too; or `continue`, as if
             nobody watched, after the file is written.
         diverged_beyond: How much the loss may grow; infinity for any finite loss.
-        every_n_steps: Steps between two judgements. With more than 1 the weights go back by up to so many steps, and
-            as many batches are kept in memory.
+        every_n_steps: Steps between two judgements; an epoch's end and a checkpoint wait for one, too. With more than 1
+            the weights go back by up to so many steps, and as many batches are kept in memory.
         max_batch_values: Of each tensor in the offending batch so many values at most are written, in whole rows.
 
     Attributes:
@@ -228,6 +228,13 @@ class FlightRecorder(Callback):
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge()  # whoever saves the best weights does it after this
+
+    def judge(self) -> None:
+        """Judges the steps that wait for it: whoever saves the weights asks first."""
+        self._judge()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._judge()  # the next epoch shall not begin after a step that diverged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._judge()

@@ -46,7 +46,8 @@ class Pictures(Callback):
 
     Args:
         folder: Where the PNG files go; a later one replaces the one before.
-        every_n_steps: Optimizer steps between two drawings. Each takes a few tenths of a second.
+        every_n_steps: Optimizer steps between two drawings. Each takes a few tenths of a second; TensorBoard is shown
+            the first, second, fourth, eighth, …, and the last.
         num_points: Of the path, at most: beyond it every third is kept. Wide models keep fewer, 64 MiB in all.
     """
 
@@ -76,7 +77,7 @@ class Pictures(Callback):
         self._stride = 1
         self._most = max(THINNING, min(self.num_points, PATH_BYTES // sum(each.nbytes for each in self._parameters)))
         self._last_two: deque[Place] = deque(maxlen=2)
-        self._first = self._num_steps = self._drawn_at = trainer.global_step
+        self._first = self._num_steps = self._drawn_at = self._shown_at = trainer.global_step
         self._steps = OptimizerSteps(trainer, before=self._before)
 
     def _before(self, step: OptimizerStep) -> None:
@@ -108,7 +109,7 @@ class Pictures(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._steps:
-            self._draw(trainer)
+            self._draw(trainer, last=True)
             self._detach()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -119,16 +120,20 @@ class Pictures(Callback):
             self._steps.detach()
             self._steps = self._batch_step = None
 
-    def _draw(self, trainer: Trainer) -> None:
-        if self._num_steps == self._drawn_at:  # batches of one step, or no step at all
+    def _draw(self, trainer: Trainer, last: bool = False) -> None:
+        if self._num_steps == (self._shown_at if last else self._drawn_at):  # batches of one step, or no step at all
             return
+        drawing = self._num_steps // self.every_n_steps
+        shown = last or not drawing & (drawing - 1)  # the 1st, 2nd, 4th, 8th, …: else a long run's events are pictures
         self._drawn_at = self._num_steps
+        self._shown_at = self._num_steps if shown else self._shown_at
         try:
             for name, figure in self.figures(trainer).items():
                 self.folder.mkdir(parents=True, exist_ok=True)
                 picture = png(figure)  # drawn and packed once, for all who show it
                 (self.folder / f"{name}.png").write_bytes(picture)
-                write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
+                if shown:
+                    write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
         except Exception as error:  # a full disk, a foreign logger: pictures never end a training
             self._detach()
             log.warning("Pictures are off from here on: %s: %s", type(error).__name__, error)

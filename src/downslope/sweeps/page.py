@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from downslope.sweeps.picture import DARK, LIGHT, MOST_PANELS, draw_curves, draw_learning_rate, suggested_rate
 from downslope.sweeps.table import Job, row, varied_keys
+from downslope.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,9 +44,8 @@ def write_page(jobs: Sequence[Job], file: Path, title: str, picture: Path) -> No
         columns=columns,
         rows=[(job, [_cell(name, cells[name]) for name in columns]) for job, cells in rows],
     )
-    beside = file.with_suffix(".tmp")
-    beside.write_text(html, encoding="utf-8")
-    beside.replace(file)
+    with whole_file(file) as stream:
+        stream.write(html.encode())
 
 
 def _pictures(jobs: Sequence[Job], picture: Path) -> list[tuple[str, str, str, str]]:

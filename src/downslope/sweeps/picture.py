@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downslope.sweeps.table import GRADIENT_NORMS, LOSSES, Job, varied_keys
+from downslope.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -266,6 +267,5 @@ def _draw_curve(axes: "Axes", curve: Mapping[int, float], color: str, label: str
 
 def save(figure: "Figure", file: Path) -> None:
     """Writes a picture, whole or not at all."""
-    beside = file.with_suffix(".tmp")
-    figure.savefig(beside, format="png", dpi=120)
-    beside.replace(file)
+    with whole_file(file) as stream:
+        figure.savefig(stream, format="png", dpi=120)

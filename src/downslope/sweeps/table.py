@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import io
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import yaml
 
 from downslope.result import EXIT_CODES, FILE_NAME, Result, read_result
 from downslope.sweeps.curves import Curve, read_curves
+from downslope.whole_files import whole_file
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
 LOSSES = ("val/loss", "train/loss")
@@ -217,7 +219,9 @@ def write_table(jobs: Sequence[Job], file: Path) -> None:
     """Writes `sweep.csv`: a column an override, figures to the last digit, in the order of `read_jobs`."""
     keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
     rows = [row(job, keys) for job in jobs]
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    with whole_file(file) as stream:
+        stream.write(table.getvalue().encode())

@@ -1,0 +1,41 @@
+"""A file is there whole or not at all: whatever stops the writing, what stood there before still does."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+PARTIAL = ".partial"  # ends the name of what is being written
+
+
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[BinaryIO]:
+    """Opens a file to be written beside its name, on the same file system; flushed to the disk, it takes the name.
+
+    Raises:
+        OSError: The disk is full, or something else is in the way; what was at `file` is still there.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(file.name + PARTIAL)
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except BaseException:  # a second SIGINT too
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        raise
+    _flush_folder(file.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Makes a renaming last through a power cut, where the file system knows of such a thing."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
