@@ -1,5 +1,6 @@
 """TensorBoard's events: straight into the run's folder, one for all the numbers of a step."""
 
+import logging
 import os
 import struct
 import threading
@@ -25,6 +26,8 @@ from torch import Tensor
 
 from downslope.event_files import masked_checksum
 from downslope.forgiving import silence
+
+log = logging.getLogger(__name__)
 
 EVENT_FILES = "events.out.tfevents.*"
 LAYOUT = {
@@ -126,6 +129,7 @@ class StepWriter:
         self._seconds = seconds
         self._flushed_at = time.monotonic()
         self._rows: list[tuple[int, Measurement, Row]] = []
+        self._has_warned = False
         for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger):
                 self.attempt(logger, lambda logger: logger.experiment.add_custom_scalars(LAYOUT))
@@ -142,9 +146,12 @@ class StepWriter:
             self.flush()
 
     def add_histogram(self, step: int, tag: str, values: Tensor) -> None:
-        """Writes a histogram of the finite values: TensorBoard has no place for the others."""
-        values = values.detach().float()
-        values = values[torch.isfinite(values)]
+        """Writes a histogram of the finite values: TensorBoard has no place for the others, of which it warns once."""
+        everything = values.detach().float()
+        values = everything[torch.isfinite(everything)]
+        if values.numel() < everything.numel() and not self._has_warned:
+            self._has_warned = True
+            log.warning("%s is not finite at step %d: histograms are of the rest, training goes on.", tag, step)
         for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger) and values.numel():
                 self.attempt(logger, lambda logger: logger.experiment.add_histogram(tag, values.cpu(), step))
