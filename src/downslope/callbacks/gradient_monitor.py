@@ -93,26 +93,28 @@ class GradientMonitor(Callback):
 
     def _before(self, step: OptimizerStep) -> None:
         small = [parameter for parameter in step.parameters if parameter.numel() <= self.max_scalar_elements]
-        self._values = dict(zip(small, clones([parameter.detach() for parameter in small]), strict=True))
+        self._values = dict(zip(small, clones(small), strict=True))
 
     def _after(self, step: OptimizerStep) -> None:
-        unclipped = self._unclipped.take(step)
-        if unclipped:
-            self._measure(step, unclipped)
-
-    def _measure(self, step: OptimizerStep, unclipped: dict[Parameter, Tensor]) -> None:
-        """Takes what is due at a step that has just been made, given the gradients before clipping."""
-        parameters, gradients = tuple(unclipped), list(unclipped.values())
+        unclipped = None if self._unclipped.are_applied else self._unclipped.take(step)
+        parameters = step.moved if unclipped is None else tuple(unclipped)
+        if not parameters:
+            return
         if parameters not in self._plans:
             self._plans[parameters] = self._plan(parameters, step.suffix)
         plan = self._plans[parameters]
-        is_copy = not self._unclipped.are_applied
-        applied = [parameter.grad for parameter in parameters if parameter.grad is not None] if is_copy else []
+        if unclipped is None:  # nobody clips
+            gradients = step.gradients
+            taken = step.gradient_norms if self.norm_type == 2 else norms(gradients, self.norm_type)
+        else:
+            gradients = list(unclipped.values())
+            taken = norms([*gradients, *(each.grad for each in parameters if each.grad is not None)], self.norm_type)
         elements = []
         for index in plan.small:
-            gradient = gradients[index].detach().to_dense()
-            elements += [gradient if is_copy else gradient.clone(), self._values[parameters[index]]]
-        self._writer.add(step.step, plan.measurement, norms([*gradients, *applied], self.norm_type), *elements)
+            gradient = gradients[index].to_dense()
+            elements += [gradient.clone() if gradient is parameters[index].grad else gradient]
+            elements += [self._values[parameters[index]]]
+        self._writer.add(step.step, plan.measurement, taken, *elements)
         if step.count % self.histogram_every_n_steps == 0:
             for index in plan.shown:
                 name = self._names[id(parameters[index])]

@@ -141,57 +141,50 @@ class LearningRateEffects(Callback):
 
     def _before(self, step: OptimizerStep) -> None:
         if self._is_due(step):
-            self._before_step = clones([parameter.detach() for parameter in step.parameters])
+            self._before_step = clones(step.parameters)
 
     def _after(self, step: OptimizerStep) -> None:
         due, next_due = self._is_due(step), (step.count + 1) % self.every_n_steps == 0
-        if not (due or next_due):
-            return
-        moved = tuple(parameter for parameter in step.parameters if parameter.grad is not None)
-        if not moved:
-            return
-        gradients = [parameter.grad.detach() for parameter in moved if parameter.grad is not None]
-        flat = torch.cat([gradient.to_dense().flatten() for gradient in gradients])
-        if due:
-            self._measure(step, moved, gradients, flat)
-        if next_due:
-            self._last_gradient[step.name] = (moved, flat)
+        if (due or next_due) and step.moved:
+            flat = torch.cat([dense.flatten() for dense in map(Tensor.to_dense, step.gradients)])
+            if due:
+                self._measure(step, flat)
+            if next_due:
+                self._last_gradient[step.name] = (step.moved, flat)
 
-    def _measure(
-        self, step: OptimizerStep, moved: tuple[Parameter, ...], gradients: list[Tensor], flat: Tensor
-    ) -> None:
+    def _measure(self, step: OptimizerStep, flat: Tensor) -> None:
         """Takes what is due at a step that has just been made."""
-        changes = torch._foreach_sub([parameter.detach() for parameter in step.parameters], self._before_step)
+        changes = torch._foreach_sub(step.parameters, self._before_step)
         known, last = self._last_gradient.get(step.name, (None, flat))
-        has_cosine = known == moved
+        has_cosine = known == step.moved
         groups = step.optimizer.param_groups
-        key = (step.name, moved, has_cosine, len(groups))
+        key = (step.name, step.moved, has_cosine, len(groups))
         if key not in self._plans:
-            self._plans[key] = self._plan(step, moved, has_cosine)
-        taken = norms([*changes, *self._before_step, *gradients, last])
-        self._writer.add(
-            step.step, self._plans[key], taken, torch.dot(flat, last), [float(group["lr"]) for group in groups]
-        )
+            self._plans[key] = self._plan(step, has_cosine)
+        rates = [float(group["lr"]) for group in groups]
+        taken = norms([*changes, *self._before_step, last])
+        self._writer.add(step.step, self._plans[key], taken, step.gradient_norms, torch.dot(flat, last), rates)
         if self._watched:
-            rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
-            squares = taken[2 * len(changes) : -1].square()
-            promise = rates[0] * squares.sum() if len(groups) == 1 else squares @ squares.new_tensor(rates)
-            self._promise, self._promised_at = promise, step.step
+            squares = step.gradient_norms.square()
+            if len(groups) > 1:
+                rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
+            self._promise = rates[0] * squares.sum() if len(groups) == 1 else squares @ squares.new_tensor(rates)
+            self._promised_at = step.step
 
-    def _plan(self, step: OptimizerStep, moved: tuple[Parameter, ...], has_cosine: bool) -> Measurement:
+    def _plan(self, step: OptimizerStep, has_cosine: bool) -> Measurement:
         all_parameters, suffix = step.parameters, step.suffix
         num = len(all_parameters)
-        shown = [index for index, parameter in enumerate(all_parameters) if any(parameter is each for each in moved)]
+        shown = [index for index, each in enumerate(all_parameters) if any(each is moved for moved in step.moved)]
         groups = range(len(step.optimizer.param_groups))
         places = [""] if len(groups) == 1 else [f"/{group}" for group in groups]
         tags = [f"update_ratio/total{suffix}", f"learning_rate_effect/effective{suffix}"]
-        tags += [f"update_ratio/{self._names[id(parameter)]}" for parameter in moved]
+        tags += [f"update_ratio/{self._names[id(parameter)]}" for parameter in step.moved]
         tags += [f"learning_rate/{step.name}{place}" for place in places]
         tags += [f"learning_rate_effect/gradient_cosine{suffix}"] * has_cosine
 
-        def derive(taken: Tensor, product: Tensor, rates: Tensor) -> Tensor:
-            changes, sizes, gradients = taken[:, :num], taken[:, num : 2 * num], taken[:, 2 * num : -1]
-            change, gradient, last = total_norm(changes), total_norm(gradients), taken[:, -1]
+        def derive(taken: Tensor, gradients: Tensor, product: Tensor, rates: Tensor) -> Tensor:
+            changes, sizes, last = taken[:, :num], taken[:, num : 2 * num], taken[:, -1]
+            change, gradient = total_norm(changes), total_norm(gradients)
             columns = [
                 update_ratio(change, total_norm(sizes))[:, None],
                 effective_learning_rate(change, gradient)[:, None],

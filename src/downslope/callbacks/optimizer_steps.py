@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from downslope.gradients.norms import norms
 
 
 @dataclass
@@ -30,6 +35,10 @@ class OptimizerStep:
     suffix: str
     _sizes: list[int] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
+    _has_gradient: list[bool] = field(default_factory=list)
+    _moved: tuple[Parameter, ...] = ()
+    _gradients: list[Tensor] | None = None
+    _norms: Tensor | None = None
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -39,7 +48,37 @@ class OptimizerStep:
         if sizes != self._sizes:
             self._sizes = sizes
             self._parameters = [parameter for group in groups for parameter in group["params"]]
+            self._has_gradient = []
         return self._parameters
+
+    @property
+    def moved(self) -> tuple[Parameter, ...]:
+        """After the step, the parameters that have a gradient; the same tuple while they are the same."""
+        if self._gradients is None:
+            gradients = [parameter.grad for parameter in self.parameters]
+            has_gradient = [gradient is not None for gradient in gradients]
+            if has_gradient != self._has_gradient:
+                self._has_gradient = has_gradient
+                self._moved = tuple(compress(self._parameters, has_gradient))
+            self._gradients = [gradient for gradient in gradients if gradient is not None]
+        return self._moved
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of `moved`, as they were applied."""
+        assert self.moved is not None
+        return self._gradients or []
+
+    @property
+    def gradient_norms(self) -> Tensor:
+        """The L2 norm of each of `gradients`, of which there is at least one; computed once for all observers."""
+        if self._norms is None:
+            self._norms = norms(self.gradients)
+        return self._norms
+
+    def forget(self) -> None:
+        """Lets the gradients go."""
+        self._gradients = self._norms = None
 
 
 class OptimizerSteps:
@@ -112,12 +151,15 @@ class _Hooks:
         state.step = max(trainer.global_step, self._num_steps) if trainer else self._num_steps
         for observer in self.observers:
             if observer.before and state.count % observer.every_n_steps == 0:
-                observer.before(state)
+                with torch.no_grad():
+                    observer.before(state)
 
     def _after(self, state: OptimizerStep, *_: object) -> None:
-        for observer in self.observers:
-            if observer.after and state.count % observer.every_n_steps == 0:
-                observer.after(state)
+        with torch.no_grad():
+            for observer in self.observers:
+                if observer.after and state.count % observer.every_n_steps == 0:
+                    observer.after(state)
+        state.forget()
         self._num_steps = state.step + 1
         state.count += 1
         for observer in self.observers:

@@ -78,8 +78,6 @@ class UnclippedGradients:
 
         A parameter without a gradient by now is left out: its copy belongs to an earlier step.
         """
-        if self.are_applied:
-            return {parameter: parameter.grad for parameter in state.parameters if parameter.grad is not None}
         scaler = getattr(self._trainer.precision_plugin, "scaler", None) if self._manual else None
         scale = scaler.get_scale() if scaler is not None else 1.0
         return {
