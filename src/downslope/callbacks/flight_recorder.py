@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
 from downslope.callbacks.snapshot import Copies, Snapshot
 from downslope.callbacks.unclipped_gradients import may_be_clipped
 from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 from downslope.gradients.finiteness import wide_norms
+from downslope.gradients.norms import norms
 
 OnDivergence = Literal["stop", "raise", "continue"]
 
@@ -155,6 +156,15 @@ class FlightRecorder(Callback):
         self._loss: Tensor | None = None
         before = None if self._automatic else self._before_step
         self._optimizer_steps = OptimizerSteps(trainer, before, self._after_step)
+        self._is_quick = (
+            self._automatic
+            and not self._scaler
+            and trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
+            and type(pl_module).optimizer_step is LightningModule.optimizer_step
+        )
+        if self._is_quick:
+            self._optimizer_steps.on_loss = self._catch
+            wake(self, "on_train_batch_end", awake=False)
         self.on_train_epoch_start(trainer, pl_module)
         self.on_train_batch_start(trainer, pl_module, None, 0)  # for a step that is taken before the first batch
 
@@ -170,7 +180,7 @@ class FlightRecorder(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        self._held: dict[Optimizer, tuple[list[int], list[str], list[Parameter]]] = {}
+        self._held: dict[int, tuple[Sequence[Parameter], Sequence[str]]] = {}
         self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -183,6 +193,9 @@ class FlightRecorder(Callback):
             self._snapshot.take()
             if self._buffered:  # batch normalization sees a batch before its loss is known
                 self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
+
+    def _catch(self, loss: Tensor | None) -> None:
+        self._loss = loss
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._loss = None  # here a window of accumulation begins, and each of LBFGS's trials
@@ -216,6 +229,7 @@ class FlightRecorder(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if measured.loss is None and isinstance(loss, Tensor):
             self._take_loss(measured, loss.detach() if loss.ndim == 0 else loss.detach().sum())
+        wake(self, "on_train_batch_end", awake=not self._is_quick)
         self._judge_if_due()
 
     def _take_loss(self, measured: _Measured, loss: Tensor) -> None:
@@ -254,41 +268,43 @@ class FlightRecorder(Callback):
             self._take_back()  # training ends, but not before the module's own code does
             return
         optimizer = step.optimizer
-        arrived, stepped = self._norms_of_step(optimizer)
+        arrived, stepped = self._norms_of_step(step)
         rate = _learning_rate(optimizer)
-        loss = None if self._automatic else self._loss
+        loss = self._loss if self._is_quick or not self._automatic else None
         measured = self._step_of_batch = _Measured(step.step, *self._batch, loss, step.name, rate, arrived, stepped)
         self._arrived = None
+        if self._is_quick:
+            self._loss = None
+            if loss is not None:
+                _read([measured])
+                if self._diagnose(measured) is None:
+                    return
+            wake(self, "on_train_batch_end")  # after which other observers have seen what it takes back
+            self._unjudged.append(measured)
+            return
         self._unjudged.append(measured)
         if measured.loss is not None:  # otherwise it comes with what `training_step` returns
             self._loss = None
             self._judge_if_due()
 
-    def _named(self, optimizer: Optimizer) -> tuple[list[str], list[Parameter]]:
-        """What an optimizer holds, looked up again where its groups have grown."""
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        if optimizer not in self._held or self._held[optimizer][0] != sizes:
-            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            self._held[optimizer] = sizes, [self._names.get(parameter, "?") for parameter in held], held
-        return self._held[optimizer][1:]
-
-    def _norms_of_step(self, optimizer: Optimizer) -> tuple[_Norms, _Norms]:
+    def _norms_of_step(self, step: OptimizerStep) -> tuple[_Norms, _Norms]:
         """Of the gradients as they arrived, and of the parameters that the step has made."""
-        names, parameters = self._named(optimizer)
+        names = self._named(step.parameters)
         if self._arrived:
-            return self._arrived, _Norms(names, _measure(parameters))
-        arrived, gradients = self._gradients([optimizer])
-        values = _measure([*gradients, *parameters])  # in one go
-        return _Norms(arrived, values[: len(arrived)]), _Norms(names, values[len(arrived) :])
+            return self._arrived, _Norms(names, _measure(step.parameters))
+        values, num = _measure([*step.gradients, *step.parameters]), len(step.gradients)  # in one go
+        return _Norms(self._named(step.moved), values[:num]), _Norms(names, values[num:])
 
     def _gradient_norms(self, optimizers: Iterable[Optimizer]) -> _Norms:
-        names, gradients = self._gradients(optimizers)
-        return _Norms(names, _measure(gradients))
+        held = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+        present = [(self._names.get(each, "?"), each.grad) for each in held if each.grad is not None]
+        return _Norms([name for name, _ in present], _measure([gradient for _, gradient in present]))
 
-    def _gradients(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], list[Tensor]]:
-        pairs = [pair for each in optimizers for pair in zip(*self._named(each), strict=True)]
-        present = [(name, parameter.grad) for name, parameter in pairs if parameter.grad is not None]
-        return [name for name, _ in present], [gradient for _, gradient in present]
+    def _named(self, parameters: Sequence[Parameter]) -> Sequence[str]:
+        """The parameters' names; looked up again where they are not the same list as the last time."""
+        if id(parameters) not in self._held or self._held[id(parameters)][0] is not parameters:
+            self._held[id(parameters)] = parameters, [self._names.get(each, "?") for each in parameters]
+        return self._held[id(parameters)][1]
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
@@ -380,9 +396,9 @@ def _learning_rate(optimizer: Optimizer) -> float | list[float]:
 
 def _measure(tensors: Sequence[Tensor]) -> Tensor | list[float]:
     """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
-    if not tensors or tensors[0].device.type != "cpu" or any(tensor.is_sparse for tensor in tensors):
+    if not tensors or tensors[0].device.type != "cpu":
         return wide_norms(tensors)
-    values: list[float] = torch.stack(torch._foreach_norm(list(tensors))).tolist()
+    values: list[float] = norms(tensors).tolist()
     return values if isfinite(sum(values)) else wide_norms(tensors).tolist()
 
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
@@ -96,6 +97,11 @@ class OptimizerSteps:
         before: Called with θₜ in place.
         after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
         every_n_steps: Both are called at an optimizer's steps 0, n, 2n, … alone.
+
+    Attributes:
+        on_next: Called after each step, when the coming one is known.
+        on_loss: Called in the middle of each step that is given a closure, with the loss that this returns: gradients
+            are final, parameters still θₜ.
     """
 
     def __init__(
@@ -109,6 +115,7 @@ class OptimizerSteps:
         self.after = after
         self.every_n_steps = every_n_steps
         self.on_next: Callable[[], None] | None = None
+        self.on_loss: Callable[[Tensor | None], None] | None = None
         hooks = _HOOKS.get(trainer)
         if hooks is None or [state.optimizer for state in hooks.states] != trainer.optimizers:  # of a fit that failed
             hooks = _HOOKS[trainer] = _Hooks(trainer)
@@ -146,13 +153,15 @@ class _Hooks:
             self._handles.append(state.optimizer.register_step_pre_hook(partial(self._before, state)))
             self._handles.append(state.optimizer.register_step_post_hook(partial(self._after, state)))
 
-    def _before(self, state: OptimizerStep, *_: object) -> None:
+    def _before(self, state: OptimizerStep, _: Optimizer, __: object, named: dict[str, Any]) -> None:
         trainer = self._trainer() if self._skips else None  # otherwise its count, which takes time, is this one
         state.step = max(trainer.global_step, self._num_steps) if trainer else self._num_steps
         for observer in self.observers:
             if observer.before and state.count % observer.every_n_steps == 0:
                 with torch.no_grad():
                     observer.before(state)
+            if observer.on_loss and named.get("closure"):
+                named["closure"] = partial(_overheard, named["closure"], observer.on_loss)
 
     def _after(self, state: OptimizerStep, *_: object) -> None:
         with torch.no_grad():
@@ -173,6 +182,13 @@ class _Hooks:
         self._handles.clear()
         for trainer in [trainer for trainer, hooks in _HOOKS.items() if hooks is self]:
             del _HOOKS[trainer]
+
+
+def _overheard(closure: Callable[[], Tensor | None], on_loss: Callable[[Tensor | None], None]) -> Tensor | None:
+    """Runs a closure, and tells the loss."""
+    loss = closure()
+    on_loss(loss)
+    return loss
 
 
 _HOOKS: WeakKeyDictionary[Trainer, _Hooks] = WeakKeyDictionary()
