@@ -20,7 +20,6 @@ from downslope.callbacks.snapshot import Copies, Snapshot
 from downslope.callbacks.unclipped_gradients import may_be_clipped
 from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 from downslope.gradients.finiteness import wide_norms
-from downslope.gradients.norms import norms
 
 OnDivergence = Literal["stop", "raise", "continue"]
 
@@ -396,9 +395,9 @@ def _learning_rate(optimizer: Optimizer) -> float | list[float]:
 
 def _measure(tensors: Sequence[Tensor]) -> Tensor | list[float]:
     """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
-    if not tensors or tensors[0].device.type != "cpu":
+    if not tensors or tensors[0].device.type != "cpu" or any(tensor.is_sparse for tensor in tensors):
         return wide_norms(tensors)
-    values: list[float] = norms(tensors).tolist()
+    values: list[float] = torch.stack(torch._foreach_norm(tensors)).tolist()
     return values if isfinite(sum(values)) else wide_norms(tensors).tolist()
 
 

@@ -89,7 +89,9 @@ class LearningRateEffects(Callback):
         self._window: list[tuple[Any, int, RandomState, Tensor]] = []
         self._promise: Tensor | None = None
         self._watched = False
-        self._steps = steps = OptimizerSteps(trainer, before=self._before, after=self._after)
+        every = self.every_n_steps
+        self._steps = steps = OptimizerSteps(trainer, self._before, self._after, every)
+        self._steps_before = OptimizerSteps(trainer, after=self._keep_gradient, every_n_steps=every, ahead=1)
         reason = why_no_replay(trainer, pl_module) if self.descent_ratio else None
         self._replays = self.descent_ratio and reason is None
         if reason:
@@ -101,10 +103,7 @@ class LearningRateEffects(Callback):
 
     def _sleep_till_due(self) -> None:
         if self._steps:
-            wake(self, "on_train_batch_start", awake=self._replays and self._is_due(self._steps.states[0]))
-
-    def _is_due(self, step: OptimizerStep) -> bool:
-        return step.count % self.every_n_steps == 0
+            wake(self, "on_train_batch_start", awake=self._replays and self._steps.are_due())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state = RandomState()
@@ -140,20 +139,17 @@ class LearningRateEffects(Callback):
         self._writer.add(self._promised_at, DESCENT_RATIO, before, after, promise)
 
     def _before(self, step: OptimizerStep) -> None:
-        if self._is_due(step):
-            self._before_step = clones(step.parameters)
+        self._before_step = clones(step.parameters)
+
+    def _keep_gradient(self, step: OptimizerStep) -> None:
+        """For the cosine of the next one."""
+        if step.moved:
+            self._last_gradient[step.name] = (step.moved, step.flat_gradient)
 
     def _after(self, step: OptimizerStep) -> None:
-        due, next_due = self._is_due(step), (step.count + 1) % self.every_n_steps == 0
-        if (due or next_due) and step.moved:
-            flat = torch.cat([dense.flatten() for dense in map(Tensor.to_dense, step.gradients)])
-            if due:
-                self._measure(step, flat)
-            if next_due:
-                self._last_gradient[step.name] = (step.moved, flat)
-
-    def _measure(self, step: OptimizerStep, flat: Tensor) -> None:
-        """Takes what is due at a step that has just been made."""
+        if not step.moved:
+            return
+        flat = step.flat_gradient
         changes = torch._foreach_sub(step.parameters, self._before_step)
         known, last = self._last_gradient.get(step.name, (None, flat))
         has_cosine = known == step.moved
@@ -206,6 +202,7 @@ class LearningRateEffects(Callback):
     def _detach(self, trainer: Trainer) -> None:
         if self._steps:
             self._steps.detach()
+            self._steps_before.detach()
             self._steps = None
             self._replays = self._watched = False
         close_step_writer(trainer)

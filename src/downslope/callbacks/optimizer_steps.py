@@ -40,6 +40,7 @@ class OptimizerStep:
     _moved: tuple[Parameter, ...] = ()
     _gradients: list[Tensor] | None = None
     _norms: Tensor | None = None
+    _flat: Tensor | None = None
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -71,6 +72,13 @@ class OptimizerStep:
         return self._gradients or []
 
     @property
+    def flat_gradient(self) -> Tensor:
+        """All of `gradients` as one vector, computed once for all observers."""
+        if self._flat is None:
+            self._flat = torch.cat([dense.flatten() for dense in map(Tensor.to_dense, self.gradients)])
+        return self._flat
+
+    @property
     def gradient_norms(self) -> Tensor:
         """The L2 norm of each of `gradients`, of which there is at least one; computed once for all observers."""
         if self._norms is None:
@@ -79,7 +87,7 @@ class OptimizerStep:
 
     def forget(self) -> None:
         """Lets the gradients go."""
-        self._gradients = self._norms = None
+        self._gradients = self._norms = self._flat = None
 
 
 class OptimizerSteps:
@@ -97,9 +105,10 @@ class OptimizerSteps:
         before: Called with θₜ in place.
         after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
         every_n_steps: Both are called at an optimizer's steps 0, n, 2n, … alone.
+        ahead: And so many steps before those instead.
 
     Attributes:
-        on_next: Called after each step, when the coming one is known.
+        on_next: Called where a step that is due begins or stops to be the coming one.
         on_loss: Called in the middle of each step that is given a closure, with the loss that this returns: gradients
             are final, parameters still θₜ.
     """
@@ -110,10 +119,12 @@ class OptimizerSteps:
         before: Callable[[OptimizerStep], None] | None = None,
         after: Callable[[OptimizerStep], None] | None = None,
         every_n_steps: int = 1,
+        ahead: int = 0,
     ) -> None:
         self.before = before
         self.after = after
         self.every_n_steps = every_n_steps
+        self.ahead = ahead
         self.on_next: Callable[[], None] | None = None
         self.on_loss: Callable[[Tensor | None], None] | None = None
         hooks = _HOOKS.get(trainer)
@@ -125,7 +136,11 @@ class OptimizerSteps:
 
     def are_due(self) -> bool:
         """Tells whether the coming step of any optimizer is one of every n."""
-        return any(state.count % self.every_n_steps == 0 for state in self.states)
+        return any(map(self.is_due, self.states))
+
+    def is_due(self, step: OptimizerStep) -> bool:
+        """Tells whether an optimizer's coming or just taken step is one of every n."""
+        return (step.count + self.ahead) % self.every_n_steps == 0
 
     def detach(self) -> None:
         """Leaves the optimizers as they were."""
@@ -157,22 +172,24 @@ class _Hooks:
         trainer = self._trainer() if self._skips else None  # otherwise its count, which takes time, is this one
         state.step = max(trainer.global_step, self._num_steps) if trainer else self._num_steps
         for observer in self.observers:
-            if observer.before and state.count % observer.every_n_steps == 0:
+            if observer.before and observer.is_due(state):
                 with torch.no_grad():
                     observer.before(state)
             if observer.on_loss and named.get("closure"):
                 named["closure"] = partial(_overheard, named["closure"], observer.on_loss)
 
     def _after(self, state: OptimizerStep, *_: object) -> None:
-        with torch.no_grad():
-            for observer in self.observers:
-                if observer.after and state.count % observer.every_n_steps == 0:
-                    observer.after(state)
-        state.forget()
+        looks = [each.after for each in self.observers if each.after and each.is_due(state)]
+        if looks:
+            with torch.no_grad():
+                for look in looks:
+                    look(state)
+            state.forget()
         self._num_steps = state.step + 1
+        due = [each for each in self.observers if each.on_next and each.is_due(state)]
         state.count += 1
         for observer in self.observers:
-            if observer.on_next:
+            if observer.on_next and (observer in due or observer.is_due(state)):
                 observer.on_next()
 
     def remove(self) -> None:

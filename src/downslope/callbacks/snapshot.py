@@ -55,7 +55,6 @@ class Copies:
         self._tensors: list[Tensor] = []
         self._pairs: Pairs = []
 
-    @torch.no_grad()
     def take(self, tensors: list[Tensor]) -> None:
         """Copies the tensors as they are now."""
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
@@ -63,7 +62,6 @@ class Copies:
         for originals, copies in self._pairs:
             torch._foreach_copy_(copies, originals)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Puts the copies' values back into the tensors."""
         for originals, copies in self._pairs:
