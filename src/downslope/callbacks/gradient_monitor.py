@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import product
 from math import inf
+from operator import is_
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -17,11 +18,12 @@ from downslope.callbacks.optimizer_steps import (
     OptimizerStep,
     OptimizerSteps,
     check_frequency,
+    flat,
     leave_out_idle_hooks,
     parameter_names,
     wake,
 )
-from downslope.callbacks.unclipped_gradients import UnclippedGradients, clones
+from downslope.callbacks.unclipped_gradients import UnclippedGradients
 from downslope.gradients.norms import dense, norms, total_norm
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
 
@@ -73,7 +75,9 @@ class GradientMonitor(Callback):
             leave_out_idle_hooks(self, *STEP_HOOKS)
             return
         self._names = parameter_names(pl_module)
-        self._plans: dict[tuple[Parameter, ...], Plan] = {}
+        self._plans: dict[str, Plan] = {}
+        self._held: list[Parameter] = []
+        self._small: list[Parameter] = []
         self._steps = steps = OptimizerSteps(trainer, self._before, self._after, self.every_n_steps)
         self._unclipped = unclipped = UnclippedGradients(trainer, pl_module, steps)
         leave_out_idle_hooks(self, *STEP_HOOKS)
@@ -92,52 +96,52 @@ class GradientMonitor(Callback):
         self._unclipped.on_before_optimizer_step(optimizer)
 
     def _before(self, step: OptimizerStep) -> None:
-        small = [parameter for parameter in step.parameters if parameter.numel() <= self.max_scalar_elements]
-        self._values = dict(zip(small, clones(small), strict=True))
+        if step.parameters is not self._held:
+            self._held = step.parameters
+            self._small = [each for each in self._held if 0 < each.numel() <= self.max_scalar_elements]
+        self._values = flat(self._small) if self._small else None
 
     def _after(self, step: OptimizerStep) -> None:
         unclipped = None if self._unclipped.are_applied else self._unclipped.take(step)
         parameters = step.moved if unclipped is None else tuple(unclipped)
         if not parameters:
             return
-        if parameters not in self._plans:
-            self._plans[parameters] = self._plan(parameters, step.suffix)
-        plan = self._plans[parameters]
+        plan = self._plans.get(step.name)
+        if plan is None or not _are_same(plan.parameters, parameters):
+            plan = self._plans[step.name] = self._plan(parameters, step.suffix)
         if unclipped is None:  # nobody clips
             gradients = step.gradients
             taken = step.gradient_norms if self.norm_type == 2 else norms(gradients, self.norm_type)
         else:
             gradients = list(unclipped.values())
             taken = norms([*gradients, *(each.grad for each in parameters if each.grad is not None)], self.norm_type)
-        elements = []
-        for index in plan.small:
-            gradient = gradients[index].to_dense()
-            elements += [gradient.clone() if gradient is parameters[index].grad else gradient]
-            elements += [self._values[parameters[index]]]
+        elements = [flat([gradients[index] for index in plan.small]), self._values] if plan.small else []
         self._writer.add(step.step, plan.measurement, taken, *elements)
         if step.count % self.histogram_every_n_steps == 0:
             for index in plan.shown:
                 name = self._names[id(parameters[index])]
                 self._writer.add_histogram(step.step, f"gradient/{name}", dense(gradients[index]))
 
-    def _plan(self, parameters: Sequence[Parameter], suffix: str) -> "Plan":
+    def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
         names = [self._names[id(parameter)] for parameter in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
-        small = [index for index in shown if parameters[index].numel() <= self.max_scalar_elements]
+        kept = {id(each) for each in self._small}
+        small = [index for index in shown if id(parameters[index]) in kept]
         tags = [f"gradient_norm/total{suffix}", f"gradient_norm/applied{suffix}"]
         tags += [f"gradient_norm/{names[index]}" for index in shown]
-        for index in small:
-            for kind in ("gradient_value", "parameter_value"):
-                tags += [f"{kind}/{names[index]}{place}" for place in _places(parameters[index])]
-        num = len(parameters)
+        for kind in ("gradient_value", "parameter_value"):
+            tags += [f"{kind}/{names[index]}{place}" for index in small for place in _places(parameters[index])]
+        num, chosen = len(parameters), {id(parameters[index]) for index in small}
+        columns = torch.tensor([id(each) in chosen for each in self._small for _ in range(each.numel())])
 
         def derive(taken: Tensor, *elements: Tensor) -> Tensor:
             arrived, applied = taken[:, :num], taken[:, -num:]  # the same where nobody clips
             totals = [total_norm(each, self.norm_type)[:, None] for each in (arrived, applied)]
-            flat = [each.flatten(start_dim=1).to(taken.device) for each in elements]
-            return torch.cat([*totals, arrived[:, shown], *flat], dim=1)
+            gradients, values = elements or (taken[:, :0], taken[:, :0])
+            values = values[:, columns.to(values.device)] if elements else values
+            return torch.cat([*totals, arrived[:, shown], gradients.to(taken.device), values.to(taken.device)], dim=1)
 
-        return Plan(Measurement(tags, derive), shown, small)
+        return Plan(parameters, Measurement(tags, derive), shown, small)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach(trainer)
@@ -157,9 +161,14 @@ class GradientMonitor(Callback):
 class Plan:
     """What is measured of a set of parameters: which get tags, and which of those element by element."""
 
+    parameters: tuple[Parameter, ...]
     measurement: Measurement
     shown: list[int]
     small: list[int]
+
+
+def _are_same(first: Sequence[Parameter], second: Sequence[Parameter]) -> bool:
+    return first is second or (len(first) == len(second) and all(map(is_, first, second)))
 
 
 def _places(tensor: Tensor) -> list[str]:

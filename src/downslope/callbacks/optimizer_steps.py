@@ -1,6 +1,6 @@
 """Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
@@ -75,7 +75,7 @@ class OptimizerStep:
     def flat_gradient(self) -> Tensor:
         """All of `gradients` as one vector, computed once for all observers."""
         if self._flat is None:
-            self._flat = torch.cat([dense.flatten() for dense in map(Tensor.to_dense, self.gradients)])
+            self._flat = flat(self.gradients)
         return self._flat
 
     @property
@@ -209,6 +209,14 @@ def _overheard(closure: Callable[[], Tensor | None], on_loss: Callable[[Tensor |
 
 
 _HOOKS: WeakKeyDictionary[Trainer, _Hooks] = WeakKeyDictionary()
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a copy of tensors, dense or sparse, as one vector."""
+    if len(tensors) == 1 or any(tensor.is_sparse for tensor in tensors):
+        return torch.cat([tensor.to_dense().flatten().clone() for tensor in tensors])
+    vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)  # the same in one call: DDP's
+    return vector
 
 
 def optimizer_names(optimizers: list[Optimizer]) -> list[str]:

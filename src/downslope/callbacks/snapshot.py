@@ -1,7 +1,7 @@
 """A way back: tensors and optimizer states as they were, to the last bit."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 

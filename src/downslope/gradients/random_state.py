@@ -59,7 +59,7 @@ class _Numpy:
     """NumPy's state; the same object as the last time while nothing is drawn, because it takes NumPy 60 µs to make.
 
     What a draw changes is seen in the generator's own memory: 624 words and the place in them. Only a normal number
-    that waits, drawn beside another, is not kept there: where one does, and under another generator, nothing is assumed.
+    that waits, drawn beside another, is not kept there: then, and under another generator, nothing is assumed.
     """
 
     def __init__(self) -> None:
