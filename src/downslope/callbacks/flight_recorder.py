@@ -15,13 +15,14 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, flat, leave_out_idle_hooks, wake
 from downslope.callbacks.snapshot import Copies, Snapshot
 from downslope.callbacks.unclipped_gradients import may_be_clipped
 from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 from downslope.gradients.finiteness import wide_norms
 
 OnDivergence = Literal["stop", "raise", "continue"]
+SMALL = 2**18  # elements that all steps of the ring hold: so many stay in a processor's cache
 
 
 class DivergenceError(RuntimeError):
@@ -33,6 +34,7 @@ class _Norms:
     """Norms by name; numbers once they have been read from the device."""
 
     names: Sequence[str] = ()
+    sizes: Sequence[int] = ()
     values: Tensor | list[float] = field(default_factory=list)
 
 
@@ -49,13 +51,21 @@ class _Measured:
     learning_rate: float | list[float] | None = None
     gradients: _Norms = field(default_factory=_Norms)
     parameters: _Norms = field(default_factory=_Norms)
+    vector: Tensor | None = None  # gradients and parameters, of which the norms are taken when somebody looks
 
     def total(self) -> float:
         """Returns the sum of all that was read: if it is finite, everything is."""
+        if self.vector is not None:
+            return (self.loss or 0.0) + torch.dot(self.vector, self.vector).item()  # type: ignore[return-value]
         return (self.loss or 0.0) + sum(self.gradients.values) + sum(self.parameters.values)  # type: ignore[return-value]
 
     def record(self) -> StepRecord:
         """Returns what was read, by name."""
+        if self.vector is not None:
+            parts = self.vector.split([*self.gradients.sizes, *self.parameters.sizes])
+            values: list[float] = wide_norms(parts).tolist()
+            num, self.vector = len(self.gradients.names), None
+            self.gradients.values, self.parameters.values = values[:num], values[num:]
         arrived = dict(zip(self.gradients.names, self.gradients.values, strict=True))
         parameters = dict(zip(self.parameters.names, self.parameters.values, strict=True))
         stepped = parameters or arrived  # not those of another optimizer
@@ -161,6 +171,14 @@ class FlightRecorder(Callback):
             and trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
             and type(pl_module).optimizer_step is LightningModule.optimizer_step
         )
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        held = [each for group in groups for each in group["params"]]
+        kinds = {(each.device.type, each.dtype) for each in held}
+        self._is_small = (
+            self._is_quick
+            and kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+            and 2 * sum(each.numel() for each in held) * self.num_steps <= SMALL
+        )
         if self._is_quick:
             self._optimizer_steps.on_loss = self._catch
             wake(self, "on_train_batch_end", awake=False)
@@ -179,7 +197,7 @@ class FlightRecorder(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        self._held: dict[int, tuple[Sequence[Parameter], Sequence[str]]] = {}
+        self._held: dict[int, tuple[Sequence[Parameter], Sequence[str], Sequence[int]]] = {}
         self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -266,11 +284,10 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()  # training ends, but not before the module's own code does
             return
-        optimizer = step.optimizer
-        arrived, stepped = self._norms_of_step(step)
-        rate = _learning_rate(optimizer)
         loss = self._loss if self._is_quick or not self._automatic else None
-        measured = self._step_of_batch = _Measured(step.step, *self._batch, loss, step.name, rate, arrived, stepped)
+        measured = _Measured(step.step, *self._batch, loss, step.name, _learning_rate(step.optimizer))
+        self._step_of_batch = measured
+        self._measure_step(step, measured)
         self._arrived = None
         if self._is_quick:
             self._loss = None
@@ -286,24 +303,32 @@ class FlightRecorder(Callback):
             self._loss = None
             self._judge_if_due()
 
-    def _norms_of_step(self, step: OptimizerStep) -> tuple[_Norms, _Norms]:
-        """Of the gradients as they arrived, and of the parameters that the step has made."""
-        names = self._named(step.parameters)
+    def _measure_step(self, step: OptimizerStep, measured: _Measured) -> None:
+        """Looks at the gradients as they arrived, and at the parameters that the step has made."""
+        parameters = measured.parameters = _Norms(*self._named(step.parameters))
         if self._arrived:
-            return self._arrived, _Norms(names, _measure(step.parameters))
-        values, num = _measure([*step.gradients, *step.parameters]), len(step.gradients)  # in one go
-        return _Norms(self._named(step.moved), values[:num]), _Norms(names, values[num:])
+            measured.gradients, parameters.values = self._arrived, _measure(step.parameters)
+            return
+        gradients, both = _Norms(*self._named(step.moved)), [*step.gradients, *step.parameters]
+        measured.gradients = gradients
+        if self._is_small:
+            measured.vector = flat(both)
+        else:
+            values, num = _measure(both), len(step.gradients)  # in one go
+            gradients.values, parameters.values = values[:num], values[num:]
 
     def _gradient_norms(self, optimizers: Iterable[Optimizer]) -> _Norms:
         held = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
         present = [(self._names.get(each, "?"), each.grad) for each in held if each.grad is not None]
-        return _Norms([name for name, _ in present], _measure([gradient for _, gradient in present]))
+        return _Norms([name for name, _ in present], values=_measure([gradient for _, gradient in present]))
 
-    def _named(self, parameters: Sequence[Parameter]) -> Sequence[str]:
-        """The parameters' names; looked up again where they are not the same list as the last time."""
-        if id(parameters) not in self._held or self._held[id(parameters)][0] is not parameters:
-            self._held[id(parameters)] = parameters, [self._names.get(each, "?") for each in parameters]
-        return self._held[id(parameters)][1]
+    def _named(self, parameters: Sequence[Parameter]) -> tuple[Sequence[str], Sequence[int]]:
+        """The parameters' names and sizes; looked up again where they are not the same list as the last time."""
+        known, *about = self._held.get(id(parameters), ((), (), ()))
+        if known is not parameters:
+            about = [[self._names.get(each, "?") for each in parameters], [each.numel() for each in parameters]]
+            self._held[id(parameters)] = parameters, *about
+        return about[0], about[1]
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
