@@ -63,9 +63,9 @@ class _Measured:
         """Returns what was read, by name."""
         if self.vector is not None:
             parts = self.vector.split([*self.gradients.sizes, *self.parameters.sizes])
-            values: list[float] = wide_norms(parts).tolist()
+            norms: list[float] = wide_norms(parts).tolist()
             num, self.vector = len(self.gradients.names), None
-            self.gradients.values, self.parameters.values = values[:num], values[num:]
+            self.gradients.values, self.parameters.values = norms[:num], norms[num:]
         arrived = dict(zip(self.gradients.names, self.gradients.values, strict=True))
         parameters = dict(zip(self.parameters.names, self.parameters.values, strict=True))
         stepped = parameters or arrived  # not those of another optimizer
@@ -324,11 +324,12 @@ class FlightRecorder(Callback):
 
     def _named(self, parameters: Sequence[Parameter]) -> tuple[Sequence[str], Sequence[int]]:
         """The parameters' names and sizes; looked up again where they are not the same list as the last time."""
-        known, *about = self._held.get(id(parameters), ((), (), ()))
+        known, names, sizes = self._held.get(id(parameters), ((), (), ()))
         if known is not parameters:
-            about = [[self._names.get(each, "?") for each in parameters], [each.numel() for each in parameters]]
-            self._held[id(parameters)] = parameters, *about
-        return about[0], about[1]
+            names = [self._names.get(each, "?") for each in parameters]
+            sizes = [each.numel() for each in parameters]
+            self._held[id(parameters)] = parameters, names, sizes
+        return names, sizes
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
@@ -422,7 +423,7 @@ def _measure(tensors: Sequence[Tensor]) -> Tensor | list[float]:
     """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
     if not tensors or tensors[0].device.type != "cpu" or any(tensor.is_sparse for tensor in tensors):
         return wide_norms(tensors)
-    values: list[float] = torch.stack(torch._foreach_norm(tensors)).tolist()
+    values: list[float] = torch.stack(torch._foreach_norm(list(tensors))).tolist()
     return values if isfinite(sum(values)) else wide_norms(tensors).tolist()
 
 

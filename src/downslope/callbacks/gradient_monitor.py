@@ -99,7 +99,8 @@ class GradientMonitor(Callback):
         if step.parameters is not self._held:
             self._held = step.parameters
             self._small = [each for each in self._held if 0 < each.numel() <= self.max_scalar_elements]
-        self._values = flat(self._small) if self._small else None
+        if self._small:
+            self._values = flat(self._small)
 
     def _after(self, step: OptimizerStep) -> None:
         unclipped = None if self._unclipped.are_applied else self._unclipped.take(step)

@@ -150,7 +150,7 @@ class LearningRateEffects(Callback):
         if not step.moved:
             return
         flat = step.flat_gradient
-        changes = torch._foreach_sub(step.parameters, self._before_step)
+        changes = torch._foreach_sub(list[Tensor](step.parameters), self._before_step)
         known, last = self._last_gradient.get(step.name, (None, flat))
         has_cosine = known == step.moved
         groups = step.optimizer.param_groups

@@ -215,7 +215,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
     """Returns a copy of tensors, dense or sparse, as one vector."""
     if len(tensors) == 1 or any(tensor.is_sparse for tensor in tensors):
         return torch.cat([tensor.to_dense().flatten().clone() for tensor in tensors])
-    vector: Tensor = torch._C._nn.flatten_dense_tensors(tensors)  # the same in one call: DDP's
+    vector: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))  # the same in one call: DDP's
     return vector
 
 
