@@ -616,9 +616,39 @@ def test_the_second_forward_leaves_no_trace(tmp_path: Path, kind: type[Noisy]) -
     assert [torch.equal(*pair) for pair in zip(*ends, strict=True)] == [True] * len(ends[0])
 
 
+def test_the_second_forward_reaches_no_logger(tmp_path: Path) -> None:
+    class Direct(Net):
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            self.logger.log_metrics({"direct": 1.0}, batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    fit(Direct, [LearningRateEffects(every_n_steps=1)], TensorBoardLogger(tmp_path, name="", version=""))
+    assert [step for step, _ in scalars(tmp_path, "direct")] == list(range(NUM_BATCHES))
+    assert len(scalars(tmp_path, "learning_rate_effect/descent_ratio")) == NUM_BATCHES
+
+
+class WithCriterion(Manual):
+    """What it calls its loss takes predictions, and no batch."""
+
+    loss = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = nn.MSELoss()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        loss: Tensor = self.loss(self(batch[0]), batch[1])
+        self.manual_backward(loss)
+        optimizer.step()
+        return loss
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
+        (WithCriterion, "under manual optimization `training_step` takes a step: give the module a method `loss("),
         (WithLBFGS, "LBFGS evaluates the loss many times a step"),
         (Adversaries, "there are several optimizers"),
     ],
