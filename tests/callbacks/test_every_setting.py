@@ -627,22 +627,25 @@ def test_the_second_forward_reaches_no_logger(tmp_path: Path) -> None:
     assert len(scalars(tmp_path, "learning_rate_effect/descent_ratio")) == NUM_BATCHES
 
 
-class WithCriterion(Manual):
+class WithCriterion(LightningModule):
     """What it calls its loss takes predictions, and no batch."""
-
-    loss = None
 
     def __init__(self) -> None:
         super().__init__()
+        self.automatic_optimization = False
+        self.line = nn.Linear(3, 1)
         self.loss = nn.MSELoss()
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         optimizer = self.optimizers()
         optimizer.zero_grad()
-        loss: Tensor = self.loss(self(batch[0]), batch[1])
+        loss: Tensor = self.loss(self.line(batch[0])[:, 0], batch[1])
         self.manual_backward(loss)
         optimizer.step()
         return loss
+
+    def configure_optimizers(self) -> Any:
+        return SGD(self.parameters(), lr=RATE)
 
 
 @pytest.mark.parametrize(
