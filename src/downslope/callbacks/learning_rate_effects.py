@@ -14,13 +14,13 @@ from downslope.callbacks.optimizer_steps import (
     OptimizerStep,
     OptimizerSteps,
     check_frequency,
+    flat,
     leave_out_idle_hooks,
     parameter_names,
     wake,
 )
 from downslope.callbacks.replay import Replay, why_no_replay
-from downslope.callbacks.unclipped_gradients import clones
-from downslope.gradients.norms import norms, total_norm
+from downslope.gradients.norms import part_norms, total_norm
 from downslope.gradients.random_state import RandomState
 from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
@@ -78,7 +78,6 @@ class LearningRateEffects(Callback):
         if not self._writer.is_open:
             return
         self._names = parameter_names(pl_module)
-        self._before_step: list[Tensor] = []
         named = {parameter_names(pl_module)[id(parameter)]: parameter for parameter in pl_module.parameters()}
         self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor]] = {
             optimizer: (tuple(named[name] for name in last["parameters"]), last["gradient"].to(pl_module.device))
@@ -139,7 +138,7 @@ class LearningRateEffects(Callback):
         self._writer.add(self._promised_at, DESCENT_RATIO, before, after, promise)
 
     def _before(self, step: OptimizerStep) -> None:
-        self._before_step = clones(step.parameters)
+        self._before_step = flat(step.parameters)
 
     def _keep_gradient(self, step: OptimizerStep) -> None:
         """For the cosine of the next one."""
@@ -149,28 +148,27 @@ class LearningRateEffects(Callback):
     def _after(self, step: OptimizerStep) -> None:
         if not step.moved:
             return
-        flat = step.flat_gradient
-        changes = torch._foreach_sub(list[Tensor](step.parameters), self._before_step)
-        known, last = self._last_gradient.get(step.name, (None, flat))
+        gradient, after = step.flat_gradient, flat(step.parameters)
+        known, last = self._last_gradient.get(step.name, (None, gradient))
         has_cosine = known == step.moved
         groups = step.optimizer.param_groups
         key = (step.name, step.moved, has_cosine, len(groups))
         if key not in self._plans:
             self._plans[key] = self._plan(step, has_cosine)
         rates = [float(group["lr"]) for group in groups]
-        taken = norms([*changes, *self._before_step, last])
-        self._writer.add(step.step, self._plans[key], taken, step.gradient_norms, torch.dot(flat, last), rates)
+        cosine_of = [gradient, last] if has_cosine else [gradient]
+        self._writer.add(step.step, self._plans[key], rates, self._before_step, after, *cosine_of)
         if self._watched:
-            squares = step.gradient_norms.square()
-            if len(groups) > 1:
-                rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
-            self._promise = rates[0] * squares.sum() if len(groups) == 1 else squares @ squares.new_tensor(rates)
             self._promised_at = step.step
+            if len(groups) == 1:
+                self._promise = rates[0] * torch.dot(gradient, gradient)
+            else:
+                rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
+                self._promise = step.gradient_norms.square() @ step.gradient_norms.new_tensor(rates)
 
     def _plan(self, step: OptimizerStep, has_cosine: bool) -> Measurement:
-        all_parameters, suffix = step.parameters, step.suffix
-        num = len(all_parameters)
-        shown = [index for index, each in enumerate(all_parameters) if any(each is moved for moved in step.moved)]
+        suffix, sizes = step.suffix, [each.numel() for each in step.parameters]
+        shown = [index for index, each in enumerate(step.parameters) if any(each is moved for moved in step.moved)]
         groups = range(len(step.optimizer.param_groups))
         places = [""] if len(groups) == 1 else [f"/{group}" for group in groups]
         tags = [f"update_ratio/total{suffix}", f"learning_rate_effect/effective{suffix}"]
@@ -178,17 +176,18 @@ class LearningRateEffects(Callback):
         tags += [f"learning_rate/{step.name}{place}" for place in places]
         tags += [f"learning_rate_effect/gradient_cosine{suffix}"] * has_cosine
 
-        def derive(taken: Tensor, gradients: Tensor, product: Tensor, rates: Tensor) -> Tensor:
-            changes, sizes, last = taken[:, :num], taken[:, num : 2 * num], taken[:, -1]
-            change, gradient = total_norm(changes), total_norm(gradients)
+        def derive(rates: Tensor, before: Tensor, after: Tensor, gradient: Tensor, *last_one: Tensor) -> Tensor:
+            changes, own = part_norms(after - before, sizes), part_norms(before, sizes)
+            change, length = total_norm(changes), part_norms(gradient, [gradient.shape[1]])[:, 0]
             columns = [
-                update_ratio(change, total_norm(sizes))[:, None],
-                effective_learning_rate(change, gradient)[:, None],
-                update_ratio(changes, sizes)[:, shown],
-                rates.to(taken.device, torch.promote_types(taken.dtype, torch.float32)),
+                update_ratio(change, total_norm(own))[:, None],
+                effective_learning_rate(change, length)[:, None],
+                update_ratio(changes, own)[:, shown],
+                rates.to(changes.device, torch.promote_types(changes.dtype, torch.float32)),
             ]
-            if has_cosine:
-                columns.append(cosine(product, gradient, last)[:, None])
+            for last in last_one:
+                product, last_length = (gradient * last).sum(dim=1), part_norms(last, [last.shape[1]])[:, 0]
+                columns.append(cosine(product, length, last_length)[:, None])
             return torch.cat(columns, dim=1)
 
         return Measurement(tags, derive)

@@ -46,6 +46,26 @@ def norms(tensors: Sequence[Float[Tensor, "..."]], norm_type: float = 2.0) -> Fl
         return torch.stack(each)
 
 
+def part_norms(
+    vectors: Float[Tensor, "steps num_elements"], sizes: Sequence[int], norm_type: float = 2.0
+) -> Float[Tensor, "steps num_parts"]:
+    """Returns the norm of each part of vectors that were put together of tensors: `norms`, for many steps at once.
+
+    Args:
+        vectors: One for each step.
+        sizes: Of the parts, in their order.
+        norm_type: 2 or infinity.
+
+    Example:
+        >>> part_norms(torch.tensor([[3.0, -4.0, 2.0], [0.0, 1.0, 0.0]]), [2, 1])
+        tensor([[5., 2.],
+                [1., 0.]])
+    """
+    dtype = torch.float32 if vectors.dtype in HALF else None
+    parts = [part if part.shape[1] else vectors.new_zeros(len(vectors), 1) for part in vectors.split(sizes, dim=1)]
+    return torch.stack([torch.linalg.vector_norm(part, norm_type, dim=1, dtype=dtype) for part in parts], dim=1)
+
+
 def total_norm(parameter_norms: Float[Tensor, "*steps num_tensors"], norm_type: float = 2.0) -> Float[Tensor, "*steps"]:
     """Returns the norm of all parameters as one vector, given the norm of each.
 
