@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import product
+from itertools import accumulate, chain, product
 from math import inf
 from operator import is_
 
@@ -24,7 +24,7 @@ from downslope.callbacks.optimizer_steps import (
     wake,
 )
 from downslope.callbacks.unclipped_gradients import UnclippedGradients
-from downslope.gradients.norms import dense, norms, total_norm
+from downslope.gradients.norms import dense, part_norms, total_norm
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
 
 
@@ -99,50 +99,46 @@ class GradientMonitor(Callback):
         if step.parameters is not self._held:
             self._held = step.parameters
             self._small = [each for each in self._held if 0 < each.numel() <= self.max_scalar_elements]
-        if self._small:
-            self._values = flat(self._small)
+        self._values = flat(self._small) if self._small else torch.empty(0)
 
     def _after(self, step: OptimizerStep) -> None:
-        unclipped = None if self._unclipped.are_applied else self._unclipped.take(step)
-        parameters = step.moved if unclipped is None else tuple(unclipped)
+        if self._unclipped.are_applied:
+            parameters, gradients, vectors = step.moved, step.gradients, [step.flat_gradient] if step.moved else []
+        else:
+            unclipped = self._unclipped.take(step)
+            parameters, gradients = tuple(unclipped), list(unclipped.values())
+            applied = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            vectors = [flat(gradients), flat(applied)] if parameters else []
         if not parameters:
             return
         plan = self._plans.get(step.name)
         if plan is None or not _are_same(plan.parameters, parameters):
             plan = self._plans[step.name] = self._plan(parameters, step.suffix)
-        if unclipped is None:  # nobody clips
-            gradients = step.gradients
-            taken = step.gradient_norms if self.norm_type == 2 else norms(gradients, self.norm_type)
-        else:
-            gradients = list(unclipped.values())
-            taken = norms([*gradients, *(each.grad for each in parameters if each.grad is not None)], self.norm_type)
-        elements = [flat([gradients[index] for index in plan.small]), self._values] if plan.small else []
-        self._writer.add(step.step, plan.measurement, taken, *elements)
+        self._writer.add(step.step, plan.measurement, self._values, *vectors)
         if step.count % self.histogram_every_n_steps == 0:
             for index in plan.shown:
                 name = self._names[id(parameters[index])]
                 self._writer.add_histogram(step.step, f"gradient/{name}", dense(gradients[index]))
 
     def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
-        names = [self._names[id(parameter)] for parameter in parameters]
+        names, sizes = [self._names[id(each)] for each in parameters], [each.numel() for each in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
         kept = {id(each) for each in self._small}
-        small = [index for index in shown if id(parameters[index]) in kept]
+        small = [parameters[index] for index in shown if id(parameters[index]) in kept]
         tags = [f"gradient_norm/total{suffix}", f"gradient_norm/applied{suffix}"]
         tags += [f"gradient_norm/{names[index]}" for index in shown]
         for kind in ("gradient_value", "parameter_value"):
-            tags += [f"{kind}/{names[index]}{place}" for index in small for place in _places(parameters[index])]
-        num, chosen = len(parameters), {id(parameters[index]) for index in small}
-        columns = torch.tensor([id(each) in chosen for each in self._small for _ in range(each.numel())])
+            tags += [f"{kind}/{self._names[id(each)]}{place}" for each in small for place in _places(each)]
+        of_gradients, of_values = _columns(small, parameters), _columns(small, self._small)
 
-        def derive(taken: Tensor, *elements: Tensor) -> Tensor:
-            arrived, applied = taken[:, :num], taken[:, -num:]  # the same where nobody clips
-            totals = [total_norm(each, self.norm_type)[:, None] for each in (arrived, applied)]
-            gradients, values = elements or (taken[:, :0], taken[:, :0])
-            values = values[:, columns.to(values.device)] if elements else values
-            return torch.cat([*totals, arrived[:, shown], gradients.to(taken.device), values.to(taken.device)], dim=1)
+        def derive(values: Tensor, arrived: Tensor, *applied: Tensor) -> Tensor:
+            each = part_norms(arrived, sizes, self.norm_type)
+            total = total_norm(each, self.norm_type)
+            totals = [total, *(total_norm(part_norms(last, sizes, self.norm_type), self.norm_type) for last in applied)]
+            elements = [arrived[:, of_gradients], values[:, of_values].to(arrived.device)]
+            return torch.cat([totals[0][:, None], totals[-1][:, None], each[:, shown], *elements], dim=1)
 
-        return Plan(parameters, Measurement(tags, derive), shown, small)
+        return Plan(parameters, Measurement(tags, derive), shown)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach(trainer)
@@ -160,16 +156,22 @@ class GradientMonitor(Callback):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is measured of a set of parameters: which get tags, and which of those element by element."""
+    """What is measured of a set of parameters, and which of them get tags."""
 
     parameters: tuple[Parameter, ...]
     measurement: Measurement
     shown: list[int]
-    small: list[int]
 
 
 def _are_same(first: Sequence[Parameter], second: Sequence[Parameter]) -> bool:
     return first is second or (len(first) == len(second) and all(map(is_, first, second)))
+
+
+def _columns(chosen: Sequence[Parameter], parameters: Sequence[Parameter]) -> Tensor:
+    """Where the elements of some parameters stand in a vector of them all."""
+    wanted, starts = {id(each) for each in chosen}, accumulate((each.numel() for each in parameters), initial=0)
+    ranges = [range(at, at + each.numel()) for at, each in zip(starts, parameters, strict=False) if id(each) in wanted]
+    return torch.tensor(list(chain.from_iterable(ranges)), dtype=torch.long)
 
 
 def _places(tensor: Tensor) -> list[str]:
