@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,21 @@ def test_steps_measures_every_way_in_every_case():
     assert all(is_positive(cell) for cell in cells if cell != "–")
     assert ("–" in cells) == ("pip install -e .[benchmark]" in process.stdout)
     assert process.stdout.rstrip().endswith("`python scripts/benchmark.py steps --quick`")
+
+
+def test_observers_measures_every_way_at_both_frequencies():
+    process = run("observers", "--quick")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    assert [(row["model"], row["every"]) for row in rows] == [("line, 10 features", "50"), ("line, 10 features", "1")]
+    for row in rows:
+        assert is_positive(row["step, processor ms"])
+        ways = list(row.items())[4:]
+        assert {"ours", "ours and `FlightRecorder`", "`grad_norm` + `log_dict`", "histograms"} < {
+            way for way, _ in ways
+        }
+        assert all(re.fullmatch(r"[+-]\d+ % \([+-]\d+ %\)", added) for _, added in ways)
+    assert process.stdout.rstrip().endswith("`python scripts/benchmark.py observers --quick`")
 
 
 @pytest.mark.parametrize("arguments", [["stops"], ["steps", "--rounds", "0"], ["steps", "--rounds", "many"]])

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -165,20 +166,8 @@ class FlightRecorder(Callback):
         self._loss: Tensor | None = None
         before = None if self._automatic else self._before_step
         self._optimizer_steps = OptimizerSteps(trainer, before, self._after_step)
-        self._is_quick = (
-            self._automatic
-            and not self._scaler
-            and trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
-            and type(pl_module).optimizer_step is LightningModule.optimizer_step
-        )
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        held = [each for group in groups for each in group["params"]]
-        kinds = {(each.device.type, each.dtype) for each in held}
-        self._is_small = (
-            self._is_quick
-            and kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
-            and 2 * sum(each.numel() for each in held) * self.num_steps <= SMALL
-        )
+        self._is_quick = self._automatic and not self._scaler and self._knows_the_loss_in_the_step(pl_module)
+        self._is_small = self._is_quick and self._fits_into_a_cache()
         if self._is_quick:
             self._optimizer_steps.on_loss = self._catch
             wake(self, "on_train_batch_end", awake=False)
@@ -195,9 +184,26 @@ class FlightRecorder(Callback):
         }
         return [name for name, is_idle in idle.items() if is_idle]
 
+    def _knows_the_loss_in_the_step(self, module: LightningModule) -> bool:
+        """Each batch is a step, and there is nobody to agree with: it can be judged before the batch has ended."""
+        trainer = self._trainer
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return (
+            trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
+            and not any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
+            and type(module).optimizer_step is LightningModule.optimizer_step
+        )
+
+    def _fits_into_a_cache(self) -> bool:
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        held = [parameter for group in groups for parameter in group["params"]]
+        kinds = {(each.device.type, each.dtype) for each in held}
+        small = 2 * sum(each.numel() for each in held) * self.num_steps <= SMALL
+        return small and kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        self._held: dict[int, tuple[Sequence[Parameter], Sequence[str], Sequence[int]]] = {}
+        self._held: dict[str, tuple[Sequence[Parameter], Sequence[str], Sequence[int]]] = {}
         self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -305,11 +311,11 @@ class FlightRecorder(Callback):
 
     def _measure_step(self, step: OptimizerStep, measured: _Measured) -> None:
         """Looks at the gradients as they arrived, and at the parameters that the step has made."""
-        parameters = measured.parameters = _Norms(*self._named(step.parameters))
+        parameters = measured.parameters = _Norms(*self._named(step.name, step.parameters))
         if self._arrived:
             measured.gradients, parameters.values = self._arrived, _measure(step.parameters)
             return
-        gradients, both = _Norms(*self._named(step.moved)), [*step.gradients, *step.parameters]
+        gradients, both = _Norms(*self._named(f"{step.name} moved", step.moved)), [*step.gradients, *step.parameters]
         measured.gradients = gradients
         if self._is_small:
             measured.vector = flat(both)
@@ -322,13 +328,13 @@ class FlightRecorder(Callback):
         present = [(self._names.get(each, "?"), each.grad) for each in held if each.grad is not None]
         return _Norms([name for name, _ in present], values=_measure([gradient for _, gradient in present]))
 
-    def _named(self, parameters: Sequence[Parameter]) -> tuple[Sequence[str], Sequence[int]]:
+    def _named(self, place: str, parameters: Sequence[Parameter]) -> tuple[Sequence[str], Sequence[int]]:
         """The parameters' names and sizes; looked up again where they are not the same list as the last time."""
-        known, names, sizes = self._held.get(id(parameters), ((), (), ()))
+        known, names, sizes = self._held.get(place, ((), (), ()))
         if known is not parameters:
             names = [self._names.get(each, "?") for each in parameters]
             sizes = [each.numel() for each in parameters]
-            self._held[id(parameters)] = parameters, names, sizes
+            self._held[place] = parameters, names, sizes
         return names, sizes
 
     def _judge_if_due(self) -> None:

@@ -1,6 +1,7 @@
 """Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
@@ -212,11 +213,12 @@ _HOOKS: WeakKeyDictionary[Trainer, _Hooks] = WeakKeyDictionary()
 
 
 def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns a copy of tensors, dense or sparse, as one vector."""
-    if len(tensors) == 1 or any(tensor.is_sparse for tensor in tensors):
-        return torch.cat([tensor.to_dense().flatten().clone() for tensor in tensors])
-    vector: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))  # the same in one call: DDP's
-    return vector
+    """Returns a copy of tensors as one vector, dense and on the device of the first."""
+    if len(tensors) > 1:  # of one it would be a view
+        with suppress(RuntimeError):  # sparse ones, or several devices
+            vector: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))  # in one call, as DDP does
+            return vector
+    return torch.cat([tensor.to_dense().flatten().to(tensors[0].device) for tensor in tensors])
 
 
 def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
