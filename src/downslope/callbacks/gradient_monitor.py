@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import accumulate, chain, product
 from math import inf
-from operator import is_
 
 import torch
 from lightning import Callback, LightningModule, Trainer
@@ -75,7 +74,7 @@ class GradientMonitor(Callback):
             leave_out_idle_hooks(self, *STEP_HOOKS)
             return
         self._names = parameter_names(pl_module)
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[object, Plan] = {}
         self._held: list[Parameter] = []
         self._small: list[Parameter] = []
         self._steps = steps = OptimizerSteps(trainer, self._before, self._after, self.every_n_steps)
@@ -111,9 +110,10 @@ class GradientMonitor(Callback):
             vectors = [flat(gradients), flat(applied)] if parameters else []
         if not parameters:
             return
-        plan = self._plans.get(step.name)
-        if plan is None or not _are_same(plan.parameters, parameters):
-            plan = self._plans[step.name] = self._plan(parameters, step.suffix)
+        key = (step.name, len(self._small), parameters)
+        if key not in self._plans:
+            self._plans[key] = self._plan(parameters, step.suffix)
+        plan = self._plans[key]
         self._writer.add(step.step, plan.measurement, self._values, *vectors)
         if step.count % self.histogram_every_n_steps == 0:
             for index in plan.shown:
@@ -138,7 +138,7 @@ class GradientMonitor(Callback):
             elements = [arrived[:, of_gradients], values[:, of_values].to(arrived.device)]
             return torch.cat([totals[0][:, None], totals[-1][:, None], each[:, shown], *elements], dim=1)
 
-        return Plan(parameters, Measurement(tags, derive), shown)
+        return Plan(Measurement(tags, derive), shown)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach(trainer)
@@ -158,13 +158,8 @@ class GradientMonitor(Callback):
 class Plan:
     """What is measured of a set of parameters, and which of them get tags."""
 
-    parameters: tuple[Parameter, ...]
     measurement: Measurement
     shown: list[int]
-
-
-def _are_same(first: Sequence[Parameter], second: Sequence[Parameter]) -> bool:
-    return first is second or (len(first) == len(second) and all(map(is_, first, second)))
 
 
 def _columns(chosen: Sequence[Parameter], parameters: Sequence[Parameter]) -> Tensor:
