@@ -35,9 +35,10 @@ def main(arguments: Sequence[str]) -> int:
 
         startup(rounds=options.rounds or (1 if options.quick else 9))
     elif options.benchmark == "observers":
-        from benchmarks.observers import observers
+        from benchmarks.observers import CASES, QUICK, observers
 
-        observers(rounds=options.rounds or (1 if options.quick else 5), seconds=0.02 if options.quick else 0.3)
+        rounds = options.rounds or (1 if options.quick else 5)
+        observers(rounds, seconds=0.02 if options.quick else 0.3, cases=QUICK if options.quick else CASES)
     elif options.benchmark == "verdict":
         from benchmarks.verdict import verdict
 

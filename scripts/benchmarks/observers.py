@@ -6,7 +6,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -41,6 +41,7 @@ CASES = [
     Case("MLP, 20 tensors", 64, (64,) * 9, 1024),
     Case("MLP, 200 tensors", 32, (32,) * 99, 64),
 ]
+QUICK = [CASES[0]]
 
 
 @dataclass(frozen=True)
@@ -133,18 +134,19 @@ WAYS: dict[str, Callable[[int], list[Callback]]] = {
 }
 
 
-def observers(rounds: int, seconds: float) -> None:
+def observers(rounds: int, seconds: float, cases: Sequence[Case] = CASES) -> None:
     """Measures every way of observing in each case, and prints what it adds to a run.
 
     Args:
         rounds: Measurements of each, in turn; the median of the rounds' ratios counts.
         seconds: How long a run without observers takes, about.
+        cases: What is trained.
     """
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.simplefilter("ignore")  # Lightning's tips on loaders and loggers
     rows = []
-    for case in CASES:
+    for case in cases:
         for every_n_steps in FREQUENCIES:
             show_progress(f"observers, {case.name}, batch {case.batch_size}, every {every_n_steps} steps")
             rows.append(_row(case, every_n_steps, rounds, seconds))

@@ -1,5 +1,6 @@
 """TensorBoard's events: straight into the run's folder, one for all the numbers of a step."""
 
+import logging
 import os
 import struct
 import threading
@@ -26,6 +27,8 @@ from torch import Tensor
 
 from downslope.event_files import masked_checksum
 from downslope.forgiving import silence
+
+log = logging.getLogger(__name__)
 
 EVENT_FILES = "events.out.tfevents.*"
 LAYOUT = {
@@ -110,6 +113,8 @@ class Measurement:
         return struct.Struct("<" + "".join(f"{len(text)}sf" for text in self._texts))
 
 
+MANY = 2**19  # elements that may wait to be worked on: so many stay in a processor's cache
+
 Row = tuple[Tensor | Sequence[float], ...]
 Steps = dict[int, list[tuple[Measurement, Sequence[float]]]]
 
@@ -127,6 +132,9 @@ class StepWriter:
         self._seconds = seconds
         self._flushed_at = time.monotonic()
         self._rows: list[tuple[int, Measurement, Row]] = []
+        self._num_waiting = self._num_elements = 0
+        self._derived: list[tuple[list[int], Measurement, Tensor]] = []
+        self._has_warned = False
         for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger):
                 self.attempt(logger, lambda logger: logger.experiment.add_custom_scalars(LAYOUT))
@@ -139,29 +147,43 @@ class StepWriter:
     def add(self, step: int, measurement: Measurement, *row: Tensor | Sequence[float]) -> None:
         """Takes what was measured at optimizer step `step`, on any device; detached."""
         self._rows.append((step, measurement, row))
-        if len(self._rows) >= self._num_rows or time.monotonic() - self._flushed_at > self._seconds:
+        self._num_waiting += 1
+        self._num_elements += sum([each.numel() for each in row if isinstance(each, Tensor)])
+        if self._num_waiting >= self._num_rows or time.monotonic() - self._flushed_at > self._seconds:
             self.flush()
+        elif self._num_elements > MANY:
+            self._derive()
 
     def add_histogram(self, step: int, tag: str, values: Tensor) -> None:
-        """Writes a histogram of the finite values: TensorBoard has no place for the others."""
-        values = values.detach().float()
-        values = values[torch.isfinite(values)]
+        """Writes a histogram of the finite values: TensorBoard has no place for the others, of which it warns once."""
+        everything = values.detach().float()
+        values = everything[torch.isfinite(everything)]
+        if values.numel() < everything.numel() and not self._has_warned:
+            self._has_warned = True
+            log.warning("%s is not finite at step %d: histograms are of the rest, training goes on.", tag, step)
         for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger) and values.numel():
                 self.attempt(logger, lambda logger: logger.experiment.add_histogram(tag, values.cpu(), step))
 
-    def flush(self) -> None:
-        """Writes everything that waits."""
-        rows, self._rows = self._rows, []
-        self._flushed_at = time.monotonic()
-        if not rows:
-            return
-        steps: Steps = {step: [] for step, _, _ in rows}
+    def _derive(self) -> None:
+        """Makes values out of what was taken, without waiting for the device."""
+        rows, self._rows, self._num_elements = self._rows, [], 0
         for measurement in dict.fromkeys(measurement for _, measurement, _ in rows):
             taken = [(step, row) for step, each, row in rows if each is measurement]
             parts = [_stack(part) for part in zip(*(row for _, row in taken), strict=True)]
-            for (step, _), values in zip(taken, measurement.derive(*parts).tolist(), strict=True):
-                steps[step].append((measurement, values))
+            self._derived.append(([step for step, _ in taken], measurement, measurement.derive(*parts)))
+
+    def flush(self) -> None:
+        """Writes everything that waits."""
+        self._derive()
+        derived, self._derived, self._num_waiting = self._derived, [], 0
+        self._flushed_at = time.monotonic()
+        if not derived:
+            return
+        steps: Steps = {step: [] for step in sorted({step for taken, _, _ in derived for step in taken})}
+        for taken, measurement, values in derived:
+            for step, row in zip(taken, values.tolist(), strict=True):
+                steps[step].append((measurement, row))
         for logger in tuple(self._loggers):
             self.attempt(logger, lambda logger: _write(logger, steps))
 
@@ -176,7 +198,9 @@ class StepWriter:
 
 def _stack(part: Sequence[Any]) -> Tensor:
     """One part of many rows, on a leading axis."""
-    return torch.stack(part) if isinstance(part[0], Tensor) else torch.tensor(part, dtype=torch.float64)  # type: ignore[arg-type]
+    if not isinstance(part[0], Tensor):
+        return torch.tensor(part, dtype=torch.float64)
+    return torch.stack(part) if len(part) > 1 else part[0][None]  # type: ignore[arg-type]
 
 
 def _write(logger: Logger, steps: Steps) -> None:

@@ -78,7 +78,7 @@ def test_without_it_lightning_enters_all(tmp_path: Path) -> None:
         (LearningRateEffects(4), {}, {"on_train_batch_start": 3, "on_train_batch_end": 3}),
         (LearningRateEffects(4, descent_ratio=False), {}, {}),
         (SharpnessMonitor(4), {}, {"on_train_batch_start": 3}),
-        (FlightRecorder(), {}, {"on_train_batch_start": 12, "on_train_batch_end": 12}),
+        (FlightRecorder(), {}, {"on_train_batch_start": 12}),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Callback) else None,
 )

@@ -414,7 +414,7 @@ def test_line_passes_without_a_trainer(kind: type[LightningModule]) -> None:
 def test_manual_module_without_a_loss_says_what_to_do() -> None:
     module = around(nn.Tanh())
     module.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"`training_step` steps the optimizer itself: .* or pass `loss`"):
+    with pytest.raises(ValueError, match=r"`training_step` takes a step: .* or pass `loss`"):
         check(module, make_batch())
     assert check(module, make_batch(), loss=lambda module, batch: module.network(batch[0]).square().mean()).passed
 

@@ -39,3 +39,27 @@ def test_a_block_leaves_every_generator_where_it_was() -> None:
     with random_state():
         draw()
     assert draw() == expected
+
+
+def test_a_spare_normal_number_is_put_back_where_a_state_without_it_was_taken_since() -> None:
+    np.random.seed(2)
+    np.random.randn()
+    with_spare = RandomState()
+    spare = np.random.randn()
+    without = RandomState()  # at the same place of the generator
+    next_one = np.random.randn()
+    with_spare.restore()
+    with random_state():
+        draw()
+    assert (np.random.randn(), np.random.randn()) == (spare, next_one)
+    without.restore()
+    assert np.random.randn() == next_one
+
+
+def test_a_state_is_read_anew_after_any_draw() -> None:
+    for number in (np.random.rand, np.random.randn, lambda: np.random.randint(3), lambda: np.random.shuffle([1, 2])):
+        number()
+        state = RandomState()
+        first = np.random.rand()
+        state.restore()
+        assert np.random.rand() == first

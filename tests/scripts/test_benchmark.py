@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_checkpoints_measures_runs_with_and_without_and_one_write():
     shares = [float(row["two every 30 s"].rstrip("%")) / 100 for row in rows]
     parts = [sum(float(row[f"{part}, ms"]) for part in ("serialise", "SHA-256", "to the disk")) for row in rows]
     assert shares == pytest.approx([2 * part / 30_000 for part in parts], abs=1e-4)
+
+
+def test_observers_measures_every_way_at_both_frequencies():
+    process = run("observers", "--quick")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    assert [(row["model"], row["every"]) for row in rows] == [("line, 10 features", "50"), ("line, 10 features", "1")]
+    for row in rows:
+        assert is_positive(row["step, processor ms"])
+        ways = list(row.items())[4:]
+        assert {"ours", "ours and `FlightRecorder`", "`grad_norm` + `log_dict`", "histograms"} < {
+            way for way, _ in ways
+        }
+        assert all(re.fullmatch(r"[+-]\d+ % \([+-]\d+ %\)", added) for _, added in ways)
+    assert process.stdout.rstrip().endswith("`python scripts/benchmark.py observers --quick`")
 
 
 @pytest.mark.parametrize("arguments", [["stops"], ["steps", "--rounds", "0"], ["steps", "--rounds", "many"]])

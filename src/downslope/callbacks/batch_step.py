@@ -1,16 +1,13 @@
 """One step and the batch that it was taken on, kept until a picture of it is wanted."""
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from lightning import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 
-from downslope.callbacks.replay import why_no_replay
+from downslope.callbacks.replay import silent, why_no_replay
 from downslope.callbacks.unclipped_gradients import clones
 from downslope.gradients.line_search import Profile, look_for_best
 from downslope.gradients.loss_function import LossFunction
@@ -63,7 +60,7 @@ class BatchStep:
             ValueError: There is no loss, no gradient or no slope to follow.
         """
         assert self._after is not None
-        with _silent(trainer), random_state(self._random_state):
+        with silent(trainer), random_state(self._random_state):
             function = LossFunction(self.module, self.batch)
             _, gradient = function.value_and_gradient(self._before)
         slope = sum(float(each.cpu().double().square().sum()) for each in gradient.values())
@@ -76,20 +73,10 @@ class BatchStep:
 
         def loss(learning_rate: float) -> float:
             moved = {name: self._before[name] - learning_rate * each for name, each in gradient.items()}
-            with _silent(trainer):
+            with silent(trainer):
                 return float(function({**self._before, **moved}).detach())
 
         rate = followed / slope
         if not math.isfinite(rate):
             raise ValueError("the parameters are not finite")
         return look_for_best(loss, abs(rate) or 1.0), rate
-
-
-@contextmanager
-def _silent(trainer: Trainer) -> Iterator[None]:
-    """The module may write to its logger directly."""
-    loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers

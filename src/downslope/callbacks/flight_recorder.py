@@ -11,17 +11,19 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, flat, leave_out_idle_hooks, wake
 from downslope.callbacks.snapshot import Copies, Snapshot
 from downslope.callbacks.unclipped_gradients import may_be_clipped
 from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 from downslope.gradients.finiteness import wide_norms
 
 OnDivergence = Literal["stop", "raise", "continue"]
+SMALL = 2**18  # elements that all steps of the ring hold: so many stay in a processor's cache
 
 
 class DivergenceError(RuntimeError):
@@ -33,6 +35,7 @@ class _Norms:
     """Norms by name; numbers once they have been read from the device."""
 
     names: Sequence[str] = ()
+    sizes: Sequence[int] = ()
     values: Tensor | list[float] = field(default_factory=list)
 
 
@@ -49,13 +52,21 @@ class _Measured:
     learning_rate: float | list[float] | None = None
     gradients: _Norms = field(default_factory=_Norms)
     parameters: _Norms = field(default_factory=_Norms)
+    vector: Tensor | None = None  # gradients and parameters, of which the norms are taken when somebody looks
 
     def total(self) -> float:
         """Returns the sum of all that was read: if it is finite, everything is."""
+        if self.vector is not None:
+            return (self.loss or 0.0) + torch.dot(self.vector, self.vector).item()  # type: ignore[return-value]
         return (self.loss or 0.0) + sum(self.gradients.values) + sum(self.parameters.values)  # type: ignore[return-value]
 
     def record(self) -> StepRecord:
         """Returns what was read, by name."""
+        if self.vector is not None:
+            parts = self.vector.split([*self.gradients.sizes, *self.parameters.sizes])
+            norms: list[float] = wide_norms(parts).tolist()
+            num, self.vector = len(self.gradients.names), None
+            self.gradients.values, self.parameters.values = norms[:num], norms[num:]
         arrived = dict(zip(self.gradients.names, self.gradients.values, strict=True))
         parameters = dict(zip(self.parameters.names, self.parameters.values, strict=True))
         stepped = parameters or arrived  # not those of another optimizer
@@ -155,6 +166,11 @@ class FlightRecorder(Callback):
         self._loss: Tensor | None = None
         before = None if self._automatic else self._before_step
         self._optimizer_steps = OptimizerSteps(trainer, before, self._after_step)
+        self._is_quick = self._automatic and not self._scaler and self._knows_the_loss_in_the_step(pl_module)
+        self._is_small = self._is_quick and self._fits_into_a_cache()
+        if self._is_quick:
+            self._optimizer_steps.on_loss = self._catch
+            wake(self, "on_train_batch_end", awake=False)
         self.on_train_epoch_start(trainer, pl_module)
         self.on_train_batch_start(trainer, pl_module, None, 0)  # for a step that is taken before the first batch
 
@@ -168,9 +184,26 @@ class FlightRecorder(Callback):
         }
         return [name for name, is_idle in idle.items() if is_idle]
 
+    def _knows_the_loss_in_the_step(self, module: LightningModule) -> bool:
+        """Each batch is a step, and there is nobody to agree with: it can be judged before the batch has ended."""
+        trainer = self._trainer
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        return (
+            trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
+            and not any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
+            and type(module).optimizer_step is LightningModule.optimizer_step
+        )
+
+    def _fits_into_a_cache(self) -> bool:
+        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
+        held = [parameter for group in groups for parameter in group["params"]]
+        kinds = {(each.device.type, each.dtype) for each in held}
+        small = 2 * sum(each.numel() for each in held) * self.num_steps <= SMALL
+        return small and kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        self._held: dict[Optimizer, tuple[list[int], list[str], list[Parameter]]] = {}
+        self._held: dict[str, tuple[Sequence[Parameter], Sequence[str], Sequence[int]]] = {}
         self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -183,6 +216,9 @@ class FlightRecorder(Callback):
             self._snapshot.take()
             if self._buffered:  # batch normalization sees a batch before its loss is known
                 self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
+
+    def _catch(self, loss: Tensor | None) -> None:
+        self._loss = loss
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._loss = None  # here a window of accumulation begins, and each of LBFGS's trials
@@ -216,6 +252,7 @@ class FlightRecorder(Callback):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if measured.loss is None and isinstance(loss, Tensor):
             self._take_loss(measured, loss.detach() if loss.ndim == 0 else loss.detach().sum())
+        wake(self, "on_train_batch_end", awake=not self._is_quick)
         self._judge_if_due()
 
     def _take_loss(self, measured: _Measured, loss: Tensor) -> None:
@@ -260,42 +297,52 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()  # training ends, but not before the module's own code does
             return
-        optimizer = step.optimizer
-        arrived, stepped = self._norms_of_step(optimizer)
-        rate = _learning_rate(optimizer)
-        loss = None if self._automatic else self._loss
-        measured = self._step_of_batch = _Measured(step.step, *self._batch, loss, step.name, rate, arrived, stepped)
+        loss = self._loss if self._is_quick or not self._automatic else None
+        measured = _Measured(step.step, *self._batch, loss, step.name, _learning_rate(step.optimizer))
+        self._step_of_batch = measured
+        self._measure_step(step, measured)
         self._arrived = None
+        if self._is_quick:
+            self._loss = None
+            if loss is not None:
+                _read([measured])
+                if self._diagnose(measured) is None:
+                    return
+            wake(self, "on_train_batch_end")  # after which other observers have seen what it takes back
+            self._unjudged.append(measured)
+            return
         self._unjudged.append(measured)
         if measured.loss is not None:  # otherwise it comes with what `training_step` returns
             self._loss = None
             self._judge_if_due()
 
-    def _named(self, optimizer: Optimizer) -> tuple[list[str], list[Parameter]]:
-        """What an optimizer holds, looked up again where its groups have grown."""
-        sizes = [len(group["params"]) for group in optimizer.param_groups]
-        if optimizer not in self._held or self._held[optimizer][0] != sizes:
-            held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-            self._held[optimizer] = sizes, [self._names.get(parameter, "?") for parameter in held], held
-        return self._held[optimizer][1:]
-
-    def _norms_of_step(self, optimizer: Optimizer) -> tuple[_Norms, _Norms]:
-        """Of the gradients as they arrived, and of the parameters that the step has made."""
-        names, parameters = self._named(optimizer)
+    def _measure_step(self, step: OptimizerStep, measured: _Measured) -> None:
+        """Looks at the gradients as they arrived, and at the parameters that the step has made."""
+        parameters = measured.parameters = _Norms(*self._named(step.name, step.parameters))
         if self._arrived:
-            return self._arrived, _Norms(names, _measure(parameters))
-        arrived, gradients = self._gradients([optimizer])
-        values = _measure([*gradients, *parameters])  # in one go
-        return _Norms(arrived, values[: len(arrived)]), _Norms(names, values[len(arrived) :])
+            measured.gradients, parameters.values = self._arrived, _measure(step.parameters)
+            return
+        gradients, both = _Norms(*self._named(f"{step.name} moved", step.moved)), [*step.gradients, *step.parameters]
+        measured.gradients = gradients
+        if self._is_small:
+            measured.vector = flat(both)
+        else:
+            values, num = _measure(both), len(step.gradients)  # in one go
+            gradients.values, parameters.values = values[:num], values[num:]
 
     def _gradient_norms(self, optimizers: Iterable[Optimizer]) -> _Norms:
-        names, gradients = self._gradients(optimizers)
-        return _Norms(names, _measure(gradients))
+        held = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
+        present = [(self._names.get(each, "?"), each.grad) for each in held if each.grad is not None]
+        return _Norms([name for name, _ in present], values=_measure([gradient for _, gradient in present]))
 
-    def _gradients(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], list[Tensor]]:
-        pairs = [pair for each in optimizers for pair in zip(*self._named(each), strict=True)]
-        present = [(name, parameter.grad) for name, parameter in pairs if parameter.grad is not None]
-        return [name for name, _ in present], [gradient for _, gradient in present]
+    def _named(self, place: str, parameters: Sequence[Parameter]) -> tuple[Sequence[str], Sequence[int]]:
+        """The parameters' names and sizes; looked up again where they are not the same list as the last time."""
+        known, names, sizes = self._held.get(place, ((), (), ()))
+        if known is not parameters:
+            names = [self._names.get(each, "?") for each in parameters]
+            sizes = [each.numel() for each in parameters]
+            self._held[place] = parameters, names, sizes
+        return names, sizes
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:

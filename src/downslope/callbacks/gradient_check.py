@@ -5,8 +5,8 @@ import warnings
 from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 
+from downslope.callbacks.replay import silent
 from downslope.gradients.gradient_check import GradientReport, check
 from downslope.gradients.loss_function import Loss
 
@@ -50,11 +50,8 @@ class GradientCheck(Callback):
         """Checks, once. Not on_train_start: to take a batch there would move the dataloader on."""
         if self.report is not None:
             return
-        loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
-        try:  # the module may write to its logger directly, and the check evaluates it many times
+        with silent(trainer):
             self.report = check(pl_module, batch, self.loss, self.num_directions, self.seed)
-        finally:
-            trainer.loggers = loggers
         if self.report.passed:
             log.info("%s", self.report)
         elif self.on_disagreement == "raise":

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from itertools import product
+from itertools import accumulate, chain, product
 from math import inf
 
 import torch
@@ -17,12 +17,13 @@ from downslope.callbacks.optimizer_steps import (
     OptimizerStep,
     OptimizerSteps,
     check_frequency,
+    flat,
     leave_out_idle_hooks,
     parameter_names,
     wake,
 )
-from downslope.callbacks.unclipped_gradients import UnclippedGradients, clones
-from downslope.gradients.norms import dense, norms, total_norm
+from downslope.callbacks.unclipped_gradients import UnclippedGradients
+from downslope.gradients.norms import dense, part_norms, total_norm
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
 
 
@@ -73,7 +74,9 @@ class GradientMonitor(Callback):
             leave_out_idle_hooks(self, *STEP_HOOKS)
             return
         self._names = parameter_names(pl_module)
-        self._plans: dict[tuple[Parameter, ...], Plan] = {}
+        self._plans: dict[object, Plan] = {}
+        self._held: list[Parameter] = []
+        self._small: list[Parameter] = []
         self._steps = steps = OptimizerSteps(trainer, self._before, self._after, self.every_n_steps)
         self._unclipped = unclipped = UnclippedGradients(trainer, pl_module, steps)
         leave_out_idle_hooks(self, *STEP_HOOKS)
@@ -92,50 +95,50 @@ class GradientMonitor(Callback):
         self._unclipped.on_before_optimizer_step(optimizer)
 
     def _before(self, step: OptimizerStep) -> None:
-        small = [parameter for parameter in step.parameters if parameter.numel() <= self.max_scalar_elements]
-        self._values = dict(zip(small, clones([parameter.detach() for parameter in small]), strict=True))
+        if step.parameters is not self._held:
+            self._held = step.parameters
+            self._small = [each for each in self._held if 0 < each.numel() <= self.max_scalar_elements]
+        self._values = flat(self._small) if self._small else torch.empty(0)
 
     def _after(self, step: OptimizerStep) -> None:
-        unclipped = self._unclipped.take(step)
-        if unclipped:
-            self._measure(step, unclipped)
-
-    def _measure(self, step: OptimizerStep, unclipped: dict[Parameter, Tensor]) -> None:
-        """Takes what is due at a step that has just been made, given the gradients before clipping."""
-        parameters, gradients = tuple(unclipped), list(unclipped.values())
-        if parameters not in self._plans:
-            self._plans[parameters] = self._plan(parameters, step.suffix)
-        plan = self._plans[parameters]
-        is_copy = not self._unclipped.are_applied
-        applied = [parameter.grad for parameter in parameters if parameter.grad is not None] if is_copy else []
-        elements = []
-        for index in plan.small:
-            gradient = gradients[index].detach().to_dense()
-            elements += [gradient if is_copy else gradient.clone(), self._values[parameters[index]]]
-        self._writer.add(step.step, plan.measurement, norms([*gradients, *applied], self.norm_type), *elements)
+        if self._unclipped.are_applied:
+            parameters, gradients, vectors = step.moved, step.gradients, [step.flat_gradient] if step.moved else []
+        else:
+            unclipped = self._unclipped.take(step)
+            parameters, gradients = tuple(unclipped), list(unclipped.values())
+            applied = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            vectors = [flat(gradients), flat(applied)] if parameters else []
+        if not parameters:
+            return
+        key = (step.name, len(self._small), parameters)
+        if key not in self._plans:
+            self._plans[key] = self._plan(parameters, step.suffix)
+        plan = self._plans[key]
+        self._writer.add(step.step, plan.measurement, self._values, *vectors)
         if step.count % self.histogram_every_n_steps == 0:
             for index in plan.shown:
                 name = self._names[id(parameters[index])]
                 self._writer.add_histogram(step.step, f"gradient/{name}", dense(gradients[index]))
 
-    def _plan(self, parameters: Sequence[Parameter], suffix: str) -> "Plan":
-        names = [self._names[id(parameter)] for parameter in parameters]
+    def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
+        names, sizes = [self._names[id(each)] for each in parameters], [each.numel() for each in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
-        small = [index for index in shown if parameters[index].numel() <= self.max_scalar_elements]
+        kept = {id(each) for each in self._small}
+        small = [parameters[index] for index in shown if id(parameters[index]) in kept]
         tags = [f"gradient_norm/total{suffix}", f"gradient_norm/applied{suffix}"]
         tags += [f"gradient_norm/{names[index]}" for index in shown]
-        for index in small:
-            for kind in ("gradient_value", "parameter_value"):
-                tags += [f"{kind}/{names[index]}{place}" for place in _places(parameters[index])]
-        num = len(parameters)
+        for kind in ("gradient_value", "parameter_value"):
+            tags += [f"{kind}/{self._names[id(each)]}{place}" for each in small for place in _places(each)]
+        of_gradients, of_values = _columns(small, parameters), _columns(small, self._small)
 
-        def derive(taken: Tensor, *elements: Tensor) -> Tensor:
-            arrived, applied = taken[:, :num], taken[:, -num:]  # the same where nobody clips
-            totals = [total_norm(each, self.norm_type)[:, None] for each in (arrived, applied)]
-            flat = [each.flatten(start_dim=1).to(taken.device) for each in elements]
-            return torch.cat([*totals, arrived[:, shown], *flat], dim=1)
+        def derive(values: Tensor, arrived: Tensor, *applied: Tensor) -> Tensor:
+            each = part_norms(arrived, sizes, self.norm_type)
+            total = total_norm(each, self.norm_type)
+            totals = [total, *(total_norm(part_norms(last, sizes, self.norm_type), self.norm_type) for last in applied)]
+            elements = [arrived[:, of_gradients], values[:, of_values].to(arrived.device)]
+            return torch.cat([totals[0][:, None], totals[-1][:, None], each[:, shown], *elements], dim=1)
 
-        return Plan(Measurement(tags, derive), shown, small)
+        return Plan(Measurement(tags, derive), shown)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach(trainer)
@@ -153,11 +156,17 @@ class GradientMonitor(Callback):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is measured of a set of parameters: which get tags, and which of those element by element."""
+    """What is measured of a set of parameters, and which of them get tags."""
 
     measurement: Measurement
     shown: list[int]
-    small: list[int]
+
+
+def _columns(chosen: Sequence[Parameter], parameters: Sequence[Parameter]) -> Tensor:
+    """Where the elements of some parameters stand in a vector of them all."""
+    wanted, starts = {id(each) for each in chosen}, accumulate((each.numel() for each in parameters), initial=0)
+    ranges = [range(at, at + each.numel()) for at, each in zip(starts, parameters, strict=False) if id(each) in wanted]
+    return torch.tensor(list(chain.from_iterable(ranges)), dtype=torch.long)
 
 
 def _places(tensor: Tensor) -> list[str]:

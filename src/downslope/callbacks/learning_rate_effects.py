@@ -14,13 +14,13 @@ from downslope.callbacks.optimizer_steps import (
     OptimizerStep,
     OptimizerSteps,
     check_frequency,
+    flat,
     leave_out_idle_hooks,
     parameter_names,
     wake,
 )
 from downslope.callbacks.replay import Replay, why_no_replay
-from downslope.callbacks.unclipped_gradients import clones
-from downslope.gradients.norms import norms, total_norm
+from downslope.gradients.norms import part_norms, total_norm
 from downslope.gradients.random_state import RandomState
 from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
@@ -78,7 +78,6 @@ class LearningRateEffects(Callback):
         if not self._writer.is_open:
             return
         self._names = parameter_names(pl_module)
-        self._before_step: list[Tensor] = []
         named = {parameter_names(pl_module)[id(parameter)]: parameter for parameter in pl_module.parameters()}
         self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor]] = {
             optimizer: (tuple(named[name] for name in last["parameters"]), last["gradient"].to(pl_module.device))
@@ -89,7 +88,9 @@ class LearningRateEffects(Callback):
         self._window: list[tuple[Any, int, RandomState, Tensor]] = []
         self._promise: Tensor | None = None
         self._watched = False
-        self._steps = steps = OptimizerSteps(trainer, before=self._before, after=self._after)
+        every = self.every_n_steps
+        self._steps = steps = OptimizerSteps(trainer, self._before, self._after, every)
+        self._steps_before = OptimizerSteps(trainer, after=self._keep_gradient, every_n_steps=every, ahead=1)
         reason = why_no_replay(trainer, pl_module) if self.descent_ratio else None
         self._replays = self.descent_ratio and reason is None
         if reason:
@@ -101,10 +102,7 @@ class LearningRateEffects(Callback):
 
     def _sleep_till_due(self) -> None:
         if self._steps:
-            wake(self, "on_train_batch_start", awake=self._replays and self._is_due(self._steps.states[0]))
-
-    def _is_due(self, step: OptimizerStep) -> bool:
-        return step.count % self.every_n_steps == 0
+            wake(self, "on_train_batch_start", awake=self._replays and self._steps.are_due())
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state = RandomState()
@@ -140,66 +138,56 @@ class LearningRateEffects(Callback):
         self._writer.add(self._promised_at, DESCENT_RATIO, before, after, promise)
 
     def _before(self, step: OptimizerStep) -> None:
-        if self._is_due(step):
-            self._before_step = clones([parameter.detach() for parameter in step.parameters])
+        self._before_step = flat(step.parameters)
+
+    def _keep_gradient(self, step: OptimizerStep) -> None:
+        """For the cosine of the next one."""
+        if step.moved:
+            self._last_gradient[step.name] = (step.moved, step.flat_gradient)
 
     def _after(self, step: OptimizerStep) -> None:
-        due, next_due = self._is_due(step), (step.count + 1) % self.every_n_steps == 0
-        if not (due or next_due):
+        if not step.moved:
             return
-        moved = tuple(parameter for parameter in step.parameters if parameter.grad is not None)
-        if not moved:
-            return
-        gradients = [parameter.grad.detach() for parameter in moved if parameter.grad is not None]
-        flat = torch.cat([gradient.to_dense().flatten() for gradient in gradients])
-        if due:
-            self._measure(step, moved, gradients, flat)
-        if next_due:
-            self._last_gradient[step.name] = (moved, flat)
-
-    def _measure(
-        self, step: OptimizerStep, moved: tuple[Parameter, ...], gradients: list[Tensor], flat: Tensor
-    ) -> None:
-        """Takes what is due at a step that has just been made."""
-        changes = torch._foreach_sub([parameter.detach() for parameter in step.parameters], self._before_step)
-        known, last = self._last_gradient.get(step.name, (None, flat))
-        has_cosine = known == moved
+        gradient, after = step.flat_gradient, flat(step.parameters)
+        known, last = self._last_gradient.get(step.name, (None, gradient))
+        has_cosine = known == step.moved
         groups = step.optimizer.param_groups
-        key = (step.name, moved, has_cosine, len(groups))
+        key = (step.name, step.moved, has_cosine, len(groups))
         if key not in self._plans:
-            self._plans[key] = self._plan(step, moved, has_cosine)
-        taken = norms([*changes, *self._before_step, *gradients, last])
-        self._writer.add(
-            step.step, self._plans[key], taken, torch.dot(flat, last), [float(group["lr"]) for group in groups]
-        )
+            self._plans[key] = self._plan(step, has_cosine)
+        rates = [float(group["lr"]) for group in groups]
+        cosine_of = [gradient, last] if has_cosine else [gradient]
+        self._writer.add(step.step, self._plans[key], rates, self._before_step, after, *cosine_of)
         if self._watched:
-            rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
-            squares = taken[2 * len(changes) : -1].square()
-            promise = rates[0] * squares.sum() if len(groups) == 1 else squares @ squares.new_tensor(rates)
-            self._promise, self._promised_at = promise, step.step
+            self._promised_at = step.step
+            if len(groups) == 1:
+                self._promise = rates[0] * torch.dot(gradient, gradient)
+            else:
+                rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
+                self._promise = step.gradient_norms.square() @ step.gradient_norms.new_tensor(rates)
 
-    def _plan(self, step: OptimizerStep, moved: tuple[Parameter, ...], has_cosine: bool) -> Measurement:
-        all_parameters, suffix = step.parameters, step.suffix
-        num = len(all_parameters)
-        shown = [index for index, parameter in enumerate(all_parameters) if any(parameter is each for each in moved)]
+    def _plan(self, step: OptimizerStep, has_cosine: bool) -> Measurement:
+        suffix, sizes = step.suffix, [each.numel() for each in step.parameters]
+        shown = [index for index, each in enumerate(step.parameters) if any(each is moved for moved in step.moved)]
         groups = range(len(step.optimizer.param_groups))
         places = [""] if len(groups) == 1 else [f"/{group}" for group in groups]
         tags = [f"update_ratio/total{suffix}", f"learning_rate_effect/effective{suffix}"]
-        tags += [f"update_ratio/{self._names[id(parameter)]}" for parameter in moved]
+        tags += [f"update_ratio/{self._names[id(parameter)]}" for parameter in step.moved]
         tags += [f"learning_rate/{step.name}{place}" for place in places]
         tags += [f"learning_rate_effect/gradient_cosine{suffix}"] * has_cosine
 
-        def derive(taken: Tensor, product: Tensor, rates: Tensor) -> Tensor:
-            changes, sizes, gradients = taken[:, :num], taken[:, num : 2 * num], taken[:, 2 * num : -1]
-            change, gradient, last = total_norm(changes), total_norm(gradients), taken[:, -1]
+        def derive(rates: Tensor, before: Tensor, after: Tensor, gradient: Tensor, *last_one: Tensor) -> Tensor:
+            changes, own = part_norms(after - before, sizes), part_norms(before, sizes)
+            change, length = total_norm(changes), part_norms(gradient, [gradient.shape[1]])[:, 0]
             columns = [
-                update_ratio(change, total_norm(sizes))[:, None],
-                effective_learning_rate(change, gradient)[:, None],
-                update_ratio(changes, sizes)[:, shown],
-                rates.to(taken.device, torch.promote_types(taken.dtype, torch.float32)),
+                update_ratio(change, total_norm(own))[:, None],
+                effective_learning_rate(change, length)[:, None],
+                update_ratio(changes, own)[:, shown],
+                rates.to(changes.device, torch.promote_types(changes.dtype, torch.float32)),
             ]
-            if has_cosine:
-                columns.append(cosine(product, gradient, last)[:, None])
+            for last in last_one:
+                product, last_length = (gradient * last).sum(dim=1), part_norms(last, [last.shape[1]])[:, 0]
+                columns.append(cosine(product, length, last_length)[:, None])
             return torch.cat(columns, dim=1)
 
         return Measurement(tags, derive)
@@ -213,6 +201,7 @@ class LearningRateEffects(Callback):
     def _detach(self, trainer: Trainer) -> None:
         if self._steps:
             self._steps.detach()
+            self._steps_before.detach()
             self._steps = None
             self._replays = self._watched = False
         close_step_writer(trainer)

@@ -1,14 +1,21 @@
 """Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import compress
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
+import torch
 from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
+
+from downslope.gradients.norms import norms
 
 
 @dataclass
@@ -30,6 +37,11 @@ class OptimizerStep:
     suffix: str
     _sizes: list[int] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
+    _has_gradient: list[bool] = field(default_factory=list)
+    _moved: tuple[Parameter, ...] = ()
+    _gradients: list[Tensor] | None = None
+    _norms: Tensor | None = None
+    _flat: Tensor | None = None
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -39,7 +51,44 @@ class OptimizerStep:
         if sizes != self._sizes:
             self._sizes = sizes
             self._parameters = [parameter for group in groups for parameter in group["params"]]
+            self._has_gradient = []
         return self._parameters
+
+    @property
+    def moved(self) -> tuple[Parameter, ...]:
+        """After the step, the parameters that have a gradient; the same tuple while they are the same."""
+        if self._gradients is None:
+            gradients = [parameter.grad for parameter in self.parameters]
+            has_gradient = [gradient is not None for gradient in gradients]
+            if has_gradient != self._has_gradient:
+                self._has_gradient = has_gradient
+                self._moved = tuple(compress(self._parameters, has_gradient))
+            self._gradients = [gradient for gradient in gradients if gradient is not None]
+        return self._moved
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """The gradients of `moved`, as they were applied."""
+        assert self.moved is not None
+        return self._gradients or []
+
+    @property
+    def flat_gradient(self) -> Tensor:
+        """All of `gradients` as one vector, computed once for all observers."""
+        if self._flat is None:
+            self._flat = flat(self.gradients)
+        return self._flat
+
+    @property
+    def gradient_norms(self) -> Tensor:
+        """The L2 norm of each of `gradients`, of which there is at least one; computed once for all observers."""
+        if self._norms is None:
+            self._norms = norms(self.gradients)
+        return self._norms
+
+    def forget(self) -> None:
+        """Lets the gradients go."""
+        self._gradients = self._norms = self._flat = None
 
 
 class OptimizerSteps:
@@ -57,6 +106,12 @@ class OptimizerSteps:
         before: Called with θₜ in place.
         after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
         every_n_steps: Both are called at an optimizer's steps 0, n, 2n, … alone.
+        ahead: And so many steps before those instead.
+
+    Attributes:
+        on_next: Called where a step that is due begins or stops to be the coming one.
+        on_loss: Called in the middle of each step that is given a closure, with the loss that this returns: gradients
+            are final, parameters still θₜ.
     """
 
     def __init__(
@@ -65,11 +120,14 @@ class OptimizerSteps:
         before: Callable[[OptimizerStep], None] | None = None,
         after: Callable[[OptimizerStep], None] | None = None,
         every_n_steps: int = 1,
+        ahead: int = 0,
     ) -> None:
         self.before = before
         self.after = after
         self.every_n_steps = every_n_steps
+        self.ahead = ahead
         self.on_next: Callable[[], None] | None = None
+        self.on_loss: Callable[[Tensor | None], None] | None = None
         hooks = _HOOKS.get(trainer)
         if hooks is None or [state.optimizer for state in hooks.states] != trainer.optimizers:  # of a fit that failed
             hooks = _HOOKS[trainer] = _Hooks(trainer)
@@ -79,7 +137,11 @@ class OptimizerSteps:
 
     def are_due(self) -> bool:
         """Tells whether the coming step of any optimizer is one of every n."""
-        return any(state.count % self.every_n_steps == 0 for state in self.states)
+        return any(map(self.is_due, self.states))
+
+    def is_due(self, step: OptimizerStep) -> bool:
+        """Tells whether an optimizer's coming or just taken step is one of every n."""
+        return (step.count + self.ahead) % self.every_n_steps == 0
 
     def detach(self) -> None:
         """Leaves the optimizers as they were."""
@@ -107,21 +169,28 @@ class _Hooks:
             self._handles.append(state.optimizer.register_step_pre_hook(partial(self._before, state)))
             self._handles.append(state.optimizer.register_step_post_hook(partial(self._after, state)))
 
-    def _before(self, state: OptimizerStep, *_: object) -> None:
+    def _before(self, state: OptimizerStep, _: Optimizer, __: object, named: dict[str, Any]) -> None:
         trainer = self._trainer() if self._skips else None  # otherwise its count, which takes time, is this one
         state.step = max(trainer.global_step, self._num_steps) if trainer else self._num_steps
         for observer in self.observers:
-            if observer.before and state.count % observer.every_n_steps == 0:
-                observer.before(state)
+            if observer.before and observer.is_due(state):
+                with torch.no_grad():
+                    observer.before(state)
+            if observer.on_loss and named.get("closure"):
+                named["closure"] = partial(_overheard, named["closure"], observer.on_loss)
 
     def _after(self, state: OptimizerStep, *_: object) -> None:
-        for observer in self.observers:
-            if observer.after and state.count % observer.every_n_steps == 0:
-                observer.after(state)
+        looks = [each.after for each in self.observers if each.after and each.is_due(state)]
+        if looks:
+            with torch.no_grad():
+                for look in looks:
+                    look(state)
+            state.forget()
         self._num_steps = state.step + 1
+        due = [each for each in self.observers if each.on_next and each.is_due(state)]
         state.count += 1
         for observer in self.observers:
-            if observer.on_next:
+            if observer.on_next and (observer in due or observer.is_due(state)):
                 observer.on_next()
 
     def remove(self) -> None:
@@ -133,7 +202,23 @@ class _Hooks:
             del _HOOKS[trainer]
 
 
+def _overheard(closure: Callable[[], Tensor | None], on_loss: Callable[[Tensor | None], None]) -> Tensor | None:
+    """Runs a closure, and tells the loss."""
+    loss = closure()
+    on_loss(loss)
+    return loss
+
+
 _HOOKS: WeakKeyDictionary[Trainer, _Hooks] = WeakKeyDictionary()
+
+
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns a copy of tensors as one vector, dense and on the device of the first."""
+    if len(tensors) > 1:  # of one it would be a view
+        with suppress(RuntimeError):  # sparse ones, or several devices
+            vector: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))  # in one call, as DDP does
+            return vector
+    return torch.cat([tensor.to_dense().flatten().to(tensors[0].device) for tensor in tensors])
 
 
 def optimizer_names(optimizers: list[Optimizer]) -> list[str]:

@@ -1,16 +1,17 @@
 """A batch's loss once more, without a trace: nothing that training reads is changed by a bit."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor
 from torch.nn import Module
 from torchmetrics import Metric
 
+from downslope.gradients.loss_function import SILENT, training_loss
 from downslope.gradients.random_state import RandomState, random_state
 
 
@@ -22,8 +23,10 @@ def why_no_replay(trainer: Trainer, module: LightningModule) -> str | None:
         return "LBFGS evaluates the loss many times a step"
     if trainer.world_size > 1:
         return "each process knows the loss of its own share of the batch alone"
-    if not module.automatic_optimization and not callable(getattr(module, "loss", None)):
-        return "under manual optimization `training_step` takes a step: give the module a method `loss(batch)`"
+    try:
+        training_loss(module)
+    except ValueError as error:
+        return str(error)
     return None
 
 
@@ -41,7 +44,7 @@ class Replay:
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
         self._module = module
-        self._loss = _loss(module)
+        self._loss = training_loss(module)
         self._parts: list[Module] = []
         self._epoch: int | None = None
 
@@ -60,23 +63,11 @@ class Replay:
             random_state(state),
             torch.no_grad(),
             self._trainer.precision_plugin.train_step_context(),
+            silent(self._trainer),
             _without_a_trace(self._module, self._parts),
         ):
-            return self._loss(batch, batch_index).detach()
-
-
-def _loss(module: LightningModule) -> Callable[[Any, int], Tensor]:
-    if not module.automatic_optimization:
-        return lambda batch, _: module.loss(batch)  # type: ignore[operator]
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-
-    def loss(batch: Any, batch_index: int) -> Tensor:
-        output = module.training_step(batch, batch_index) if takes_index else module.training_step(batch)
-        value = output["loss"] if isinstance(output, dict) else output
-        assert isinstance(value, Tensor)
-        return value
-
-    return loss
+            loss: Tensor = self._loss(self._module, batch, batch_index).detach()
+            return loss
 
 
 @contextmanager
@@ -85,11 +76,11 @@ def _without_a_trace(module: LightningModule, parts: Sequence[Module]) -> Iterat
     buffers = [buffer for _, each in kept for buffer in each.values() if buffer is not None]
     values = [buffer.detach().clone() for buffer in buffers]
     metrics = [(metric, _copy(metric)) for metric in parts if isinstance(metric, Metric)]
-    vars(module).update(SILENCED)
+    vars(module).update(SILENT)
     try:
         yield
     finally:
-        for name in SILENCED:
+        for name in SILENT:
             del vars(module)[name]
         for buffer, value in zip(buffers, values, strict=True):
             buffer.copy_(value)
@@ -107,8 +98,11 @@ def _copy(metric: Metric) -> dict[str, Any]:
     return copies
 
 
-def _say_nothing(*_: Any, **__: Any) -> None:
-    """Stands in for `self.log`."""
-
-
-SILENCED = {"log": _say_nothing, "log_dict": _say_nothing}
+@contextmanager
+def silent(trainer: Trainer) -> Iterator[None]:
+    """Takes the trainer's loggers away: a module may write to its logger directly."""
+    loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
+    try:
+        yield
+    finally:
+        trainer.loggers = loggers

@@ -10,8 +10,9 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
-from downslope.callbacks.rehearsal import rehearsal, training_loss
+from downslope.callbacks.rehearsal import rehearsal
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
+from downslope.gradients.loss_function import training_loss
 from downslope.tensorboard import write_scalars
 
 log = logging.getLogger(__name__)
@@ -139,8 +140,10 @@ class SharpnessMonitor(Callback):
         stepped = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
         with rehearsal(trainer, module) as twin:
             pairs = zip(module.parameters(), twin.parameters(), strict=True)
-            loss = training_loss(twin, *copy.deepcopy(self._measured_on))
-            hessian = Hessian(loss, [copied for original, copied in pairs if id(original) in stepped])
+            loss = training_loss(module)(twin, *copy.deepcopy(self._measured_on))
+            if not isinstance(loss, Tensor) or not loss.requires_grad:
+                raise ValueError(f"no loss came back to take derivatives of, but {type(loss).__name__}")
+            hessian = Hessian(loss.squeeze(), [copied for original, copied in pairs if id(original) in stepped])
 
             def product(vector: Tensor) -> Tensor:
                 # Every process takes the same products: the mean of theirs is the product of the joint batch.

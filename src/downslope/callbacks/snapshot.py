@@ -1,7 +1,7 @@
 """A way back: tensors and optimizer states as they were, to the last bit."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from operator import is_
 from typing import Any
 
@@ -29,7 +29,10 @@ class Snapshot:
 
     def take(self) -> None:
         """Remembers how everything is now."""
-        tensors = [p for optimizer in self._optimizers for group in optimizer.param_groups for p in group["params"]]
+        tensors: list[Tensor] = []
+        for optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                tensors += group["params"]
         self._states = [
             {parameter: _outline(state, tensors) for parameter, state in optimizer.state.items()}
             for optimizer in self._optimizers
@@ -52,16 +55,13 @@ class Copies:
         self._tensors: list[Tensor] = []
         self._pairs: Pairs = []
 
-    @torch.no_grad()
-    def take(self, tensors: Iterable[Tensor]) -> None:
+    def take(self, tensors: list[Tensor]) -> None:
         """Copies the tensors as they are now."""
-        tensors = list(tensors)
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             self._tensors, self._pairs = tensors, _pairs(tensors)
         for originals, copies in self._pairs:
             torch._foreach_copy_(copies, originals)
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Puts the copies' values back into the tensors."""
         for originals, copies in self._pairs:

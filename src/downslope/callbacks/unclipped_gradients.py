@@ -1,5 +1,7 @@
 """The gradient that arrives at an optimizer step, before anybody clips it."""
 
+from collections.abc import Sequence
+
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -78,8 +80,6 @@ class UnclippedGradients:
 
         A parameter without a gradient by now is left out: its copy belongs to an earlier step.
         """
-        if self.are_applied:
-            return {parameter: parameter.grad for parameter in state.parameters if parameter.grad is not None}
         scaler = getattr(self._trainer.precision_plugin, "scaler", None) if self._manual else None
         scale = scaler.get_scale() if scaler is not None else 1.0
         return {
@@ -115,8 +115,8 @@ def may_be_clipped(trainer: Trainer, module: LightningModule) -> bool:
     )
 
 
-def clones(tensors: list[Tensor]) -> list[Tensor]:
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Copies tensors, in one fused call unless one is sparse."""
     if not tensors or any(tensor.is_sparse for tensor in tensors):
         return [tensor.clone() for tensor in tensors]
-    return list(torch._foreach_clone(tensors))
+    return list(torch._foreach_clone(list(tensors)))

@@ -35,7 +35,7 @@ class LossFunction:
     def __init__(
         self, module: nn.Module, batch: Any, loss: Loss | None = None, dtype: torch.dtype | None = None
     ) -> None:
-        self._loss = loss or _training_loss(module)
+        self._loss = loss or _first_batch(module)
         self._trainer = _trainer(module)
         self._random_state = RandomState()
         self._dtype = dtype
@@ -95,12 +95,11 @@ class LossFunction:
         module = copy.deepcopy(self._module, memo)
         for part in module.modules():
             if hasattr(part, "log_dict"):
-                part.log = part.log_dict = _log_nothing  # type: ignore[assignment]
+                vars(part).update(SILENT)
         if self._trainer is not None:
             module.trainer = self._trainer
         with random_state(self._random_state), _default_dtype(self._dtype), torch.enable_grad():
-            output = self._loss(module, copy.deepcopy(self._batch))
-        value = output["loss"] if isinstance(output, Mapping) else output
+            value = self._loss(module, copy.deepcopy(self._batch))
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"`training_step` must return the loss, one number, got {got}.")
@@ -119,20 +118,41 @@ class LossFunction:
         }
 
 
-def _training_loss(module: nn.Module) -> Loss:
-    """Returns how this module's loss is had: its training_step, unless that would step an optimizer."""
+def _first_batch(module: nn.Module) -> Loss:
+    try:
+        loss = training_loss(module)
+    except ValueError as error:
+        raise ValueError(
+            f"Cannot tell the loss of {type(module).__name__}. This is because {error}, or pass `loss`, a function of "
+            "the module and the batch."
+        ) from None
+    return lambda module, batch: loss(module, batch, 0)
+
+
+def training_loss(module: nn.Module) -> Callable[[Any, Any, int], Any]:
+    """Returns how this module's loss is had: by its training_step, unless that would step an optimizer.
+
+    Returns:
+        Maps (module or a copy of it, batch, the batch's place in the epoch) to the loss.
+
+    Raises:
+        ValueError: Its optimization is manual, and it has no method `loss(batch)`.
+    """
     if getattr(module, "automatic_optimization", True) and hasattr(module, "training_step"):
-        step: Any = module.training_step
-        index = (0,) if len(inspect.signature(step).parameters) > 1 else ()
-        return lambda module, batch: module.training_step(batch, *index)
+        arguments = inspect.signature(module.training_step).parameters  # type: ignore[arg-type]
+        takes_index = len(arguments) > 1 or any(each.kind is each.VAR_POSITIONAL for each in arguments.values())
+
+        def loss(module: Any, batch: Any, batch_index: int) -> Any:
+            output = module.training_step(batch, batch_index) if takes_index else module.training_step(batch)
+            return output.get("loss") if isinstance(output, Mapping) else output
+
+        return loss
     # Of the class: an attribute called `loss` is rather a criterion, which takes predictions.
     if callable(getattr(type(module), "loss", None)):
-        return lambda module, batch: module.loss(batch)
-    reason = "steps the optimizer itself" if hasattr(module, "training_step") else "does not exist"
-    raise ValueError(
-        f"Cannot tell the loss of {type(module).__name__}. This is because its `training_step` {reason}: "
-        "give the module a method `loss(batch)`, or pass `loss`, a function of the module and the batch."
-    )
+        return lambda module, batch, _: module.loss(batch)
+    reason = "takes a step" if hasattr(module, "training_step") else "does not exist"
+    mode = "under manual optimization " if hasattr(module, "training_step") else ""
+    raise ValueError(f"{mode}`training_step` {reason}: give the module a method `loss(batch)`")
 
 
 def _trainer(module: nn.Module) -> Any:
@@ -144,6 +164,9 @@ def _trainer(module: nn.Module) -> Any:
 
 def _log_nothing(*args: Any, **kwargs: Any) -> None:
     """Stands in for `self.log`: an evaluation is no training step."""
+
+
+SILENT = {"log": _log_nothing, "log_dict": _log_nothing}  # the attributes of a module that says nothing
 
 
 def _intermediates(module: nn.Module) -> dict[int, Any]:

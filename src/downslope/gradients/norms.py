@@ -34,15 +34,36 @@ def norms(tensors: Sequence[Float[Tensor, "..."]], norm_type: float = 2.0) -> Fl
         >>> norms([torch.tensor([3.0, -4.0]), torch.tensor([[2.0]])], norm_type=inf)
         tensor([4., 2.])
     """
-    values = [dense(tensor) for tensor in tensors]
+    values = [dense(tensor) if tensor.is_sparse else tensor for tensor in tensors]
     if norm_type == inf:  # the largest of nothing is no number
         values = [value if value.numel() else value.new_zeros(1) for value in values]
-    dtype = torch.float32 if any(value.dtype in HALF for value in values) else None
-    each = torch._foreach_norm(values, norm_type, dtype=dtype)
-    first = each[0]
-    if any(norm.device != first.device or norm.dtype != first.dtype for norm in each):
-        each = tuple(norm.to(first.device, torch.float64) for norm in each)
-    return torch.stack(each)
+    kinds = {(value.device, value.dtype) for value in values}
+    half = any(dtype in HALF for _, dtype in kinds)
+    with torch.no_grad():
+        each = torch._foreach_norm(values, norm_type, dtype=torch.float32 if half else None)
+        if len(kinds) > 1:
+            each = tuple(norm.to(each[0].device, torch.float64) for norm in each)
+        return torch.stack(each)
+
+
+def part_norms(
+    vectors: Float[Tensor, "steps num_elements"], sizes: Sequence[int], norm_type: float = 2.0
+) -> Float[Tensor, "steps num_parts"]:
+    """Returns the norm of each part of vectors that were put together of tensors: `norms`, for many steps at once.
+
+    Args:
+        vectors: One for each step.
+        sizes: Of the parts, in their order.
+        norm_type: 2 or infinity.
+
+    Example:
+        >>> part_norms(torch.tensor([[3.0, -4.0, 2.0], [0.0, 1.0, 0.0]]), [2, 1])
+        tensor([[5., 2.],
+                [1., 0.]])
+    """
+    dtype = torch.float32 if vectors.dtype in HALF else None
+    parts = [part if part.shape[1] else vectors.new_zeros(len(vectors), 1) for part in vectors.split(sizes, dim=1)]
+    return torch.stack([torch.linalg.vector_norm(part, norm_type, dim=1, dtype=dtype) for part in parts], dim=1)
 
 
 def total_norm(parameter_norms: Float[Tensor, "*steps num_tensors"], norm_type: float = 2.0) -> Float[Tensor, "*steps"]:
