@@ -293,7 +293,7 @@ def differences(run: Path, reference: Path) -> list[str]:
         for each in (here, there):
             for key in ("seconds", "event_files"):
                 each.get("progress", {}).pop(key, None)
-            for state in each["loops"].values():
+            for state in each.get("loops", {}).values():
                 state.pop("epoch_progress", None)  # Lightning does not restore `current.ready`
         found += [f"{name}: {key}" for key in there if key != "loops" and plain(here.get(key)) != plain(there[key])]
     curves = [scalars(folder) for folder in (run, reference)]

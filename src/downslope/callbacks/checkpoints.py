@@ -155,8 +155,12 @@ class Checkpoints(Checkpoint):
         value = float(trainer.callback_metrics[self.monitor])
         if value < self.best and _is_finite(pl_module):
             self.best = value
-            self._best_weights = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)
-            self._best_weights["state_dict"] = copy.deepcopy(self._best_weights["state_dict"])
+            weights = copy.deepcopy(trainer.strategy.lightning_module_state_dict())
+            self._best_weights = {
+                "epoch": trainer.current_epoch,
+                "global_step": trainer.global_step,
+                "state_dict": weights,
+            }
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_random = RandomState()  # of the epoch that might follow
@@ -195,7 +199,9 @@ class Checkpoints(Checkpoint):
         """Writes what is to be written, and returns what kept it from being so."""
         error = None
         if self._best_weights:
-            trainer.strategy.save_checkpoint(self._best_weights, self.folder / "best.ckpt")
+            rest = trainer._checkpoint_connector.dump_checkpoint(weights_only=True)  # what Lightning loads a module by
+            del rest["loops"]
+            trainer.strategy.save_checkpoint(rest | self._best_weights, self.folder / "best.ckpt")
             error = self._warn("best.ckpt")
             self._best_weights = self._best_weights if error else None
         if _is_finite(module):

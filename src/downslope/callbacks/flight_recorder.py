@@ -264,17 +264,13 @@ class FlightRecorder(Callback):
             measured.loss, self._loss = self._loss, None
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._judge()  # whoever saves the best weights does it after this
-
-    def judge(self) -> None:
-        """Judges the steps that wait for it: whoever saves the weights asks first."""
-        self._judge()
+        self.judge()  # whoever saves the best weights does it after this
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._judge()  # the next epoch shall not begin after a step that diverged
+        self.judge()  # the next epoch shall not begin after a step that diverged
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._judge()
+        self.judge()
         self._let_go()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -346,10 +342,13 @@ class FlightRecorder(Callback):
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
-            self._judge()
+            self.judge()
 
-    def _judge(self) -> None:
-        """Looks at what was measured: here, and nowhere else, the device is waited for."""
+    def judge(self) -> None:
+        """Judges the steps that wait for it: whoever saves the weights asks first.
+
+        Here, and nowhere else, the device is waited for.
+        """
         unjudged, self._unjudged = self._unjudged, []
         if not unjudged or self.diverged:
             return
