@@ -1,5 +1,6 @@
 """A job in a process of its own: what several processes train together must be able to die without the sweep."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from downslope.configuration import CONFIGURATION
+from downslope.console import FULL_ERROR, SHOW_TRACEBACK
 from downslope.result import read_result
 from downslope.sweeps.job import objective
 
@@ -29,7 +31,9 @@ def train_in_process(config: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    process = subprocess.Popen([sys.executable, str(TRAIN), *_arguments(config, folder)], cwd=hydra.runtime.cwd)
+    command = [sys.executable, str(TRAIN), *_arguments(config, folder)]
+    environment = {**os.environ, FULL_ERROR: str(int(SHOW_TRACEBACK))}  # without what this process has borrowed
+    process = subprocess.Popen(command, cwd=hydra.runtime.cwd, env=environment)
     try:
         code = process.wait()
     except (SystemExit, KeyboardInterrupt) as stop:
