@@ -265,6 +265,12 @@ def wake(callback: Callback, *names: str, awake: bool = True) -> None:
             vars(callback)[name] = None
 
 
+def num_steps(trainer: Trainer) -> int | None:
+    """Returns the optimizer steps that the whole training takes, None for no limit."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if steps != float("inf") else None
+
+
 def check_frequency(name: str, value: int) -> None:
     """Refuses a number of steps between two measurements that is none."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from torch.optim import Optimizer
 
+from downslope.callbacks.optimizer_steps import num_steps
 from downslope.callbacks.verdict_monitor import VerdictMonitor
 from downslope.gradients.norms import norms, total_norm
 
@@ -65,7 +66,7 @@ class Progress(ProgressBar):
                 console=self.console,
                 auto_refresh=False,
             )
-            self._task = self._bar.add_task("", total=_num_steps(trainer), epoch="", steps="", state="")
+            self._task = self._bar.add_task("", total=num_steps(trainer), epoch="", steps="", state="")
             with self._unseen():
                 self._bar.start()
 
@@ -114,7 +115,7 @@ class Progress(ProgressBar):
 
     def _show(self, trainer: Trainer) -> None:
         self._shown_at = time.monotonic()
-        total = _num_steps(trainer)
+        total = num_steps(trainer)
         epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs or 0)}/{trainer.max_epochs}"
         steps = f"{trainer.global_step}/{total if total is not None else '?'} steps"
         state = "  ".join([f"loss {self._loss:.4f}", f"‖gradient‖ {self._gradient_norm:.4g}", *_verdict(trainer)])
@@ -130,8 +131,3 @@ def _verdict(trainer: Trainer) -> list[str]:
     """The word of whoever judges, as soon as there is one."""
     monitors = [each for each in trainer.callbacks if isinstance(each, VerdictMonitor)]  # type: ignore[attr-defined]
     return [monitor.verdict.word for monitor in monitors if monitor.verdict]
-
-
-def _num_steps(trainer: Trainer) -> int | None:
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if steps != float("inf") else None

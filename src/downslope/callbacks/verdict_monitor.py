@@ -9,7 +9,13 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency, parameter_names
+from downslope.callbacks.optimizer_steps import (
+    OptimizerStep,
+    OptimizerSteps,
+    check_frequency,
+    num_steps,
+    parameter_names,
+)
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 from downslope.evidence import EvidenceCollector
 from downslope.gradients.least_squares import HasLeastSquares
@@ -80,7 +86,7 @@ class VerdictMonitor(Callback):
             and trainer.num_training_batches <= trainer.accumulate_grad_batches
             and trainer.world_size == 1,
             step=trainer.global_step,
-            last_step=_num_steps(trainer),
+            last_step=num_steps(trainer),
         )
         if self._resumed:
             self._collector.load_state_dict(self._resumed)
@@ -162,11 +168,6 @@ class VerdictMonitor(Callback):
         if self._steps:
             self._steps.detach()
             self._steps = None
-
-
-def _num_steps(trainer: Trainer) -> int | None:
-    steps = trainer.estimated_stepping_batches
-    return int(steps) if steps != float("inf") else None
 
 
 def _names(trainer: Trainer) -> Sequence[str]:
