@@ -115,7 +115,7 @@ def test_a_run_killed_before_it_wrote_its_result_writes_it_when_gone_on_with(scr
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_stops_a_run_that_can_be_gone_on_with(tmp_path: Path, number: signal.Signals, code: int) -> None:
     command = [sys.executable, str(ROOT / "scripts" / "train.py")]
-    settings = ["hydra.run.dir=run", "trainer.max_epochs=1000000"]
+    settings = ["hydra.run.dir=run", "trainer.max_epochs=1000000", "callbacks.checkpoints.every_n_seconds=0.5"]
     process = subprocess.Popen([*command, *settings], cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     while not (tmp_path / "run" / "checkpoints").exists():
         time.sleep(0.05)
