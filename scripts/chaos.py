@@ -293,6 +293,12 @@ def differences(run: Path, reference: Path) -> list[str]:
         for each in (here, there):
             for key in ("seconds", "event_files"):
                 each.get("progress", {}).pop(key, None)
+            states, progress = each.get("optimizer_states", ()), each.get("progress", {})
+            for group in (
+                *progress.get("settings", ()),
+                *(group for state in states for group in state["param_groups"]),
+            ):
+                group.setdefault("differentiable", False)  # torch gives it to LBFGS when a state is loaded
             for state in each.get("loops", {}).values():
                 state.pop("epoch_progress", None)  # Lightning does not restore `current.ready`
         found += [f"{name}: {key}" for key in there if key != "loops" and plain(here.get(key)) != plain(there[key])]
