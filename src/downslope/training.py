@@ -20,7 +20,7 @@ from downslope.console import explain, print_header, print_interrupted, print_re
 from downslope.data import DataModule
 from downslope.evaluation import evaluate
 from downslope.forgiving import forgiving
-from downslope.gradients.least_squares import HasLeastSquares, least_squares
+from downslope.gradients.least_squares import HasLeastSquares
 from downslope.hparams import write_hparams
 from downslope.result import Result
 from downslope.resuming import checkpoint_of
@@ -173,7 +173,7 @@ def _fit(
 ) -> None:
     """Trains, and fills in what came of it."""
     datamodule.setup("fit")
-    line = least_squares(*datamodule.parts["train"])
+    line = datamodule.least_squares
     result.least_squares_loss = line.loss
     result.device = str(trainer.strategy.root_device)
     first_loss = evaluate(module, *datamodule.parts["train"])["loss"]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from downslope.data.randomness import Stream, generator
 from downslope.data.standardization import Standardization, is_constant
 from downslope.data.synthetic import synthetic_table
 from downslope.data.table import Table, read_table
+from downslope.gradients.least_squares import LeastSquares, least_squares
 
 log = logging.getLogger(__name__)
 
@@ -110,6 +112,11 @@ class DataModule(LightningDataModule):
             for part, rows in self.rows.items()
         }
         self._warn(is_constant(training_features))
+
+    @cached_property
+    def least_squares(self) -> LeastSquares:
+        """The loss over all training rows in closed form; after `setup`."""
+        return least_squares(*self.parts["train"])
 
     def _warn(self, constant: "np.typing.NDArray[np.bool_]") -> None:
         names = [name for name, same in zip(self.table.feature_names, constant, strict=True) if same]

@@ -13,7 +13,7 @@ from torchmetrics import MeanSquaredError
 from downslope.data import DataModule
 from downslope.data.batches import Batch
 from downslope.evaluation import regression_metrics
-from downslope.gradients.least_squares import LeastSquares, least_squares
+from downslope.gradients.least_squares import LeastSquares
 from downslope.tensorboard import write_scalars
 
 
@@ -55,7 +55,7 @@ class LinearRegression(LightningModule):
     def least_squares(self) -> LeastSquares | None:
         """Returns the loss over all training rows in closed form; None for others' data."""
         datamodule = getattr(self.trainer, "datamodule", None)
-        return least_squares(*datamodule.parts["train"]) if isinstance(datamodule, DataModule) else None
+        return datamodule.least_squares if isinstance(datamodule, DataModule) else None
 
     def exact_sharpness(self) -> float | None:
         """Returns λ of the loss over all training rows, which their features alone decide; None for others' data."""
