@@ -35,7 +35,10 @@ from downslope.tensorboard import TensorBoard, rewind_event_files
 from downslope.whole_files import PARTIAL
 
 TRAIN = Path(__file__).with_name("train.py")
-OBSERVED = [f"callbacks.{name}.every_n_steps=3" for name in ("gradient_monitor", "learning_rate_effects")]
+OBSERVED = [
+    *(f"callbacks.{name}.every_n_steps=3" for name in ("gradient_monitor", "learning_rate_effects")),
+    "callbacks.learning_rate_effects.descent_ratio_every_n_steps=3",
+]
 EIGHT_EPOCHS = ["trainer.max_epochs=8", "callbacks.checkpoints.every_n_steps=5", "device=cpu"]
 COMMANDS = {
     "automatic": ["optimizer=momentum", *OBSERVED],
@@ -143,7 +146,12 @@ def train_foreign(
         if goes_on:
             file, checkpoint = newest_checkpoint(run)
             rewind_event_files(run, checkpoint["progress"]["event_files"])
-        observers = [GradientMonitor(2), LearningRateEffects(2), SharpnessMonitor(6), FlightRecorder(folder=str(run))]
+        observers = [
+            GradientMonitor(2),
+            LearningRateEffects(2, 2),
+            SharpnessMonitor(6),
+            FlightRecorder(folder=str(run)),
+        ]
         Trainer(
             max_epochs=4,
             accelerator="cpu",

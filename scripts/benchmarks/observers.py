@@ -116,17 +116,17 @@ class Histograms(Callback):
                 trainer.logger.experiment.add_histogram(name, parameter.grad, trainer.global_step)
 
 
-def _ours(every_n_steps: int, descent_ratio: bool = True) -> list[Callback]:
+def _ours(every_n_steps: int, descent_ratio_every_n_steps: int | None = 50) -> list[Callback]:
     return [
         GradientMonitor(every_n_steps, histogram_every_n_steps=1_000_000_000),  # histograms have a column of their own
-        LearningRateEffects(every_n_steps, descent_ratio),
+        LearningRateEffects(every_n_steps, descent_ratio_every_n_steps),
     ]
 
 
 WAYS: dict[str, Callable[[int], list[Callback]]] = {
     "idle callback": lambda _: [Idle()],
-    "ours, no descent ratio": lambda every_n_steps: _ours(every_n_steps, descent_ratio=False),
     "ours": _ours,
+    "ours, descent ratio as often": lambda every_n_steps: _ours(every_n_steps, every_n_steps),
     "ours and `FlightRecorder`": lambda every_n_steps: [*_ours(every_n_steps), FlightRecorder()],
     "`SharpnessMonitor`": lambda _: [SharpnessMonitor()],
     "`grad_norm` + `log_dict`": lambda every_n_steps: [GradNorm(every_n_steps)],
@@ -156,7 +156,7 @@ def observers(rounds: int, seconds: float, cases: Sequence[Case] = CASES) -> Non
         "Processor time, all threads together, that is added to a run without observers, and in brackets time by the "
         f"clock, until everything is written; TensorBoard on; about {seconds} s each in turn, the median of {rounds} "
         f"rounds' ratios; one thread of torch; {_load()}. "
-        "Ours: `GradientMonitor` and `LearningRateEffects`, without histograms; "
+        "Ours: `GradientMonitor` and `LearningRateEffects`, without histograms, the descent ratio at every 50 steps; "
         "`FlightRecorder` judges every step whatever the frequency, `SharpnessMonitor` measures at every 200. "
         "`grad_norm` computes norms alone, and only where it is due; documented as it is, it does so at every step."
     ]

@@ -340,7 +340,7 @@ def fit(kind: type[Net], observers: list[Any], logger: Any, fit_arguments: Any =
 
 
 def observers() -> list[Any]:
-    return [GradientMonitor(every_n_steps=1, histogram_every_n_steps=1), LearningRateEffects(every_n_steps=1)]
+    return [GradientMonitor(1, histogram_every_n_steps=1), LearningRateEffects(1, descent_ratio_every_n_steps=1)]
 
 
 def vector(tensors: Parameters) -> Tensor:
@@ -622,7 +622,11 @@ def test_the_second_forward_reaches_no_logger(tmp_path: Path) -> None:
             self.logger.log_metrics({"direct": 1.0}, batch_idx)
             return super().training_step(batch, batch_idx)
 
-    fit(Direct, [LearningRateEffects(every_n_steps=1)], TensorBoardLogger(tmp_path, name="", version=""))
+    fit(
+        Direct,
+        [LearningRateEffects(1, descent_ratio_every_n_steps=1)],
+        TensorBoardLogger(tmp_path, name="", version=""),
+    )
     assert [step for step, _ in scalars(tmp_path, "direct")] == list(range(NUM_BATCHES))
     assert len(scalars(tmp_path, "learning_rate_effect/descent_ratio")) == NUM_BATCHES
 

@@ -43,20 +43,23 @@ class LearningRateEffects(Callback):
     - `learning_rate_effect/gradient_cosine`: of g and the gradient of the step before: +1 creeping, −1 bouncing.
     - `learning_rate_effect/descent_ratio`: what the step changed the loss by, on the same batches under the same
       random numbers, over the −η‖g‖² that the gradient promised: 1 small step, ½ the best one, below 0 uphill. It
-      costs one more forward a batch, which leaves no trace in training.
+      costs one more forward a batch, which leaves no trace in training. Where it cannot be had, the log says once why.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
-        descent_ratio: Whether to take it; where it cannot be had, the log says once why.
+        descent_ratio_every_n_steps: The same for the descent ratio, which is dearer; a multiple of `every_n_steps`,
+            None for never.
 
     Raises:
-        ValueError: The frequency is below 1.
+        ValueError: A frequency is below 1.
     """
 
-    def __init__(self, every_n_steps: int = 50, descent_ratio: bool = True) -> None:
+    def __init__(self, every_n_steps: int = 50, descent_ratio_every_n_steps: int | None = 50) -> None:
         check_frequency("every_n_steps", every_n_steps)
+        if descent_ratio_every_n_steps is not None:
+            check_frequency("descent_ratio_every_n_steps", descent_ratio_every_n_steps)
         self.every_n_steps = every_n_steps
-        self.descent_ratio = descent_ratio
+        self.descent_ratio_every_n_steps = descent_ratio_every_n_steps
         self._steps: OptimizerSteps | None = None
         self._replays = False
         self._loaded: dict[str, Any] = {}
@@ -91,8 +94,8 @@ class LearningRateEffects(Callback):
         every = self.every_n_steps
         self._steps = steps = OptimizerSteps(trainer, self._before, self._after, every)
         self._steps_before = OptimizerSteps(trainer, after=self._keep_gradient, every_n_steps=every, ahead=1)
-        reason = why_no_replay(trainer, pl_module) if self.descent_ratio else None
-        self._replays = self.descent_ratio and reason is None
+        reason = why_no_replay(trainer, pl_module) if self.descent_ratio_every_n_steps else None
+        self._replays = bool(self.descent_ratio_every_n_steps) and reason is None
         if reason:
             log.warning("learning_rate_effect/descent_ratio is off. This is because %s.", reason)
         if self._replays:
@@ -102,7 +105,9 @@ class LearningRateEffects(Callback):
 
     def _sleep_till_due(self) -> None:
         if self._steps:
-            wake(self, "on_train_batch_start", awake=self._replays and self._steps.are_due())
+            every = self.descent_ratio_every_n_steps or 1
+            due = self._steps.are_due() and any(state.count % every == 0 for state in self._steps.states)
+            wake(self, "on_train_batch_start", awake=self._replays and due)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._random_state = RandomState()
