@@ -1,5 +1,7 @@
 """How good the weights are: loss, mean absolute error and R² on rows, in float64."""
 
+from collections.abc import Mapping
+
 import torch
 from lightning import LightningModule
 from torch import Tensor
@@ -45,3 +47,13 @@ def evaluate(module: LightningModule, features: Tensor, target: Tensor) -> dict[
         metrics.update(functional_call(module, state, (inputs.double(),)), outputs.double())
     module.train(was_training)
     return {name: float(value) for name, value in metrics.compute().items()}
+
+
+def evaluate_parts(module: LightningModule, parts: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Returns what `evaluate` says of each part of the rows, by tag: `train/loss`, `val/mae` and so on.
+
+    Args:
+        module: Maps features to predictions.
+        parts: Features and target of each.
+    """
+    return {f"{part}/{name}": value for part, rows in parts.items() for name, value in evaluate(module, *rows).items()}

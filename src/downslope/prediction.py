@@ -9,7 +9,7 @@ from hydra.utils import instantiate
 from downslope.checkpoints import belonging, load_module, read_checkpoint, read_configuration
 from downslope.data.standardization import Standardization
 from downslope.data.table import Array, column_names, read_columns
-from downslope.evaluation import evaluate
+from downslope.evaluation import evaluate_parts
 
 
 def evaluate_run(run: Path, trusted: Sequence[str] = ()) -> dict[str, float]:
@@ -25,11 +25,7 @@ def evaluate_run(run: Path, trusted: Sequence[str] = ()) -> dict[str, float]:
         datamodule = instantiate(config.data, _convert_="all")
         datamodule.setup("test")
         module = load_module(config, checkpoint, datamodule.num_features)
-        return {
-            f"{part}/{name}": value
-            for part, rows in datamodule.parts.items()
-            for name, value in evaluate(module, *rows).items()
-        }
+        return evaluate_parts(module, datamodule.parts)
 
 
 def predict(run: Path, path: str, trusted: Sequence[str] = ()) -> tuple[str, Array]:

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from downslope.callbacks import FlightRecorder, VerdictMonitor
 from downslope.console import explain, print_header, print_interrupted, print_result
 from downslope.data import DataModule
-from downslope.evaluation import evaluate
+from downslope.evaluation import evaluate, evaluate_parts
 from downslope.forgiving import forgiving
 from downslope.gradients.least_squares import HasLeastSquares
 from downslope.hparams import write_hparams
@@ -185,11 +185,7 @@ def _fit(
             result.largest_stable_learning_rate = own.largest_stable_learning_rate
 
     def on_train_end(trainer: Trainer, module: LightningModule) -> None:
-        result.metrics = {
-            f"{part}/{name}": value
-            for part, rows in datamodule.parts.items()
-            for name, value in evaluate(module, *rows).items()
-        }
+        result.metrics = evaluate_parts(module, datamodule.parts)
         test = {tag: value for tag, value in result.metrics.items() if tag.startswith("test/")}
         write_scalars(trainer, test, trainer.global_step)
 
