@@ -3,13 +3,13 @@
 import contextlib
 import logging
 import os
-import random
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import torch
+
+from downslope.gradients.random_state import random_state
 
 
 @contextlib.contextmanager
@@ -21,9 +21,8 @@ def isolated() -> Iterator[None]:
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
     anomaly, gradients = torch.is_anomaly_enabled(), torch.is_grad_enabled()
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
     try:
-        with warnings.catch_warnings():
+        with random_state(), warnings.catch_warnings():
             try:
                 yield
             finally:
@@ -39,6 +38,3 @@ def isolated() -> Iterator[None]:
         torch.set_float32_matmul_precision(precision)
         torch.autograd.set_detect_anomaly(anomaly)
         torch.set_grad_enabled(gradients)
-        random.setstate(states[0])
-        np.random.set_state(states[1])  # noqa: NPY002
-        torch.set_rng_state(states[2])
