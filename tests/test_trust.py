@@ -142,11 +142,16 @@ def test_a_strangers_run_is_not_gone_on_with(script: Script, run: Path) -> None:
     assert not Path("canary").exists()
 
 
-def test_what_the_command_line_names_is_vouched_for(script: Script, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def name_own_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets a run's configuration name a module that stands in the working folder."""
     Path("mine.py").write_text("from downslope.models import AutomaticLinearRegression as Model\n")
     monkeypatch.syspath_prepend(str(Path.cwd()))
     file = run / ".hydra/config.yaml"
     file.write_text(file.read_text().replace("downslope.models.AutomaticLinearRegression", "mine.Model"))
+
+
+def test_what_the_command_line_names_is_vouched_for(script: Script, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name_own_model(run, monkeypatch)
     assert "If you trust it: 'trust=[mine]'" in script("train", f"resume={run}").err
     ended = script("train", f"resume={run}", "model._target_=mine.Model")
     assert ended.code == 0, ended.err
@@ -154,10 +159,7 @@ def test_what_the_command_line_names_is_vouched_for(script: Script, run: Path, m
 
 
 def test_what_the_user_vouches_for_is_used(script: Script, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Path("mine.py").write_text("from downslope.models import AutomaticLinearRegression as Model\n")
-    monkeypatch.syspath_prepend(str(Path.cwd()))
-    file = run / ".hydra/config.yaml"
-    file.write_text(file.read_text().replace("downslope.models.AutomaticLinearRegression", "mine.Model"))
+    name_own_model(run, monkeypatch)
     assert "If you trust it: 'trust=[mine]'" in script("evaluate", f"run={run}").err
     ended = script("evaluate", f"run={run}", "trust=[mine]")
     assert ended.code == 0, ended.err
