@@ -403,6 +403,123 @@ def test_the_ring_is_that_of_an_independent_recorder(tmp_path: Path, mode: str) 
         assert step["learning_rate"] == learning_rate
 
 
+class Summed(LightningModule):
+    """Any network: the loss adds up its outputs; the gradient of its last parameter is scaled, its rate is 0."""
+
+    def __init__(self, net: nn.Module, scale: float = 1.0) -> None:
+        super().__init__()
+        self.net = net
+        parameter = list(net.parameters())[-1]
+        if scale != 1.0:
+            parameter.register_hook(lambda gradient: gradient * scale)
+
+    def training_step(self, batch: Tensor) -> Tensor:
+        output: Tensor = self.net(batch)
+        return output.sum() / 1000
+
+    def configure_optimizers(self) -> Optimizer:
+        return SGD(self.parameters(), lr=0.0)
+
+
+class DoubleNorms(Callback):
+    """Looks for itself: the norms of gradients and parameters after a step, in float64, added up one by one."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[list[float], list[float]]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        held = list(pl_module.parameters())
+        tensors = [each.grad.to_dense() for each in held if each.grad is not None], [each.detach() for each in held]
+        norms = [[math.sqrt(math.fsum(each.double().square().flatten().tolist())) for each in kind] for kind in tensors]
+        self.steps.append((norms[0], norms[1]))
+
+
+def chain(width: int, depth: int) -> nn.Module:
+    return nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth)))
+
+
+def frozen(net: nn.Module) -> nn.Module:
+    next(net.parameters()).requires_grad_(False)
+    return net
+
+
+NETS: dict[str, Callable[[], nn.Module]] = {
+    "few elements": lambda: chain(3, 2),
+    "many small tensors": lambda: chain(20, 12),
+    "many, one of them frozen": lambda: frozen(chain(20, 12)),
+    "many in float64": lambda: chain(20, 12).double(),
+    "many in half precision": lambda: chain(20, 12).bfloat16(),
+    "large tensors": lambda: chain(120, 1),
+    "a sparse gradient": lambda: nn.Sequential(nn.Embedding(500, 20, sparse=True), chain(20, 4)),
+    "a parameter of nothing": lambda: nn.Sequential(nn.Linear(20, 0), nn.Linear(0, 20), chain(20, 8)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("scale", [1.0, 1e25])
+def test_norms_of_any_network_are_those_of_double_precision(name: str, scale: float) -> None:
+    seed_everything(0, verbose=False)
+    net = NETS[name]()
+    first = next(net.parameters())
+    rows = torch.tensor([3, 3, 7]) if name == "a sparse gradient" else torch.randn(3, first.shape[-1]).to(first.dtype)
+    recorder, witness = FlightRecorder(), DoubleNorms()
+    fit(Summed(net, scale), recorder, witness, data=DataLoader([rows] * 4, batch_size=None), max_epochs=1)
+    steps = recorder.state_dict()["steps"]
+    assert len(steps) == len(witness.steps) == 4
+    assert not recorder.diverged
+    for step, (gradients, parameters) in zip(steps, witness.steps, strict=True):
+        assert list(step["gradient_norms"].values()) == pytest.approx(gradients, rel=1e-6)
+        assert list(step["parameter_norms"].values()) == pytest.approx(parameters, rel=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element")
+@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_one_element_that_is_not_finite_is_found_in_any_network(tmp_path: Path, name: str, value: float) -> None:
+    net = NETS[name]()
+    first = next(net.parameters())
+    rows = torch.tensor([3, 3, 7]) if name == "a sparse gradient" else torch.randn(3, first.shape[-1]).to(first.dtype)
+    module = Summed(net)
+    steps = iter(range(4))
+
+    def spoil(gradient: Tensor) -> Tensor:
+        broken = gradient.clone()
+        broken[-1] = value if next(steps) == 2 else broken[-1]
+        return broken
+
+    list(net.parameters())[-1].register_hook(spoil)
+    with pytest.warns(UserWarning, match=rf"the gradient of net\..*bias became {value} at step 2"):
+        fit(module, FlightRecorder(folder=str(tmp_path)), data=DataLoader([rows] * 4, batch_size=None), max_epochs=1)
+    assert all(bool(torch.isfinite(each).all()) for each in module.parameters())
+
+
+class Reassigning(SGD):
+    """An optimizer that does not write into a parameter's memory but gives it another."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = None
+        if closure:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data = parameter.data - group["lr"] * parameter.grad
+        return loss
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_parameters_that_change_their_memory_are_taken_back_too(
+    tmp_path: Path, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "sgd", lambda parameters: Reassigning(parameters, lr=0.05))
+    module = foreign(mode)
+    module.spoil = nan_loss
+    _, trainer = stopped(tmp_path, module)
+    assert_as_after_five_good_steps(module, trainer)
+
+
 def test_accumulation_finds_the_micro_batch(tmp_path: Path) -> None:
     module = foreign()
     stopped(tmp_path, module, data=batches(num=8, broken=5), accumulate_grad_batches=4)

@@ -4,11 +4,12 @@ import warnings
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from itertools import accumulate, islice
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
@@ -23,25 +24,22 @@ from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepReco
 from downslope.gradients.finiteness import wide_norms
 
 OnDivergence = Literal["stop", "raise", "continue"]
-SMALL = 2**18  # elements that all steps of the ring hold: so many stay in a processor's cache
+TINY = 2**18  # elements of all the ring's steps: so many stay in a processor's cache
+SMALL = 4096  # elements a tensor: smaller ones are measured as one vector, larger ones take longer to copy
 
 
 class DivergenceError(RuntimeError):
     """A loss, gradient or parameter is not finite, or the loss has grown out of all proportion."""
 
 
-@dataclass(slots=True)
-class _Norms:
-    """Norms by name; numbers once they have been read from the device."""
-
-    names: Sequence[str] = ()
-    sizes: Sequence[int] = ()
-    values: Tensor | list[float] = field(default_factory=list)
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Measured:
-    """A step, or a batch without one: raw, because most are never looked at but for their sum."""
+    """A step, or a batch without one: raw, because most are never looked at but for their sum.
+
+    Attributes:
+        values: The norms of gradients and then of parameters: a tensor until they have been read from the device.
+        sizes: Where `values` are the elements themselves, how many each has: their norms are taken when somebody looks.
+    """
 
     step: int
     epoch: int
@@ -50,29 +48,60 @@ class _Measured:
     loss: Tensor | float | None = None
     optimizer: str | None = None
     learning_rate: float | list[float] | None = None
-    gradients: _Norms = field(default_factory=_Norms)
-    parameters: _Norms = field(default_factory=_Norms)
-    vector: Tensor | None = None  # gradients and parameters, of which the norms are taken when somebody looks
+    gradient_names: Sequence[str] = ()
+    parameter_names: Sequence[str] = ()
+    values: Tensor | list[float] = field(default_factory=list)
+    sizes: list[int] | None = None
 
     def total(self) -> float:
         """Returns the sum of all that was read: if it is finite, everything is."""
-        if self.vector is not None:
-            return (self.loss or 0.0) + torch.dot(self.vector, self.vector).item()  # type: ignore[return-value]
-        return (self.loss or 0.0) + sum(self.gradients.values) + sum(self.parameters.values)  # type: ignore[return-value]
+        values = self.values
+        return (self.loss or 0.0) + (torch.dot(values, values).item() if self.sizes else sum(values))  # type: ignore[arg-type, return-value]
 
     def record(self) -> StepRecord:
         """Returns what was read, by name."""
-        if self.vector is not None:
-            parts = self.vector.split([*self.gradients.sizes, *self.parameters.sizes])
-            norms: list[float] = wide_norms(parts).tolist()
-            num, self.vector = len(self.gradients.names), None
-            self.gradients.values, self.parameters.values = norms[:num], norms[num:]
-        arrived = dict(zip(self.gradients.names, self.gradients.values, strict=True))
-        parameters = dict(zip(self.parameters.names, self.parameters.values, strict=True))
+        if self.sizes:
+            self.values, self.sizes = wide_norms(self.values.split(self.sizes)).tolist(), None  # type: ignore[union-attr]
+        num = len(self.gradient_names)
+        arrived = dict(zip(self.gradient_names, self.values[:num], strict=True))
+        parameters = dict(zip(self.parameter_names, self.values[num:], strict=True))
         stepped = parameters or arrived  # not those of another optimizer
         gradients = {name: norm for name, norm in arrived.items() if name in stepped}
         values = (self.optimizer, self.learning_rate, self.loss, gradients, parameters)
         return StepRecord(self.step, self.epoch, self.batch_index, *values)  # type: ignore[arg-type]
+
+
+class _Layout:
+    """The tensors of an optimizer's steps, as long as they are the same: some gradients, then all parameters.
+
+    Args:
+        step: An optimizer's, just taken.
+        names: Of the parameters.
+        num_steps: Of the ring.
+    """
+
+    def __init__(self, step: OptimizerStep, names: Mapping[Parameter, str], num_steps: int) -> None:
+        self.moved, self.parameters = step.moved, step.parameters
+        self.gradient_names = [names.get(each, "?") for each in self.moved]
+        self.parameter_names = [names.get(each, "?") for each in self.parameters]
+        tensors = [*step.gradients, *self.parameters]
+        self.sizes = sizes = [each.numel() for each in tensors]
+        kinds = {(each.device.type, each.dtype, each.layout) for each in tensors}
+        plain = kinds in [{("cpu", dtype, torch.strided)} for dtype in (torch.float32, torch.float64)]
+        self.is_tiny = plain and num_steps * sum(sizes) <= TINY
+        self.is_small = plain and all(sizes) and sum(sizes) <= SMALL * len(sizes)
+        if self.is_small and not self.is_tiny:
+            self._vector = torch.empty(sum(sizes), dtype=tensors[0].dtype)
+            self._parts = [part.view(each.shape) for part, each in zip(self._vector.split(sizes), tensors, strict=True)]
+            self._starts = [0, *accumulate(sizes[:-1])]
+
+    def norms(self, tensors: list[Tensor]) -> list[float]:
+        """Returns the norm of each of many small tensors, as parts of one vector: quicker than one by one."""
+        torch._foreach_copy_(self._parts, tensors)
+        squares = self._vector.mul_(self._vector).numpy()
+        with np.errstate(over="ignore"):
+            norms: list[float] = np.sqrt(np.add.reduceat(squares, self._starts)).tolist()
+        return norms if isfinite(sum(norms)) else wide_norms(tensors).tolist()
 
 
 class FlightRecorder(Callback):
@@ -164,14 +193,17 @@ class FlightRecorder(Callback):
         self._buffers = Copies()
         self._num_steps_taken = trainer.global_step
         self._loss: Tensor | None = None
+        self._arrived: tuple[list[str], Tensor | list[float]] | None = None
+        self._step_of_batch: _Measured | None = None
+        self.on_train_epoch_start(trainer, pl_module)
+        self._is_quick = self._knows_the_loss_in_the_step(pl_module)
+        if self._is_quick:
+            self._optimizer_steps = OptimizerSteps(trainer, self._keep, self._after_quick_step)
+            self._optimizer_steps.on_loss = self._catch
+            wake(self, "on_train_batch_start", "on_train_batch_end", awake=False)
+            return
         before = None if self._automatic else self._before_step
         self._optimizer_steps = OptimizerSteps(trainer, before, self._after_step)
-        self._is_quick = self._automatic and not self._scaler and self._knows_the_loss_in_the_step(pl_module)
-        self._is_small = self._is_quick and self._fits_into_a_cache()
-        if self._is_quick:
-            self._optimizer_steps.on_loss = self._catch
-            wake(self, "on_train_batch_end", awake=False)
-        self.on_train_epoch_start(trainer, pl_module)
         self.on_train_batch_start(trainer, pl_module, None, 0)  # for a step that is taken before the first batch
 
     def _idle_hooks(self) -> list[str]:
@@ -189,30 +221,30 @@ class FlightRecorder(Callback):
         trainer = self._trainer
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         return (
-            trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
+            self._automatic
+            and not self._scaler
+            and trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
             and not any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
             and type(module).optimizer_step is LightningModule.optimizer_step
         )
 
-    def _fits_into_a_cache(self) -> bool:
-        groups = [group for optimizer in self._trainer.optimizers for group in optimizer.param_groups]
-        held = [parameter for group in groups for parameter in group["params"]]
-        kinds = {(each.device.type, each.dtype) for each in held}
-        small = 2 * sum(each.numel() for each in held) * self.num_steps <= SMALL
-        return small and kinds in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch, self._batches = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current
         self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        self._held: dict[str, tuple[Sequence[Parameter], Sequence[str], Sequence[int]]] = {}
+        self._layouts: dict[str, _Layout] = {}
         self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self.diverged:
             return
         self._batch = (trainer.current_epoch, batch_idx, batch)
-        self._step_of_batch: _Measured | None = None
-        self._arrived: _Norms | None = None
-        if not self._unjudged and self.on_divergence != "continue":
+        self._step_of_batch = self._arrived = None
+        with torch.no_grad():
+            self._keep()
+
+    def _keep(self, step: OptimizerStep | None = None) -> None:
+        """Copies what a step may have to be taken back to."""
+        if self.on_divergence != "continue" and not self._unjudged and not self.diverged:
             self._snapshot.take()
             if self._buffered:  # batch normalization sees a batch before its loss is known
                 self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
@@ -232,11 +264,11 @@ class FlightRecorder(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The one moment before a clip of the user's own, which makes a NaN in one gradient a NaN in all.
         if not self._automatic and not self._scaler:
-            self._arrived = self._gradient_norms(trainer.optimizers)
+            self._arrived = self._gradients(trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._automatic or self._scaler:
-            self._arrived = self._gradient_norms([optimizer])
+            self._arrived = self._gradients([optimizer])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -244,15 +276,18 @@ class FlightRecorder(Callback):
         if self.diverged:
             return
         measured = self._step_of_batch
-        if measured is None:
+        if self._is_quick:
+            wake(self, "on_train_batch_end", awake=False)
+            assert measured is not None
+            measured.batch_index, measured.batch = batch_idx, batch
+        elif measured is None:
             measured = _Measured(max(trainer.global_step, self._num_steps_taken), *self._batch)
             if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
-                measured.gradients = self._gradient_norms(trainer.optimizers)
+                measured.gradient_names, measured.values = self._gradients(trainer.optimizers)
             self._unjudged.append(measured)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if measured.loss is None and isinstance(loss, Tensor):
             self._take_loss(measured, loss.detach() if loss.ndim == 0 else loss.detach().sum())
-        wake(self, "on_train_batch_end", awake=not self._is_quick)
         self._judge_if_due()
 
     def _take_loss(self, measured: _Measured, loss: Tensor) -> None:
@@ -279,7 +314,9 @@ class FlightRecorder(Callback):
     def _let_go(self) -> None:
         if hasattr(self, "_optimizer_steps"):
             self._optimizer_steps.detach()
-            del self._optimizer_steps, self._snapshot, self._buffers, self._batch, self._step_of_batch, self._held
+            self._step_of_batch = None
+            del self._optimizer_steps, self._snapshot, self._buffers, self._layouts
+            vars(self).pop("_batch", None)
 
     def _before_step(self, step: OptimizerStep) -> None:
         if self._step_of_batch is None or self.diverged:
@@ -293,52 +330,55 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()  # training ends, but not before the module's own code does
             return
-        loss = self._loss if self._is_quick or not self._automatic else None
-        measured = _Measured(step.step, *self._batch, loss, step.name, _learning_rate(step.optimizer))
+        measured = _Measured(step.step, *self._batch, None, step.name, _learning_rate(step.optimizer))
         self._step_of_batch = measured
         self._measure_step(step, measured)
-        self._arrived = None
-        if self._is_quick:
-            self._loss = None
-            if loss is not None:
-                _read([measured])
-                if self._diagnose(measured) is None:
-                    return
-            wake(self, "on_train_batch_end")  # after which other observers have seen what it takes back
-            self._unjudged.append(measured)
+        self._unjudged.append(measured)
+        if not self._automatic and self._loss is not None:  # otherwise it comes with what `training_step` returns
+            measured.loss, self._loss = self._loss, None
+            self._judge_if_due()
+
+    def _after_quick_step(self, step: OptimizerStep) -> None:
+        """Judges a step of automatic optimization at once; one that is bad waits for the end of its batch.
+
+        By then other observers have seen what is taken back.
+        """
+        if self.diverged:
+            self._take_back()
+            return
+        loss, self._loss = self._loss, None
+        rate, batch_index = _learning_rate(step.optimizer), max(self._batches.ready - 1, 0)
+        measured = _Measured(step.step, self._epoch, batch_index, None, loss, step.name, rate)
+        self._measure_step(step, measured)
+        _read([measured])
+        if self._diagnose(measured) is None:
             return
         self._unjudged.append(measured)
-        if measured.loss is not None:  # otherwise it comes with what `training_step` returns
-            self._loss = None
-            self._judge_if_due()
+        self._step_of_batch = measured
+        wake(self, "on_train_batch_end")
 
     def _measure_step(self, step: OptimizerStep, measured: _Measured) -> None:
         """Looks at the gradients as they arrived, and at the parameters that the step has made."""
-        parameters = measured.parameters = _Norms(*self._named(step.name, step.parameters))
+        parameters, layout = step.parameters, self._layouts.get(step.name)
+        if layout is None or layout.moved is not step.moved or layout.parameters is not parameters:
+            layout = self._layouts[step.name] = _Layout(step, self._names, self.num_steps)
+        measured.parameter_names = layout.parameter_names
         if self._arrived:
-            measured.gradients, parameters.values = self._arrived, _measure(step.parameters)
+            (measured.gradient_names, norms), self._arrived = self._arrived, None
+            measured.values = _joined(norms, _measure(parameters))
             return
-        gradients, both = _Norms(*self._named(f"{step.name} moved", step.moved)), [*step.gradients, *step.parameters]
-        measured.gradients = gradients
-        if self._is_small:
-            measured.vector = flat(both)
+        measured.gradient_names = layout.gradient_names
+        both = [*step.gradients, *parameters]
+        if layout.is_tiny:
+            measured.values, measured.sizes = flat(both), layout.sizes
         else:
-            values, num = _measure(both), len(step.gradients)  # in one go
-            gradients.values, parameters.values = values[:num], values[num:]
+            measured.values = layout.norms(both) if layout.is_small else _measure(both)
 
-    def _gradient_norms(self, optimizers: Iterable[Optimizer]) -> _Norms:
+    def _gradients(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], Tensor | list[float]]:
+        """The names of the parameters that have a gradient, and the gradients' norms."""
         held = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
         present = [(self._names.get(each, "?"), each.grad) for each in held if each.grad is not None]
-        return _Norms([name for name, _ in present], values=_measure([gradient for _, gradient in present]))
-
-    def _named(self, place: str, parameters: Sequence[Parameter]) -> tuple[Sequence[str], Sequence[int]]:
-        """The parameters' names and sizes; looked up again where they are not the same list as the last time."""
-        known, names, sizes = self._held.get(place, ((), (), ()))
-        if known is not parameters:
-            names = [self._names.get(each, "?") for each in parameters]
-            sizes = [each.numel() for each in parameters]
-            self._held[place] = parameters, names, sizes
-        return names, sizes
+        return [name for name, _ in present], _measure([gradient for _, gradient in present])
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
@@ -427,29 +467,33 @@ class FlightRecorder(Callback):
 
 
 def _learning_rate(optimizer: Optimizer) -> float | list[float]:
-    rates = [float(group["lr"]) for group in optimizer.param_groups]
-    return rates[0] if len(rates) == 1 else rates
+    groups = optimizer.param_groups
+    return float(groups[0]["lr"]) if len(groups) == 1 else [float(group["lr"]) for group in groups]
 
 
 def _measure(tensors: Sequence[Tensor]) -> Tensor | list[float]:
     """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
-    if not tensors or tensors[0].device.type != "cpu" or any(tensor.is_sparse for tensor in tensors):
-        return wide_norms(tensors)
-    values: list[float] = torch.stack(torch._foreach_norm(list(tensors))).tolist()
-    return values if isfinite(sum(values)) else wide_norms(tensors).tolist()
+    norms = wide_norms(tensors)
+    return norms.tolist() if norms.device.type == "cpu" else norms
+
+
+def _joined(first: Tensor | list[float], second: Tensor | list[float]) -> Tensor | list[float]:
+    if isinstance(first, list) and isinstance(second, list):
+        return first + second
+    place = next(each for each in (first, second) if isinstance(each, Tensor))
+    return torch.cat([torch.as_tensor(each).to(place) for each in (first, second)])
 
 
 def _read(unjudged: Sequence[_Measured]) -> None:
     """Turns what is still on the device into numbers, all in one transfer."""
-    parts = [(measured.gradients, measured.parameters) for measured in unjudged]
-    waiting = [norms for part in parts for norms in part if isinstance(norms.values, Tensor)]
-    losses = [measured for measured in unjudged if isinstance(measured.loss, Tensor)]
+    waiting = [each for each in unjudged if isinstance(each.values, Tensor) and not each.sizes]
+    losses = [each for each in unjudged if isinstance(each.loss, Tensor)]
     if not waiting and len(losses) == 1:  # on a CPU
         losses[0].loss = losses[0].loss.item()  # type: ignore[union-attr]
         return
-    tensors = [measured.loss for measured in losses] + [norms.values for norms in waiting]
+    tensors = [each.loss for each in losses] + [each.values for each in waiting]
     values = iter(torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist() if tensors else [])  # type: ignore[union-attr]
-    for measured in losses:
-        measured.loss = next(values)
-    for norms in waiting:
-        norms.values = list(islice(values, len(norms.names)))
+    for each in losses:
+        each.loss = next(values)
+    for each in waiting:
+        each.values = list(islice(values, len(each.values)))

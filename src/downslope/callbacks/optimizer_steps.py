@@ -28,6 +28,8 @@ class OptimizerStep:
         step: t, the optimizer steps taken before this one by all optimizers together: the x-axis.
         count: The steps taken before this one by this optimizer.
         suffix: What tells its tags from those of the other optimizers: `/Adam-1`, or nothing where it is alone.
+        moved: After the step, the parameters that have a gradient; the same tuple while they are the same.
+        gradients: Theirs, as they were applied.
     """
 
     optimizer: Optimizer
@@ -35,11 +37,11 @@ class OptimizerStep:
     step: int
     count: int
     suffix: str
+    moved: tuple[Parameter, ...] = ()
+    gradients: list[Tensor] = field(default_factory=list)
     _sizes: list[int] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
     _has_gradient: list[bool] = field(default_factory=list)
-    _moved: tuple[Parameter, ...] = ()
-    _gradients: list[Tensor] | None = None
     _norms: Tensor | None = None
     _flat: Tensor | None = None
 
@@ -54,23 +56,14 @@ class OptimizerStep:
             self._has_gradient = []
         return self._parameters
 
-    @property
-    def moved(self) -> tuple[Parameter, ...]:
-        """After the step, the parameters that have a gradient; the same tuple while they are the same."""
-        if self._gradients is None:
-            gradients = [parameter.grad for parameter in self.parameters]
-            has_gradient = [gradient is not None for gradient in gradients]
-            if has_gradient != self._has_gradient:
-                self._has_gradient = has_gradient
-                self._moved = tuple(compress(self._parameters, has_gradient))
-            self._gradients = [gradient for gradient in gradients if gradient is not None]
-        return self._moved
-
-    @property
-    def gradients(self) -> list[Tensor]:
-        """The gradients of `moved`, as they were applied."""
-        assert self.moved is not None
-        return self._gradients or []
+    def look(self) -> None:
+        """Finds `moved` and `gradients`, after the step."""
+        gradients = [parameter.grad for parameter in self.parameters]
+        has_gradient = [gradient is not None for gradient in gradients]
+        if has_gradient != self._has_gradient:
+            self._has_gradient = has_gradient
+            self.moved = tuple(compress(self._parameters, has_gradient))
+        self.gradients = [gradient for gradient in gradients if gradient is not None]
 
     @property
     def flat_gradient(self) -> Tensor:
@@ -88,7 +81,7 @@ class OptimizerStep:
 
     def forget(self) -> None:
         """Lets the gradients go."""
-        self._gradients = self._norms = self._flat = None
+        self.gradients, self._norms, self._flat = [], None, None
 
 
 class OptimizerSteps:
@@ -164,6 +157,7 @@ class _Hooks:
             OptimizerStep(optimizer, name, 0, trainer.global_step if alone else 0, "" if alone else f"/{name}")
             for optimizer, name in zip(trainer.optimizers, optimizer_names(trainer.optimizers), strict=True)
         ]
+        self._due: dict[str, list[OptimizerSteps]] = {}
         self._handles: list[RemovableHandle] = []
         for state in self.states:
             self._handles.append(state.optimizer.register_step_pre_hook(partial(self._before, state)))
@@ -172,22 +166,26 @@ class _Hooks:
     def _before(self, state: OptimizerStep, _: Optimizer, __: object, named: dict[str, Any]) -> None:
         trainer = self._trainer() if self._skips else None  # otherwise its count, which takes time, is this one
         state.step = max(trainer.global_step, self._num_steps) if trainer else self._num_steps
-        for observer in self.observers:
-            if observer.before and observer.is_due(state):
-                with torch.no_grad():
+        due = self._due[state.name] = [each for each in self.observers if each.is_due(state)]
+        if not due:
+            return
+        with torch.no_grad():
+            for observer in due:
+                if observer.before:
                     observer.before(state)
-            if observer.on_loss and named.get("closure"):
-                named["closure"] = partial(_overheard, named["closure"], observer.on_loss)
+                if observer.on_loss and named.get("closure"):
+                    named["closure"] = partial(_overheard, named["closure"], observer.on_loss)
 
     def _after(self, state: OptimizerStep, *_: object) -> None:
-        looks = [each.after for each in self.observers if each.after and each.is_due(state)]
-        if looks:
+        due = self._due[state.name]
+        if due:
+            state.look()
             with torch.no_grad():
-                for look in looks:
-                    look(state)
+                for observer in due:
+                    if observer.after:
+                        observer.after(state)
             state.forget()
         self._num_steps = state.step + 1
-        due = [each for each in self.observers if each.on_next and each.is_due(state)]
         state.count += 1
         for observer in self.observers:
             if observer.on_next and (observer in due or observer.is_due(state)):

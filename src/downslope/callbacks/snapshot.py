@@ -28,7 +28,7 @@ class Snapshot:
         self._copies = Copies()
 
     def take(self) -> None:
-        """Remembers how everything is now."""
+        """Remembers how everything is now, without autograd."""
         tensors: list[Tensor] = []
         for optimizer in self._optimizers:
             for group in optimizer.param_groups:
@@ -56,12 +56,13 @@ class Copies:
         self._pairs: Pairs = []
 
     def take(self, tensors: list[Tensor]) -> None:
-        """Copies the tensors as they are now."""
+        """Copies the tensors as they are now, without autograd."""
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
             self._tensors, self._pairs = tensors, _pairs(tensors)
         for originals, copies in self._pairs:
             torch._foreach_copy_(copies, originals)
 
+    @torch.no_grad()
     def restore(self) -> None:
         """Puts the copies' values back into the tensors."""
         for originals, copies in self._pairs:
@@ -72,7 +73,7 @@ def _pairs(tensors: list[Tensor]) -> Pairs:
     """Tensors and memory for their copies, by device and type: only tensors of one kind are copied in one call."""
     kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        kinds[tensor.device, tensor.dtype].append(tensor.detach())
+        kinds[tensor.device, tensor.dtype].append(tensor)
     return [(originals, [torch.empty_like(tensor) for tensor in originals]) for originals in kinds.values()]
 
 

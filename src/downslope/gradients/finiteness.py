@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from downslope.gradients.norms import HALF
+
 
 def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_tensors"]:
     """Returns the L2 norm of each tensor; it is finite if and only if every element is.
@@ -14,7 +16,7 @@ def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_t
     ‖x‖ = √(Σᵢ xᵢ²), a sum without 1/N. In float32 squares overflow from 1.8e19 on, and a norm of inf would tell nothing
     of the elements; in float64 those of a float32 tensor cannot. That sum takes a CPU five times as long, so that there
     it is only made where the quick one is not finite: to look at that is cheap on a CPU, and would be a synchronisation
-    elsewhere. (Apple's GPUs have no float64: a norm beyond 1.8e19 is inf there.)
+    elsewhere. Half precision is added up in float32. (Apple's GPUs have no float64: a norm beyond 1.8e19 is inf there.)
 
     Args:
         tensors: Of any shapes, dense or sparse, on one device.
@@ -31,7 +33,8 @@ def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_t
     dense = [tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach() for tensor in tensors]
     device = dense[0].device.type
     if device == "cpu":
-        quick = torch.stack(torch._foreach_norm(dense)).double()
+        half = any(tensor.dtype in HALF for tensor in dense)
+        quick = torch.stack(torch._foreach_norm(dense, dtype=torch.float32 if half else None)).double()
         if math.isfinite(quick.sum().item()):
             return quick
     wide = torch.float32 if device == "mps" else torch.float64
