@@ -9,7 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain, repeat
+from operator import mul
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +21,7 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.histogram_pb2 import HistogramProto
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import record_writer
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
@@ -154,16 +156,24 @@ class StepWriter:
         elif self._num_elements > MANY:
             self._derive()
 
-    def add_histogram(self, step: int, tag: str, values: Tensor) -> None:
-        """Writes a histogram of the finite values: TensorBoard has no place for the others, of which it warns once."""
-        everything = values.detach().float()
-        values = everything[torch.isfinite(everything)]
-        if values.numel() < everything.numel() and not self._has_warned:
-            self._has_warned = True
-            log.warning("%s is not finite at step %d: histograms are of the rest, training goes on.", tag, step)
-        for logger in tuple(self._loggers):
-            if isinstance(logger, TensorBoardLogger) and values.numel():
-                self.attempt(logger, lambda logger: logger.experiment.add_histogram(tag, values.cpu(), step))
+    def add_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Writes a histogram of each one's finite values; of the others, which have no place there, it warns once."""
+        loggers = [logger for logger in self._loggers if isinstance(logger, TensorBoardLogger)]
+        if not loggers or not tensors:
+            return
+        sizes = [tensor.numel() for tensor in tensors.values()]
+        everything = torch.cat([tensor.detach().flatten() for tensor in tensors.values()]).cpu().double()
+        finite, summary = torch.isfinite(everything), Summary()
+        for tag, values, is_finite in zip(tensors, everything.split(sizes), finite.split(sizes), strict=True):
+            if not is_finite.all():
+                values = values[is_finite]
+                if not self._has_warned:
+                    log.warning("%s is not finite at step %d: histograms are of the rest, training goes on.", tag, step)
+                self._has_warned = True
+            if values.numel():
+                summary.value.append(Summary.Value(tag=tag, histo=histogram(values)))
+        for logger in loggers:
+            self.attempt(logger, lambda logger: logger.experiment.file_writer.add_summary(summary, step))
 
     def _derive(self) -> None:
         """Makes values out of what was taken, without waiting for the device."""
@@ -194,6 +204,29 @@ class StepWriter:
         except Exception as error:
             self._loggers.remove(logger)
             silence(logger, error)
+
+
+_POSITIVE = list(accumulate(repeat(1.1, 773), mul, initial=1e-12))  # up to 1e20
+EDGES = torch.tensor([-edge for edge in reversed(_POSITIVE)] + [0.0] + _POSITIVE, dtype=torch.float64)
+
+
+def histogram(values: Tensor) -> HistogramProto:
+    """Returns how finite values, in float64, are spread over bins that grow by a tenth each.
+
+    They are those of torch's `add_histogram`, which takes 20 times as long; the outermost hold what is beyond.
+    """
+    right = torch.bucketize(values, EDGES, right=True).clamp_(1, len(EDGES) - 1)  # the edge above each value
+    first, last = map(int, right.aminmax())
+    least, most = values.aminmax()
+    return HistogramProto(
+        min=least.item(),
+        max=most.item(),
+        num=len(values),
+        sum=values.sum().item(),
+        sum_squares=torch.dot(values, values).item(),
+        bucket_limit=EDGES[first - 1 : last + 1].tolist(),
+        bucket=[0, *torch.bincount(right - first).tolist()],  # the first is empty: a bin is told by its upper edge
+    )
 
 
 def _stack(part: Sequence[Any]) -> Tensor:

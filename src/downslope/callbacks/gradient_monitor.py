@@ -116,9 +116,9 @@ class GradientMonitor(Callback):
         plan = self._plans[key]
         self._writer.add(step.step, plan.measurement, self._values, *vectors)
         if step.count % self.histogram_every_n_steps == 0:
-            for index in plan.shown:
-                name = self._names[id(parameters[index])]
-                self._writer.add_histogram(step.step, f"gradient/{name}", dense(gradients[index]))
+            names = [f"gradient/{self._names[id(parameters[index])]}" for index in plan.shown]
+            values = [dense(gradients[index]) for index in plan.shown]
+            self._writer.add_histograms(step.step, dict(zip(names, values, strict=True)))
 
     def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
         names, sizes = [self._names[id(each)] for each in parameters], [each.numel() for each in parameters]
