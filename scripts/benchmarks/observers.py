@@ -156,8 +156,8 @@ def observers(rounds: int, seconds: float, cases: Sequence[Case] = CASES) -> Non
         "Processor time, all threads together, that is added to a run without observers, and in brackets time by the "
         f"clock, until everything is written; TensorBoard on; about {seconds} s each in turn, the median of {rounds} "
         f"rounds' ratios; one thread of torch; {_load()}. "
-        "Ours: `GradientMonitor` and `LearningRateEffects`, histograms at every 100 steps, the descent ratio at every 50; "
-        "`FlightRecorder` judges every step whatever the frequency, `SharpnessMonitor` measures at every 200. "
+        "Ours: `GradientMonitor` and `LearningRateEffects`, the descent ratio at every 50 steps, histograms at every "
+        "100; `FlightRecorder` judges every step whatever the frequency, `SharpnessMonitor` measures at every 200. "
         "`grad_norm` computes norms alone, and only where it is due; documented as it is, it does so at every step."
     ]
     print_report(header, rows, notes)
