@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
@@ -29,6 +30,7 @@ from torch import Tensor
 
 from downslope.event_files import masked_checksum
 from downslope.forgiving import silence
+from downslope.gradients.norms import HALF
 
 log = logging.getLogger(__name__)
 
@@ -162,7 +164,8 @@ class StepWriter:
         if not loggers or not tensors:
             return
         sizes = [tensor.numel() for tensor in tensors.values()]
-        everything = torch.cat([tensor.detach().flatten() for tensor in tensors.values()]).cpu().double()
+        everything = torch.cat([tensor.detach().flatten() for tensor in tensors.values()]).cpu()
+        everything = everything.float() if everything.dtype in HALF else everything
         finite, summary = torch.isfinite(everything), Summary()
         for tag, values, is_finite in zip(tensors, everything.split(sizes), finite.split(sizes), strict=True):
             if not is_finite.all():
@@ -207,26 +210,26 @@ class StepWriter:
 
 
 _POSITIVE = list(accumulate(repeat(1.1, 773), mul, initial=1e-12))  # up to 1e20
-EDGES = torch.tensor([-edge for edge in reversed(_POSITIVE)] + [0.0] + _POSITIVE, dtype=torch.float64)
+EDGES = np.array([-edge for edge in reversed(_POSITIVE)] + [0.0] + _POSITIVE)
 
 
 def histogram(values: Tensor) -> HistogramProto:
-    """Returns how finite values, in float64, are spread over bins that grow by a tenth each.
+    """Returns how finite values on a CPU are spread over bins that grow by a tenth each.
 
-    They are those of torch's `add_histogram`, which takes 20 times as long; the outermost hold what is beyond.
+    They are the bins of torch's `add_histogram`, which takes ten times as long; the outermost hold what is beyond.
     """
-    right = torch.bucketize(values, EDGES, right=True).clamp_(1, len(EDGES) - 1)  # the edge above each value
-    first, last = map(int, right.aminmax())
-    least, most = values.aminmax()
-    return HistogramProto(
-        min=least.item(),
-        max=most.item(),
-        num=len(values),
-        sum=values.sum().item(),
-        sum_squares=torch.dot(values, values).item(),
-        bucket_limit=EDGES[first - 1 : last + 1].tolist(),
-        bucket=[0, *torch.bincount(right - first).tolist()],  # the first is empty: a bin is told by its upper edge
+    ordered = np.sort(values.numpy()).astype(np.float64)
+    first, last = np.searchsorted(EDGES, ordered[[0, -1]], side="right").clip(1, len(EDGES) - 1)
+    limits = EDGES[first - 1 : last + 1]  # upper ones: the first bin is empty, and there for its limit
+    below = np.searchsorted(ordered, limits)
+    below[0], below[-1] = 0, len(ordered)
+    encoded = HistogramProto(
+        min=ordered[0], max=ordered[-1], num=len(ordered), sum=ordered.sum(), sum_squares=np.dot(ordered, ordered)
     )
+    size = _varint(limits.nbytes)
+    counts = np.diff(below, prepend=0).astype(np.float64)
+    encoded.MergeFromString(b"\x32%b%b\x3a%b%b" % (size, limits.tobytes(), size, counts.tobytes()))  # fields 6 and 7
+    return encoded
 
 
 def _stack(part: Sequence[Any]) -> Tensor:
