@@ -117,7 +117,7 @@ class Measurement:
         return struct.Struct("<" + "".join(f"{len(text)}sf" for text in self._texts))
 
 
-MANY = 2**19  # elements that may wait to be worked on: so many stay in a processor's cache
+MANY = 2**20  # elements that may wait to be worked on: so many stay in a processor's cache
 
 Row = tuple[Tensor | Sequence[float], ...]
 Steps = dict[int, list[tuple[Measurement, Sequence[float]]]]

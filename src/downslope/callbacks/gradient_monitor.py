@@ -110,7 +110,7 @@ class GradientMonitor(Callback):
             vectors = [flat(gradients), flat(applied)] if parameters else []
         if not parameters:
             return
-        key = (step.name, len(self._small), parameters)
+        key = (step.name, len(self._small), *map(id, parameters))  # a parameter's hash takes longer
         if key not in self._plans:
             self._plans[key] = self._plan(parameters, step.suffix)
         plan = self._plans[key]

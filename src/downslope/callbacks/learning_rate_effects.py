@@ -69,7 +69,7 @@ class LearningRateEffects(Callback):
         gradients = getattr(self, "_last_gradient", {})
         return {
             optimizer: {"parameters": [names[id(each)] for each in parameters], "gradient": gradient.cpu()}
-            for optimizer, (parameters, gradient) in gradients.items()
+            for optimizer, (parameters, gradient, _) in gradients.items()
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -82,10 +82,11 @@ class LearningRateEffects(Callback):
             return
         self._names = parameter_names(pl_module)
         named = {parameter_names(pl_module)[id(parameter)]: parameter for parameter in pl_module.parameters()}
-        self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor]] = {
-            optimizer: (tuple(named[name] for name in last["parameters"]), last["gradient"].to(pl_module.device))
-            for optimizer, last in self._loaded.items()
-        }
+        self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor, Tensor]] = {}
+        for optimizer, last in self._loaded.items():
+            gradient = last["gradient"].to(pl_module.device)
+            moved = tuple(named[name] for name in last["parameters"])
+            self._last_gradient[optimizer] = (moved, gradient, torch.dot(gradient, gradient))
         self._loaded = {}
         self._plans: dict[object, Measurement] = {}
         self._window: list[tuple[Any, int, RandomState, Tensor]] = []
@@ -148,25 +149,26 @@ class LearningRateEffects(Callback):
     def _keep_gradient(self, step: OptimizerStep) -> None:
         """For the cosine of the next one."""
         if step.moved:
-            self._last_gradient[step.name] = (step.moved, step.flat_gradient)
+            self._last_gradient[step.name] = (step.moved, step.flat_gradient, step.gradient_square)
 
     def _after(self, step: OptimizerStep) -> None:
         if not step.moved:
             return
-        gradient, after = step.flat_gradient, flat(step.parameters)
-        known, last = self._last_gradient.get(step.name, (None, gradient))
+        gradient, square = step.flat_gradient, step.gradient_square
+        known, last, last_square = self._last_gradient.get(step.name, (None, gradient, square))
         has_cosine = known == step.moved
         groups = step.optimizer.param_groups
-        key = (step.name, step.moved, has_cosine, len(groups))
+        key = (step.name, has_cosine, len(groups), *map(id, step.moved))  # a parameter's hash takes longer
         if key not in self._plans:
             self._plans[key] = self._plan(step, has_cosine)
         rates = [float(group["lr"]) for group in groups]
-        cosine_of = [gradient, last] if has_cosine else [gradient]
-        self._writer.add(step.step, self._plans[key], rates, self._before_step, after, *cosine_of)
+        change = flat(step.parameters).sub_(self._before_step)
+        products = [torch.dot(gradient, last), last_square] if has_cosine else []
+        self._writer.add(step.step, self._plans[key], rates, self._before_step, change, square, *products)
         if self._watched:
             self._promised_at = step.step
             if len(groups) == 1:
-                self._promise = rates[0] * torch.dot(gradient, gradient)
+                self._promise = rates[0] * square
             else:
                 rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
                 self._promise = step.gradient_norms.square() @ step.gradient_norms.new_tensor(rates)
@@ -181,18 +183,17 @@ class LearningRateEffects(Callback):
         tags += [f"learning_rate/{step.name}{place}" for place in places]
         tags += [f"learning_rate_effect/gradient_cosine{suffix}"] * has_cosine
 
-        def derive(rates: Tensor, before: Tensor, after: Tensor, gradient: Tensor, *last_one: Tensor) -> Tensor:
-            changes, own = part_norms(after - before, sizes), part_norms(before, sizes)
-            change, length = total_norm(changes), part_norms(gradient, [gradient.shape[1]])[:, 0]
+        def derive(rates: Tensor, before: Tensor, change: Tensor, square: Tensor, *products: Tensor) -> Tensor:
+            changes, own = part_norms(change, sizes), part_norms(before, sizes)
+            total, length = total_norm(changes), square.sqrt()
             columns = [
-                update_ratio(change, total_norm(own))[:, None],
-                effective_learning_rate(change, length)[:, None],
+                update_ratio(total, total_norm(own))[:, None],
+                effective_learning_rate(total, length)[:, None],
                 update_ratio(changes, own)[:, shown],
                 rates.to(changes.device, torch.promote_types(changes.dtype, torch.float32)),
             ]
-            for last in last_one:
-                product, last_length = (gradient * last).sum(dim=1), part_norms(last, [last.shape[1]])[:, 0]
-                columns.append(cosine(product, length, last_length)[:, None])
+            if has_cosine:
+                columns.append(cosine(products[0], length, products[1].sqrt())[:, None])
             return torch.cat(columns, dim=1)
 
         return Measurement(tags, derive)

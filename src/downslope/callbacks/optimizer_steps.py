@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from downslope.gradients.norms import norms
+from downslope.gradients.norms import HALF, norms
 
 
 @dataclass
@@ -44,6 +44,7 @@ class OptimizerStep:
     _has_gradient: list[bool] = field(default_factory=list)
     _norms: Tensor | None = None
     _flat: Tensor | None = None
+    _square: Tensor | None = None
 
     @property
     def parameters(self) -> list[Parameter]:
@@ -67,10 +68,18 @@ class OptimizerStep:
 
     @property
     def flat_gradient(self) -> Tensor:
-        """All of `gradients` as one vector, computed once for all observers."""
+        """All of `gradients` as one vector, half precision as float32; computed once for all observers."""
         if self._flat is None:
-            self._flat = flat(self.gradients)
+            vector = flat(self.gradients)
+            self._flat = vector.float() if vector.dtype in HALF else vector
         return self._flat
+
+    @property
+    def gradient_square(self) -> Tensor:
+        """‖g‖² of `flat_gradient`, computed once for all observers."""
+        if self._square is None:
+            self._square = torch.dot(self.flat_gradient, self.flat_gradient)
+        return self._square
 
     @property
     def gradient_norms(self) -> Tensor:
@@ -81,7 +90,7 @@ class OptimizerStep:
 
     def forget(self) -> None:
         """Lets the gradients go."""
-        self.gradients, self._norms, self._flat = [], None, None
+        self.gradients, self._norms, self._flat, self._square = [], None, None, None
 
 
 class OptimizerSteps:
