@@ -55,12 +55,15 @@ def test_what_lies_beyond_the_bins_is_counted_in_the_outermost() -> None:
 
 
 def test_all_histograms_of_a_step_are_one_event(tmp_path: Path) -> None:
-    writer, logger = writer_and_folder(tmp_path)
+    writer, _ = writer_and_folder(tmp_path)
     tensors = {"half": torch.tensor([[1.0, 2.0]]).half(), "none": torch.empty(0), "double": torch.tensor(3.0).double()}
-    writer.add_histograms(7, {**tensors, "broken": torch.tensor([math.nan, 4.0])})
-    logger.finalize("success")
+    tensors["broken"] = torch.tensor([math.nan, 4.0])
+    writer.add(7, Measurement(["a", "b"], lambda row: row), [1.0, 2.0])
+    writer.add_histograms(7, list(tensors), list(tensors.values()))
+    writer.flush()
     (event,) = [event for event in events(tmp_path) if event.step == 7]
-    assert {each.tag: (each.histo.num, each.histo.sum) for each in event.summary.value} == {
+    assert [each.simple_value for each in event.summary.value[:2]] == [1.0, 2.0]
+    assert {each.tag: (each.histo.num, each.histo.sum) for each in event.summary.value[2:]} == {
         "half": (2.0, 3.0),
         "double": (1.0, 3.0),
         "broken": (1.0, 4.0),

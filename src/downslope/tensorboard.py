@@ -138,6 +138,7 @@ class StepWriter:
         self._rows: list[tuple[int, Measurement, Row]] = []
         self._num_waiting = self._num_elements = 0
         self._derived: list[tuple[list[int], Measurement, Tensor]] = []
+        self._parts: list[tuple[int, Sequence[str], Sequence[Tensor]]] = []
         self._has_warned = False
         for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger):
@@ -158,25 +159,28 @@ class StepWriter:
         elif self._num_elements > MANY:
             self._derive()
 
-    def add_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Writes a histogram of each one's finite values; of the others, which have no place there, it warns once."""
-        loggers = [logger for logger in self._loggers if isinstance(logger, TensorBoardLogger)]
-        if not loggers or not tensors:
-            return
-        sizes = [tensor.numel() for tensor in tensors.values()]
-        everything = torch.cat([tensor.detach().flatten() for tensor in tensors.values()]).cpu()
-        everything = everything.float() if everything.dtype in HALF else everything
-        finite, summary = torch.isfinite(everything), Summary()
-        for tag, values, is_finite in zip(tensors, everything.split(sizes), finite.split(sizes), strict=True):
-            if not is_finite.all():
-                values = values[is_finite]
-                if not self._has_warned:
+    def add_histograms(self, step: int, tags: Sequence[str], parts: Sequence[Tensor]) -> None:
+        """Takes tensors of which histograms are wanted, one a tag; nobody else may write into them."""
+        if any(isinstance(logger, TensorBoardLogger) for logger in self._loggers):
+            self._parts.append((step, tags, parts))
+
+    def _histograms(self) -> dict[int, bytes]:
+        """Returns for each step the histograms that wait, of finite values: of others it warns once."""
+        waiting, self._parts = self._parts, []
+        encoded = {}
+        for step, tags, parts in waiting:
+            values = torch.cat([part.detach().flatten() for part in parts]).cpu()
+            values = values.float() if values.dtype in HALF else values
+            summary = Summary()
+            for tag, each in zip(tags, values.split([part.numel() for part in parts]), strict=True):
+                finite = each[torch.isfinite(each)]
+                if len(finite):
+                    summary.value.append(Summary.Value(tag=tag, histo=histogram(finite)))
+                if len(finite) < len(each) and not self._has_warned:
+                    self._has_warned = True
                     log.warning("%s is not finite at step %d: histograms are of the rest, training goes on.", tag, step)
-                self._has_warned = True
-            if values.numel():
-                summary.value.append(Summary.Value(tag=tag, histo=histogram(values)))
-        for logger in loggers:
-            self.attempt(logger, lambda logger: logger.experiment.file_writer.add_summary(summary, step))
+            encoded[step] = summary.SerializeToString()
+        return encoded
 
     def _derive(self) -> None:
         """Makes values out of what was taken, without waiting for the device."""
@@ -190,15 +194,18 @@ class StepWriter:
         """Writes everything that waits."""
         self._derive()
         derived, self._derived, self._num_waiting = self._derived, [], 0
+        histograms = self._histograms()
         self._flushed_at = time.monotonic()
-        if not derived:
+        steps: Steps = {
+            step: [] for step in sorted({*histograms, *(step for taken, _, _ in derived for step in taken)})
+        }
+        if not steps:
             return
-        steps: Steps = {step: [] for step in sorted({step for taken, _, _ in derived for step in taken})}
         for taken, measurement, values in derived:
             for step, row in zip(taken, values.tolist(), strict=True):
                 steps[step].append((measurement, row))
         for logger in tuple(self._loggers):
-            self.attempt(logger, lambda logger: _write(logger, steps))
+            self.attempt(logger, lambda logger: _write(logger, steps, histograms))
 
     def attempt(self, logger: Any, write: Any) -> None:
         """Writes; after a failure never again to this logger."""
@@ -239,9 +246,9 @@ def _stack(part: Sequence[Any]) -> Tensor:
     return torch.stack(part) if len(part) > 1 else part[0][None]  # type: ignore[arg-type]
 
 
-def _write(logger: Logger, steps: Steps) -> None:
+def _write(logger: Logger, steps: Steps, histograms: Mapping[int, bytes]) -> None:
     if isinstance(logger, TensorBoardLogger):
-        _write_events(logger.experiment.file_writer.event_writer, steps)
+        _write_events(logger.experiment.file_writer.event_writer, steps, histograms)
         return
     for step, taken in steps.items():
         logger.log_metrics(
@@ -249,7 +256,7 @@ def _write(logger: Logger, steps: Steps) -> None:
         )
 
 
-def _write_events(writer: EventFileWriter, steps: Steps) -> None:
+def _write_events(writer: EventFileWriter, steps: Steps, histograms: Mapping[int, bytes]) -> None:
     """Writes an event a step, all in one go.
 
     The stock writer hands each event to its thread, at more cost than the event itself. Here, when the thread has
@@ -258,7 +265,8 @@ def _write_events(writer: EventFileWriter, steps: Steps) -> None:
     now = time.time()
     records = bytearray()
     for step, taken in steps.items():
-        event = _event(now, step, b"".join([each.summary(values) for each, values in taken]))
+        scalars = b"".join([each.summary(values) for each, values in taken])
+        event = _event(now, step, scalars + histograms.get(step, b""))
         length = len(event).to_bytes(8, "little")
         for part in (length, event):
             records += part + masked_checksum(part).to_bytes(4, "little")

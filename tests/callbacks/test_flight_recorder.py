@@ -346,6 +346,7 @@ def test_a_step_outside_of_any_batch_is_watched_too(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="the gradient of weight became inf at step 0"):
         fit(module, FlightRecorder(folder=str(tmp_path)), data=DataLoader(torch.zeros(9, 1)))
     assert module.weight.item() == 1.0
+    assert read(tmp_path)["batch"] is None  # the first one is not to blame
 
 
 def test_validation_alone_is_not_its_affair() -> None:
@@ -492,6 +493,20 @@ def test_one_element_that_is_not_finite_is_found_in_any_network(tmp_path: Path, 
     with pytest.warns(UserWarning, match=rf"the gradient of net\..*bias became {value} at step 2"):
         fit(module, FlightRecorder(folder=str(tmp_path)), data=DataLoader([rows] * 4, batch_size=None), max_epochs=1)
     assert all(bool(torch.isfinite(each).all()) for each in module.parameters())
+
+
+def test_a_gradient_that_becomes_sparse_is_still_measured() -> None:
+    class Sometimes(Summed):
+        def training_step(self, batch: Tensor) -> Tensor:
+            dense = self.net[0].weight.sum() if self.global_step < 2 else 0.0
+            return super().training_step(batch) + dense
+
+    net = nn.Sequential(nn.Embedding(100, 20, sparse=True), chain(20, 12))
+    recorder, witness = FlightRecorder(), DoubleNorms()
+    rows = DataLoader([torch.tensor([3, 3, 7])] * 4, batch_size=None)
+    fit(Sometimes(net), recorder, witness, data=rows, max_epochs=1)
+    for step, (gradients, _) in zip(recorder.state_dict()["steps"], witness.steps, strict=True):
+        assert list(step["gradient_norms"].values()) == pytest.approx(gradients, rel=1e-6)
 
 
 class Reassigning(SGD):

@@ -2,106 +2,29 @@
 
 import warnings
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from itertools import accumulate, islice
+from collections.abc import Mapping
+from dataclasses import asdict
 from math import isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, flat, leave_out_idle_hooks, wake
+from downslope.callbacks.measured_step import MeasuredStep, Norms, StepNorms, read
+from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
 from downslope.callbacks.snapshot import Copies, Snapshot
 from downslope.callbacks.unclipped_gradients import may_be_clipped
 from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
-from downslope.gradients.finiteness import wide_norms
 
 OnDivergence = Literal["stop", "raise", "continue"]
-TINY = 2**18  # elements of all the ring's steps: so many stay in a processor's cache
-SMALL = 4096  # elements a tensor: smaller ones are measured as one vector, larger ones take longer to copy
 
 
 class DivergenceError(RuntimeError):
     """A loss, gradient or parameter is not finite, or the loss has grown out of all proportion."""
-
-
-@dataclass(slots=True, eq=False)
-class _Measured:
-    """A step, or a batch without one: raw, because most are never looked at but for their sum.
-
-    Attributes:
-        values: The norms of gradients and then of parameters: a tensor until they have been read from the device.
-        sizes: Where `values` are the elements themselves, how many each has: their norms are taken when somebody looks.
-    """
-
-    step: int
-    epoch: int
-    batch_index: int
-    batch: Any
-    loss: Tensor | float | None = None
-    optimizer: str | None = None
-    learning_rate: float | list[float] | None = None
-    gradient_names: Sequence[str] = ()
-    parameter_names: Sequence[str] = ()
-    values: Tensor | list[float] = field(default_factory=list)
-    sizes: list[int] | None = None
-
-    def total(self) -> float:
-        """Returns the sum of all that was read: if it is finite, everything is."""
-        values = self.values
-        return (self.loss or 0.0) + (torch.dot(values, values).item() if self.sizes else sum(values))  # type: ignore[arg-type, return-value]
-
-    def record(self) -> StepRecord:
-        """Returns what was read, by name."""
-        if self.sizes:
-            self.values, self.sizes = wide_norms(self.values.split(self.sizes)).tolist(), None  # type: ignore[union-attr]
-        num = len(self.gradient_names)
-        arrived = dict(zip(self.gradient_names, self.values[:num], strict=True))
-        parameters = dict(zip(self.parameter_names, self.values[num:], strict=True))
-        stepped = parameters or arrived  # not those of another optimizer
-        gradients = {name: norm for name, norm in arrived.items() if name in stepped}
-        values = (self.optimizer, self.learning_rate, self.loss, gradients, parameters)
-        return StepRecord(self.step, self.epoch, self.batch_index, *values)  # type: ignore[arg-type]
-
-
-class _Layout:
-    """The tensors of an optimizer's steps, as long as they are the same: some gradients, then all parameters.
-
-    Args:
-        step: An optimizer's, just taken.
-        names: Of the parameters.
-        num_steps: Of the ring.
-    """
-
-    def __init__(self, step: OptimizerStep, names: Mapping[Parameter, str], num_steps: int) -> None:
-        self.moved, self.parameters = step.moved, step.parameters
-        self.gradient_names = [names.get(each, "?") for each in self.moved]
-        self.parameter_names = [names.get(each, "?") for each in self.parameters]
-        tensors = [*step.gradients, *self.parameters]
-        self.sizes = sizes = [each.numel() for each in tensors]
-        kinds = {(each.device.type, each.dtype, each.layout) for each in tensors}
-        plain = kinds in [{("cpu", dtype, torch.strided)} for dtype in (torch.float32, torch.float64)]
-        self.is_tiny = plain and num_steps * sum(sizes) <= TINY
-        self.is_small = plain and all(sizes) and sum(sizes) <= SMALL * len(sizes)
-        if self.is_small and not self.is_tiny:
-            self._vector = torch.empty(sum(sizes), dtype=tensors[0].dtype)
-            self._parts = [part.view(each.shape) for part, each in zip(self._vector.split(sizes), tensors, strict=True)]
-            self._starts = [0, *accumulate(sizes[:-1])]
-
-    def norms(self, tensors: list[Tensor]) -> list[float]:
-        """Returns the norm of each of many small tensors, as parts of one vector: quicker than one by one."""
-        torch._foreach_copy_(self._parts, tensors)
-        squares = self._vector.mul_(self._vector).numpy()
-        with np.errstate(over="ignore"):
-            norms: list[float] = np.sqrt(np.add.reduceat(squares, self._starts)).tolist()
-        return norms if isfinite(sum(norms)) else wide_norms(tensors).tolist()
 
 
 class FlightRecorder(Callback):
@@ -162,8 +85,8 @@ class FlightRecorder(Callback):
         self.flight_record: FlightRecord | None = None
         self.diverged = False
         self._first_losses: dict[str, float] = {}
-        self._steps: deque[_Measured | StepRecord] = deque(maxlen=num_steps)
-        self._unjudged: list[_Measured] = []
+        self._steps: deque[MeasuredStep | StepRecord] = deque(maxlen=num_steps)
+        self._unjudged: list[MeasuredStep] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self.flight_record = None
@@ -175,7 +98,7 @@ class FlightRecorder(Callback):
         return {"first_losses": self._first_losses, "steps": [asdict(step) for step in self._records()]}
 
     def _records(self) -> list[StepRecord]:
-        return [step.record() if isinstance(step, _Measured) else step for step in self._steps]
+        return [step.record() if isinstance(step, MeasuredStep) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._first_losses = dict(state_dict["first_losses"])
@@ -193,8 +116,8 @@ class FlightRecorder(Callback):
         self._buffers = Copies()
         self._num_steps_taken = trainer.global_step
         self._loss: Tensor | None = None
-        self._arrived: tuple[list[str], Tensor | list[float]] | None = None
-        self._step_of_batch: _Measured | None = None
+        self._arrived: tuple[list[str], Norms] | None = None
+        self._step_of_batch: MeasuredStep | None = None
         self.on_train_epoch_start(trainer, pl_module)
         self._is_quick = self._knows_the_loss_in_the_step(pl_module)
         if self._is_quick:
@@ -230,8 +153,8 @@ class FlightRecorder(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch, self._batches = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current
-        self._names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        self._layouts: dict[str, _Layout] = {}
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        self._norms = StepNorms(names, self.num_steps)
         self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -264,11 +187,11 @@ class FlightRecorder(Callback):
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The one moment before a clip of the user's own, which makes a NaN in one gradient a NaN in all.
         if not self._automatic and not self._scaler:
-            self._arrived = self._gradients(trainer.optimizers)
+            self._arrived = self._norms.of_gradients(trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._automatic or self._scaler:
-            self._arrived = self._gradients([optimizer])
+            self._arrived = self._norms.of_gradients([optimizer])
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -278,19 +201,21 @@ class FlightRecorder(Callback):
         measured = self._step_of_batch
         if self._is_quick:
             wake(self, "on_train_batch_end", awake=False)
-            assert measured is not None
-            measured.batch_index, measured.batch = batch_idx, batch
-        elif measured is None:
-            measured = _Measured(max(trainer.global_step, self._num_steps_taken), *self._batch)
+            if measured and measured.loss is not None:  # otherwise it was not the step of a batch
+                measured.batch_index, measured.batch = batch_idx, batch
+            self.judge()
+            return
+        if measured is None:
+            measured = MeasuredStep(max(trainer.global_step, self._num_steps_taken), *self._batch)
             if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
-                measured.gradient_names, measured.values = self._gradients(trainer.optimizers)
+                measured.gradient_names, measured.values = self._norms.of_gradients(trainer.optimizers)
             self._unjudged.append(measured)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if measured.loss is None and isinstance(loss, Tensor):
             self._take_loss(measured, loss.detach() if loss.ndim == 0 else loss.detach().sum())
         self._judge_if_due()
 
-    def _take_loss(self, measured: _Measured, loss: Tensor) -> None:
+    def _take_loss(self, measured: MeasuredStep, loss: Tensor) -> None:
         """Takes what came out of a batch: with automatic optimization its share of what the step differentiated."""
         if self._automatic:
             self._loss = loss if self._loss is None else self._loss + loss
@@ -315,7 +240,7 @@ class FlightRecorder(Callback):
         if hasattr(self, "_optimizer_steps"):
             self._optimizer_steps.detach()
             self._step_of_batch = None
-            del self._optimizer_steps, self._snapshot, self._buffers, self._layouts
+            del self._optimizer_steps, self._snapshot, self._buffers, self._norms
             vars(self).pop("_batch", None)
 
     def _before_step(self, step: OptimizerStep) -> None:
@@ -330,9 +255,10 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()  # training ends, but not before the module's own code does
             return
-        measured = _Measured(step.step, *self._batch, None, step.name, _learning_rate(step.optimizer))
+        measured = MeasuredStep(step.step, *self._batch, None, step.name, _learning_rate(step.optimizer))
         self._step_of_batch = measured
-        self._measure_step(step, measured)
+        self._norms.measure(step, measured, self._arrived)
+        self._arrived = None
         self._unjudged.append(measured)
         if not self._automatic and self._loss is not None:  # otherwise it comes with what `training_step` returns
             measured.loss, self._loss = self._loss, None
@@ -348,37 +274,15 @@ class FlightRecorder(Callback):
             return
         loss, self._loss = self._loss, None
         rate, batch_index = _learning_rate(step.optimizer), max(self._batches.ready - 1, 0)
-        measured = _Measured(step.step, self._epoch, batch_index, None, loss, step.name, rate)
-        self._measure_step(step, measured)
-        _read([measured])
+        measured = MeasuredStep(step.step, self._epoch, batch_index, None, loss, step.name, rate)
+        self._norms.measure(step, measured, self._arrived)
+        self._arrived = None
+        read([measured])
         if self._diagnose(measured) is None:
             return
         self._unjudged.append(measured)
         self._step_of_batch = measured
         wake(self, "on_train_batch_end")
-
-    def _measure_step(self, step: OptimizerStep, measured: _Measured) -> None:
-        """Looks at the gradients as they arrived, and at the parameters that the step has made."""
-        parameters, layout = step.parameters, self._layouts.get(step.name)
-        if layout is None or layout.moved is not step.moved or layout.parameters is not parameters:
-            layout = self._layouts[step.name] = _Layout(step, self._names, self.num_steps)
-        measured.parameter_names = layout.parameter_names
-        if self._arrived:
-            (measured.gradient_names, norms), self._arrived = self._arrived, None
-            measured.values = _joined(norms, _measure(parameters))
-            return
-        measured.gradient_names = layout.gradient_names
-        both = [*step.gradients, *parameters]
-        if layout.is_tiny:
-            measured.values, measured.sizes = flat(both), layout.sizes
-        else:
-            measured.values = layout.norms(both) if layout.is_small else _measure(both)
-
-    def _gradients(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], Tensor | list[float]]:
-        """The names of the parameters that have a gradient, and the gradients' norms."""
-        held = [parameter for each in optimizers for group in each.param_groups for parameter in group["params"]]
-        present = [(self._names.get(each, "?"), each.grad) for each in held if each.grad is not None]
-        return [name for name, _ in present], _measure([gradient for _, gradient in present])
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
@@ -392,7 +296,7 @@ class FlightRecorder(Callback):
         unjudged, self._unjudged = self._unjudged, []
         if not unjudged or self.diverged:
             return
-        _read(unjudged)
+        read(unjudged)
         diagnosis = None
         for measured in unjudged:
             diagnosis = self._diagnose(measured)
@@ -408,7 +312,7 @@ class FlightRecorder(Callback):
             self._record(measured, diagnosis, back_to, writes)
         self._end()
 
-    def _diagnose(self, measured: _Measured) -> Diagnosis | None:
+    def _diagnose(self, measured: MeasuredStep) -> Diagnosis | None:
         """Judges a step, and remembers a good one."""
         loss, name = measured.loss, measured.optimizer
         first_loss = self._first_losses.get(name) if name else None  # a micro-batch's is not yet one to compare
@@ -438,7 +342,7 @@ class FlightRecorder(Callback):
             self._snapshot.restore()
             self._buffers.restore()
 
-    def _record(self, measured: _Measured, diagnosis: Diagnosis, restored_to_step: int | None, writes: bool) -> None:
+    def _record(self, measured: MeasuredStep, diagnosis: Diagnosis, restored_to_step: int | None, writes: bool) -> None:
         self.flight_record = FlightRecord(
             diagnosis=diagnosis,
             offending=measured.record(),
@@ -469,31 +373,3 @@ class FlightRecorder(Callback):
 def _learning_rate(optimizer: Optimizer) -> float | list[float]:
     groups = optimizer.param_groups
     return float(groups[0]["lr"]) if len(groups) == 1 else [float(group["lr"]) for group in groups]
-
-
-def _measure(tensors: Sequence[Tensor]) -> Tensor | list[float]:
-    """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
-    norms = wide_norms(tensors)
-    return norms.tolist() if norms.device.type == "cpu" else norms
-
-
-def _joined(first: Tensor | list[float], second: Tensor | list[float]) -> Tensor | list[float]:
-    if isinstance(first, list) and isinstance(second, list):
-        return first + second
-    place = next(each for each in (first, second) if isinstance(each, Tensor))
-    return torch.cat([torch.as_tensor(each).to(place) for each in (first, second)])
-
-
-def _read(unjudged: Sequence[_Measured]) -> None:
-    """Turns what is still on the device into numbers, all in one transfer."""
-    waiting = [each for each in unjudged if isinstance(each.values, Tensor) and not each.sizes]
-    losses = [each for each in unjudged if isinstance(each.loss, Tensor)]
-    if not waiting and len(losses) == 1:  # on a CPU
-        losses[0].loss = losses[0].loss.item()  # type: ignore[union-attr]
-        return
-    tensors = [each.loss for each in losses] + [each.values for each in waiting]
-    values = iter(torch.cat([tensor.reshape(-1) for tensor in tensors]).tolist() if tensors else [])  # type: ignore[union-attr]
-    for each in losses:
-        each.loss = next(values)
-    for each in waiting:
-        each.values = list(islice(values, len(each.values)))

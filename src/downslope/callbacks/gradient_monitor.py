@@ -23,7 +23,7 @@ from downslope.callbacks.optimizer_steps import (
     wake,
 )
 from downslope.callbacks.unclipped_gradients import UnclippedGradients
-from downslope.gradients.norms import dense, part_norms, total_norm
+from downslope.gradients.norms import part_norms, total_norm
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
 
 
@@ -102,12 +102,12 @@ class GradientMonitor(Callback):
 
     def _after(self, step: OptimizerStep) -> None:
         if self._unclipped.are_applied:
-            parameters, gradients, vectors = step.moved, step.gradients, [step.flat_gradient] if step.moved else []
+            parameters, vectors = step.moved, [step.flat_gradient] if step.moved else []
         else:
             unclipped = self._unclipped.take(step)
-            parameters, gradients = tuple(unclipped), list(unclipped.values())
+            parameters = tuple(unclipped)
             applied = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            vectors = [flat(gradients), flat(applied)] if parameters else []
+            vectors = [flat(list(unclipped.values())), flat(applied)] if parameters else []
         if not parameters:
             return
         key = (step.name, len(self._small), *map(id, parameters))  # a parameter's hash takes longer
@@ -116,9 +116,9 @@ class GradientMonitor(Callback):
         plan = self._plans[key]
         self._writer.add(step.step, plan.measurement, self._values, *vectors)
         if step.count % self.histogram_every_n_steps == 0:
-            names = [f"gradient/{self._names[id(parameters[index])]}" for index in plan.shown]
-            values = [dense(gradients[index]) for index in plan.shown]
-            self._writer.add_histograms(step.step, dict(zip(names, values, strict=True)))
+            parts = vectors[0].split([parameter.numel() for parameter in parameters])
+            tags = [f"gradient/{self._names[id(parameters[index])]}" for index in plan.shown]
+            self._writer.add_histograms(step.step, tags, [parts[index] for index in plan.shown])
 
     def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
         names, sizes = [self._names[id(each)] for each in parameters], [each.numel() for each in parameters]
