@@ -13,6 +13,7 @@ from torch.optim import SGD, Optimizer
 
 from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
 from downslope.callbacks.optimizer_steps import STEP_HOOKS, OptimizerSteps, leave_out_idle_hooks, wake
+from downslope.callbacks.unclipped_gradients import may_be_clipped
 from downslope.data.batches import Batches, ShuffledOrder
 
 
@@ -112,3 +113,18 @@ def test_all_observers_share_one_pair_of_hooks() -> None:
     second.detach()
     assert not optimizer._optimizer_step_pre_hooks
     assert not optimizer._optimizer_step_post_hooks
+
+
+class Watcher(FlightRecorder):
+    """Somebody's subclass that leaves gradients alone."""
+
+
+class Clipper(Callback):
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        nn.utils.clip_grad_norm_(pl_module.parameters(), 0.1)
+
+
+@pytest.mark.parametrize(("callbacks", "clipped"), [([], False), ([Watcher()], False), ([Watcher(), Clipper()], True)])
+def test_only_a_hook_of_somebody_elses_may_clip(callbacks: list[Callback], clipped: bool) -> None:
+    trainer = Trainer(callbacks=callbacks, logger=False, accelerator="cpu", enable_checkpointing=False)
+    assert may_be_clipped(trainer, Line()) is clipped

@@ -104,13 +104,13 @@ def may_be_clipped(trainer: Trainer, module: LightningModule) -> bool:
     """
     hooks = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    callbacks = [each for each in callbacks if not type(each).__module__.startswith("downslope.")]
+    looks = {type(each).on_before_optimizer_step for each in callbacks} - {Callback.on_before_optimizer_step}
     return (
         not module.automatic_optimization
         or getattr(trainer.precision_plugin, "scaler", None) is not None
         or trainer.gradient_clip_val is not None
         or any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)
-        or any(type(each).on_before_optimizer_step is not Callback.on_before_optimizer_step for each in callbacks)
+        or any(not look.__module__.startswith("downslope.") for look in looks)
         or any(not type(each).__module__.startswith("torch.optim.") for each in trainer.optimizers)
     )
 
