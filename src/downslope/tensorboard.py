@@ -167,7 +167,7 @@ class StepWriter:
     def _histograms(self) -> dict[int, bytes]:
         """Returns for each step the histograms that wait, of finite values: of others it warns once."""
         waiting, self._parts = self._parts, []
-        encoded = {}
+        encoded: dict[int, bytes] = {}
         for step, tags, parts in waiting:
             values = torch.cat([part.detach().flatten() for part in parts]).cpu()
             values = values.float() if values.dtype in HALF else values
@@ -179,7 +179,7 @@ class StepWriter:
                 if len(finite) < len(each) and not self._has_warned:
                     self._has_warned = True
                     log.warning("%s is not finite at step %d: histograms are of the rest, training goes on.", tag, step)
-            encoded[step] = summary.SerializeToString()
+            encoded[step] = encoded.get(step, b"") + summary.SerializeToString()
         return encoded
 
     def _derive(self) -> None:

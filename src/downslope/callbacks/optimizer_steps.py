@@ -186,7 +186,7 @@ class _Hooks:
                     named["closure"] = partial(_overheard, named["closure"], observer.on_loss)
 
     def _after(self, state: OptimizerStep, *_: object) -> None:
-        due = self._due[state.name]
+        due = self._due.get(state.name, [])
         if due:
             state.look()
             with torch.no_grad():
