@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder
+from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder, measured_step
+from downslope.gradients.finiteness import wide_norms
 
 MODES = ["automatic", "wrapper", "plain", "raw"]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
@@ -390,11 +391,25 @@ class Witness(Callback):
         self.steps.append((float(outputs["loss"]), norms, trainer.optimizers[0].param_groups[0]["lr"]))
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_ring_is_that_of_an_independent_recorder(tmp_path: Path, mode: str) -> None:
-    module, witness = foreign(mode, "adam"), Witness()
+@pytest.fixture(params=["cpu", "as on a GPU"])
+def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU norms stay tensors until they are read, and no shortcut is taken: so it is done here, on the CPU."""
+    if request.param != "cpu":
+        monkeypatch.setattr(measured_step, "TINY", 0)
+        monkeypatch.setattr(measured_step, "SMALL", 0)
+        monkeypatch.setattr(measured_step, "_norms", wide_norms)
+
+
+@pytest.mark.usefixtures("place")
+@pytest.mark.parametrize("every_n_steps", [1, 2])
+@pytest.mark.parametrize("mode", [*MODES, "clipped"])
+def test_the_ring_is_that_of_an_independent_recorder(tmp_path: Path, mode: str, every_n_steps: int) -> None:
+    settings = {"gradient_clip_val": 1e6} if mode == "clipped" else {}  # which is not reached, but looked for
+    module, witness = foreign("automatic" if mode == "clipped" else mode, "adam"), Witness()
     module.spoil = nan_loss
-    stopped(tmp_path, module, witness)
+    recorder = FlightRecorder(folder=str(tmp_path), every_n_steps=every_n_steps)
+    with pytest.warns(UserWarning, match="Diverged"):
+        fit(module, recorder, witness, **settings)
     steps = read(tmp_path)["steps"]
     assert [step["step"] for step in steps] == [0, 1, 2, 3, 4]
     assert [step["batch_index"] for step in steps] == [0, 1, 2, 3, 0]
