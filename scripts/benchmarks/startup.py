@@ -16,6 +16,7 @@ TINY = ("data=synthetic", "data.num_rows=100", "data.num_features=10", "trainer.
 COMMANDS = {
     "bare script": (BARE,),
     "`train.py`": (TRAIN, *TINY),
+    "`train.py ~callbacks.pictures`": (TRAIN, *TINY, "~callbacks.pictures"),
     "`train.py --help`": (TRAIN, "--help"),
     "`train.py --cfg job`": (TRAIN, "--cfg", "job"),
 }
@@ -55,9 +56,9 @@ def _row(name: str, seconds: list[float], bare: list[float]) -> list[str]:
 
 def _notes() -> list[str]:
     notes = [f"Whole processes, in turn. `train.py` is `python scripts/train.py {' '.join(TINY)}`."]
-    if extras := [name for name in ("matplotlib", "scipy") if installed(name)]:
+    if installed("scipy"):
         notes.append(
-            f"Installed here: {' and '.join(extras)}. torchmetrics imports each where it finds it, so "
-            "that `train.py` is slower than after `make install` alone; the bare script is not."
+            "scipy is installed here. torchmetrics imports it where it finds it, so that `train.py` is slower than "
+            "after `make install` alone; the bare script is not."
         )
     return notes
