@@ -28,3 +28,12 @@ def records(content: bytes) -> Iterator[bytes]:
             return
         yield data
         start = end + 4 + HEADER.size
+
+
+def varint(number: int) -> bytes:
+    """A whole number in groups of seven bits, the lowest first; all but the last have the eighth bit."""
+    groups = bytearray()
+    while number > 127:
+        groups.append(number & 127 | 128)
+        number >>= 7
+    return bytes((*groups, number))

@@ -9,28 +9,26 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, repeat
-from operator import mul
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
-import numpy as np
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.histogram_pb2 import HistogramProto
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer import record_writer
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 from torch import Tensor
 
-from downslope.event_files import masked_checksum
+from downslope.event_files import masked_checksum, varint
 from downslope.forgiving import silence
 from downslope.gradients.norms import HALF
+from downslope.histograms import histogram
 
 log = logging.getLogger(__name__)
 
@@ -109,8 +107,8 @@ class Measurement:
     def _texts(self) -> list[bytes]:
         """What stands before each value: it is `Summary.Value`, field 1 its tag, field 2 a float of 4 bytes."""
         tags = [tag.encode() for tag in self.tags]
-        fields = [b"\x0a%b%b\x15" % (_varint(len(tag)), tag) for tag in tags]
-        return [b"\x0a%b%b" % (_varint(len(each) + 4), each) for each in fields]
+        fields = [b"\x0a%b%b\x15" % (varint(len(tag)), tag) for tag in tags]
+        return [b"\x0a%b%b" % (varint(len(each) + 4), each) for each in fields]
 
     @cached_property
     def _frame(self) -> struct.Struct:
@@ -138,7 +136,7 @@ class StepWriter:
         self._rows: list[tuple[int, Measurement, Row]] = []
         self._num_waiting = self._num_elements = 0
         self._derived: list[tuple[list[int], Measurement, Tensor]] = []
-        self._parts: list[tuple[int, Sequence[str], Sequence[Tensor]]] = []
+        self._vectors: list[tuple[int, Tensor, Mapping[str, slice]]] = []
         self._has_warned = False
         for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger):
@@ -159,24 +157,23 @@ class StepWriter:
         elif self._num_elements > MANY:
             self._derive()
 
-    def add_histograms(self, step: int, tags: Sequence[str], parts: Sequence[Tensor]) -> None:
-        """Takes tensors of which histograms are wanted, one a tag; nobody else may write into them."""
+    def add_histograms(self, step: int, vector: Tensor, places: Mapping[str, slice]) -> None:
+        """Takes a vector, which nobody else may write into, and the places of it that get histograms, by tag."""
         if any(isinstance(logger, TensorBoardLogger) for logger in self._loggers):
-            self._parts.append((step, tags, parts))
+            self._vectors.append((step, vector, places))
 
     def _histograms(self) -> dict[int, bytes]:
         """Returns for each step the histograms that wait, of finite values: of others it warns once."""
-        waiting, self._parts = self._parts, []
+        waiting, self._vectors = self._vectors, []
         encoded: dict[int, bytes] = {}
-        for step, tags, parts in waiting:
-            values = torch.cat([part.detach().flatten() for part in parts]).cpu()
+        for step, vector, places in waiting:
+            values, summary = vector.detach().cpu(), Summary()
             values = values.float() if values.dtype in HALF else values
-            summary = Summary()
-            for tag, each in zip(tags, values.split([part.numel() for part in parts]), strict=True):
-                finite = each[torch.isfinite(each)]
+            for tag, place in places.items():
+                finite = values[place][torch.isfinite(values[place])]
                 if len(finite):
                     summary.value.append(Summary.Value(tag=tag, histo=histogram(finite)))
-                if len(finite) < len(each) and not self._has_warned:
+                if len(finite) < len(values[place]) and not self._has_warned:
                     self._has_warned = True
                     log.warning("%s is not finite at step %d: histograms are of the rest, training goes on.", tag, step)
             encoded[step] = encoded.get(step, b"") + summary.SerializeToString()
@@ -214,29 +211,6 @@ class StepWriter:
         except Exception as error:
             self._loggers.remove(logger)
             silence(logger, error)
-
-
-_POSITIVE = list(accumulate(repeat(1.1, 773), mul, initial=1e-12))  # up to 1e20
-EDGES = np.array([-edge for edge in reversed(_POSITIVE)] + [0.0] + _POSITIVE)
-
-
-def histogram(values: Tensor) -> HistogramProto:
-    """Returns how finite values on a CPU are spread over bins that grow by a tenth each.
-
-    They are the bins of torch's `add_histogram`, which takes ten times as long; the outermost hold what is beyond.
-    """
-    ordered = np.sort(values.numpy()).astype(np.float64)
-    first, last = np.searchsorted(EDGES, ordered[[0, -1]], side="right").clip(1, len(EDGES) - 1)
-    limits = EDGES[first - 1 : last + 1]  # upper ones: the first bin is empty, and there for its limit
-    below = np.searchsorted(ordered, limits)
-    below[0], below[-1] = 0, len(ordered)
-    encoded = HistogramProto(
-        min=ordered[0], max=ordered[-1], num=len(ordered), sum=ordered.sum(), sum_squares=np.dot(ordered, ordered)
-    )
-    size = _varint(limits.nbytes)
-    counts = np.diff(below, prepend=0).astype(np.float64)
-    encoded.MergeFromString(b"\x32%b%b\x3a%b%b" % (size, limits.tobytes(), size, counts.tobytes()))  # fields 6 and 7
-    return encoded
 
 
 def _stack(part: Sequence[Any]) -> Tensor:
@@ -279,16 +253,7 @@ def _write_events(writer: EventFileWriter, steps: Steps, histograms: Mapping[int
 
 def _event(wall_time: float, step: int, summary: bytes) -> bytes:
     """An `Event` as protocol buffers encode it: field 1 the time, 2 the step, 5 the summary."""
-    return b"\x09%b\x10%b\x2a%b%b" % (struct.pack("<d", wall_time), _varint(step), _varint(len(summary)), summary)
-
-
-def _varint(number: int) -> bytes:
-    """A whole number in groups of seven bits, the lowest first; all but the last have the eighth bit."""
-    groups = bytearray()
-    while number > 127:
-        groups.append(number & 127 | 128)
-        number >>= 7
-    return bytes((*groups, number))
+    return b"\x09%b\x10%b\x2a%b%b" % (struct.pack("<d", wall_time), varint(step), varint(len(summary)), summary)
 
 
 _WRITERS: WeakKeyDictionary[Trainer, StepWriter] = WeakKeyDictionary()

@@ -459,6 +459,13 @@ def frozen(net: nn.Module) -> nn.Module:
     return net
 
 
+def four_batches(net: nn.Module) -> DataLoader[Any]:
+    first = next(net.parameters())
+    embeds = isinstance(next(net.children()), nn.Embedding)
+    rows = torch.tensor([3, 3, 7]) if embeds else torch.randn(3, first.shape[-1]).to(first.dtype)
+    return DataLoader([rows] * 4, batch_size=None)  # type: ignore[arg-type]
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "few elements": lambda: chain(3, 2),
     "many small tensors": lambda: chain(20, 12),
@@ -477,10 +484,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 def test_norms_of_any_network_are_those_of_double_precision(name: str, scale: float) -> None:
     seed_everything(0, verbose=False)
     net = NETS[name]()
-    first = next(net.parameters())
-    rows = torch.tensor([3, 3, 7]) if name == "a sparse gradient" else torch.randn(3, first.shape[-1]).to(first.dtype)
     recorder, witness = FlightRecorder(), DoubleNorms()
-    fit(Summed(net, scale), recorder, witness, data=DataLoader([rows] * 4, batch_size=None), max_epochs=1)
+    fit(Summed(net, scale), recorder, witness, data=four_batches(net), max_epochs=1)
     steps = recorder.state_dict()["steps"]
     assert len(steps) == len(witness.steps) == 4
     assert not recorder.diverged
@@ -494,8 +499,6 @@ def test_norms_of_any_network_are_those_of_double_precision(name: str, scale: fl
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_one_element_that_is_not_finite_is_found_in_any_network(tmp_path: Path, name: str, value: float) -> None:
     net = NETS[name]()
-    first = next(net.parameters())
-    rows = torch.tensor([3, 3, 7]) if name == "a sparse gradient" else torch.randn(3, first.shape[-1]).to(first.dtype)
     module = Summed(net)
     steps = iter(range(4))
 
@@ -506,7 +509,7 @@ def test_one_element_that_is_not_finite_is_found_in_any_network(tmp_path: Path, 
 
     list(net.parameters())[-1].register_hook(spoil)
     with pytest.warns(UserWarning, match=rf"the gradient of net\..*bias became {value} at step 2"):
-        fit(module, FlightRecorder(folder=str(tmp_path)), data=DataLoader([rows] * 4, batch_size=None), max_epochs=1)
+        fit(module, FlightRecorder(folder=str(tmp_path)), data=four_batches(net), max_epochs=1)
     assert all(bool(torch.isfinite(each).all()) for each in module.parameters())
 
 
@@ -518,8 +521,7 @@ def test_a_gradient_that_becomes_sparse_is_still_measured() -> None:
 
     net = nn.Sequential(nn.Embedding(100, 20, sparse=True), chain(20, 12))
     recorder, witness = FlightRecorder(), DoubleNorms()
-    rows = DataLoader([torch.tensor([3, 3, 7])] * 4, batch_size=None)
-    fit(Sometimes(net), recorder, witness, data=rows, max_epochs=1)
+    fit(Sometimes(net), recorder, witness, data=four_batches(net), max_epochs=1)
     for step, (gradients, _) in zip(recorder.state_dict()["steps"], witness.steps, strict=True):
         assert list(step["gradient_norms"].values()) == pytest.approx(gradients, rel=1e-6)
 

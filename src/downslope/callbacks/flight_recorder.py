@@ -198,13 +198,14 @@ class FlightRecorder(Callback):
     ) -> None:
         if self.diverged:
             return
-        measured = self._step_of_batch
         if self._is_quick:
             wake(self, "on_train_batch_end", awake=False)
-            if measured and measured.loss is not None:  # otherwise it was not the step of a batch
-                measured.batch_index, measured.batch = batch_idx, batch
+            bad = self._unjudged[-1] if self._unjudged else None
+            if bad and bad.loss is not None:  # otherwise it was not the step of a batch
+                bad.batch_index, bad.batch = batch_idx, batch
             self.judge()
             return
+        measured = self._step_of_batch
         if measured is None:
             measured = MeasuredStep(max(trainer.global_step, self._num_steps_taken), *self._batch)
             if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
@@ -255,10 +256,7 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()  # training ends, but not before the module's own code does
             return
-        measured = MeasuredStep(step.step, *self._batch, None, step.name, _learning_rate(step.optimizer))
-        self._step_of_batch = measured
-        self._norms.measure(step, measured, self._arrived)
-        self._arrived = None
+        measured = self._step_of_batch = self._measure(step, *self._batch)
         self._unjudged.append(measured)
         if not self._automatic and self._loss is not None:  # otherwise it comes with what `training_step` returns
             measured.loss, self._loss = self._loss, None
@@ -272,17 +270,20 @@ class FlightRecorder(Callback):
         if self.diverged:
             self._take_back()
             return
-        loss, self._loss = self._loss, None
-        rate, batch_index = _learning_rate(step.optimizer), max(self._batches.ready - 1, 0)
-        measured = MeasuredStep(step.step, self._epoch, batch_index, None, loss, step.name, rate)
+        measured = self._measure(step, self._epoch, max(self._batches.ready - 1, 0), None)
+        measured.loss, self._loss = self._loss, None
+        read([measured])
+        if self._diagnose(measured):
+            self._unjudged.append(measured)
+            wake(self, "on_train_batch_end")
+
+    def _measure(self, step: OptimizerStep, epoch: int, batch_index: int, batch: Any) -> MeasuredStep:
+        """Takes down a step but for its loss, with gradients as they arrived."""
+        rate = _learning_rate(step.optimizer)
+        measured = MeasuredStep(step.step, epoch, batch_index, batch, optimizer=step.name, learning_rate=rate)
         self._norms.measure(step, measured, self._arrived)
         self._arrived = None
-        read([measured])
-        if self._diagnose(measured) is None:
-            return
-        self._unjudged.append(measured)
-        self._step_of_batch = measured
-        wake(self, "on_train_batch_end")
+        return measured
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:

@@ -1,6 +1,6 @@
 """What arrives at each optimizer step: gradient norms before and after clipping, gradients, parameters."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import accumulate, chain, product
@@ -116,9 +116,7 @@ class GradientMonitor(Callback):
         plan = self._plans[key]
         self._writer.add(step.step, plan.measurement, self._values, *vectors)
         if step.count % self.histogram_every_n_steps == 0:
-            parts = vectors[0].split([parameter.numel() for parameter in parameters])
-            tags = [f"gradient/{self._names[id(parameters[index])]}" for index in plan.shown]
-            self._writer.add_histograms(step.step, tags, [parts[index] for index in plan.shown])
+            self._writer.add_histograms(step.step, vectors[0], plan.histograms)
 
     def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
         names, sizes = [self._names[id(each)] for each in parameters], [each.numel() for each in parameters]
@@ -138,7 +136,11 @@ class GradientMonitor(Callback):
             elements = [arrived[:, of_gradients], values[:, of_values].to(arrived.device)]
             return torch.cat([totals[0][:, None], totals[-1][:, None], each[:, shown], *elements], dim=1)
 
-        return Plan(Measurement(tags, derive), shown)
+        ends = list(accumulate(sizes, initial=0))
+        return Plan(
+            Measurement(tags, derive),
+            {f"gradient/{names[index]}": slice(ends[index], ends[index + 1]) for index in shown},
+        )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach(trainer)
@@ -156,10 +158,10 @@ class GradientMonitor(Callback):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What is measured of a set of parameters, and which of them get tags."""
+    """What is measured of a set of parameters, and where in a vector of them those stand that get a histogram."""
 
     measurement: Measurement
-    shown: list[int]
+    histograms: Mapping[str, slice]
 
 
 def _columns(chosen: Sequence[Parameter], parameters: Sequence[Parameter]) -> Tensor:

@@ -20,7 +20,7 @@ from downslope.callbacks.optimizer_steps import (
     wake,
 )
 from downslope.callbacks.replay import Replay, why_no_replay
-from downslope.gradients.norms import part_norms, total_norm
+from downslope.gradients.norms import norms, part_norms, total_norm
 from downslope.gradients.random_state import RandomState
 from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
 from downslope.tensorboard import Measurement, close_step_writer, step_writer
@@ -81,7 +81,7 @@ class LearningRateEffects(Callback):
         if not self._writer.is_open:
             return
         self._names = parameter_names(pl_module)
-        named = {parameter_names(pl_module)[id(parameter)]: parameter for parameter in pl_module.parameters()}
+        named = {self._names[id(parameter)]: parameter for parameter in pl_module.parameters()}
         self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor, Tensor]] = {}
         for optimizer, last in self._loaded.items():
             gradient = last["gradient"].to(pl_module.device)
@@ -171,7 +171,8 @@ class LearningRateEffects(Callback):
                 self._promise = rates[0] * square
             else:
                 rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
-                self._promise = step.gradient_norms.square() @ step.gradient_norms.new_tensor(rates)
+                squares = norms(step.gradients).square()
+                self._promise = squares @ squares.new_tensor(rates)
 
     def _plan(self, step: OptimizerStep, has_cosine: bool) -> Measurement:
         suffix, sizes = step.suffix, [each.numel() for each in step.parameters]

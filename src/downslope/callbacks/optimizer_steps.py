@@ -15,7 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from downslope.gradients.norms import HALF, norms
+from downslope.gradients.norms import HALF
 
 
 @dataclass
@@ -42,7 +42,6 @@ class OptimizerStep:
     _sizes: list[int] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
     _has_gradient: list[bool] = field(default_factory=list)
-    _norms: Tensor | None = None
     _flat: Tensor | None = None
     _square: Tensor | None = None
 
@@ -81,16 +80,9 @@ class OptimizerStep:
             self._square = torch.dot(self.flat_gradient, self.flat_gradient)
         return self._square
 
-    @property
-    def gradient_norms(self) -> Tensor:
-        """The L2 norm of each of `gradients`, of which there is at least one; computed once for all observers."""
-        if self._norms is None:
-            self._norms = norms(self.gradients)
-        return self._norms
-
     def forget(self) -> None:
         """Lets the gradients go."""
-        self.gradients, self._norms, self._flat, self._square = [], None, None, None
+        self.gradients, self._flat, self._square = [], None, None
 
 
 class OptimizerSteps:

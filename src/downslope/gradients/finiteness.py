@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from downslope.gradients.norms import HALF
+from downslope.gradients.norms import dense, norms
 
 
 def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_tensors"]:
@@ -30,12 +30,10 @@ def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_t
     """
     if not tensors:
         return torch.empty(0, dtype=torch.float64)
-    dense = [tensor.detach().coalesce().values() if tensor.is_sparse else tensor.detach() for tensor in tensors]
-    device = dense[0].device.type
+    device = tensors[0].device.type
     if device == "cpu":
-        half = any(tensor.dtype in HALF for tensor in dense)
-        quick = torch.stack(torch._foreach_norm(dense, dtype=torch.float32 if half else None)).double()
+        quick = norms(tensors).double()
         if math.isfinite(quick.sum().item()):
             return quick
     wide = torch.float32 if device == "mps" else torch.float64
-    return torch.stack(torch._foreach_norm(dense, dtype=wide))
+    return torch.stack(torch._foreach_norm([dense(tensor) for tensor in tensors], dtype=wide))
