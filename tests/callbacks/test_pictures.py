@@ -21,8 +21,9 @@ import downslope.callbacks.pictures
 from downslope.callbacks import FlightRecorder, Pictures
 from downslope.callbacks.optimizer_steps import OptimizerStep
 from downslope.data import DataModule
+from downslope.gradients.quadratic import Parabola
 from downslope.models import AutomaticLinearRegression
-from downslope.pictures.step_along_gradient import name_step
+from downslope.pictures.step_along_gradient import draw_step_along_gradient, name_step
 from downslope.tensorboard import TensorBoard
 from tests.conftest import ROOT, read_events
 
@@ -331,3 +332,13 @@ def test_matplotlib_is_imported_when_the_first_picture_is_drawn_and_not_before(t
     (witnessed,) = [line for line in ended.stdout.splitlines() if line.startswith("IMPORTED BY")]
     assert "on_train_end" in witnessed
     assert "new_figure" in witnessed
+
+
+@pytest.mark.parametrize("ratio", [-4.0, -1.28, -0.5, 0.1, 1.0, 2.0, 3.1, 3.6, 8.0])
+def test_no_label_lies_on_another(ratio: float) -> None:
+    loss = Parabola(0.4668, 0.1, 4.0)
+    figure = draw_step_along_gradient(loss, ratio * loss.best, step=599)
+    figure.canvas.draw()
+    labels = [text for text in figure.axes[0].texts if text.get_text().startswith(("best, ", "edge, "))]
+    best, edge = [label.get_window_extent() for label in labels]
+    assert not best.overlaps(edge)

@@ -62,7 +62,7 @@ def draw_step_along_gradient(
     ratio = learning_rate / best
     right = 1.12 * max(2.1 * best, learning_rate)
     left = min(-0.06 * right, 1.2 * learning_rate)
-    crowded = right > 3.5 * best
+    crowded, has_room = right - left > 3.5 * best, right > 3.5 * best  # between the marks, to the right of both
     num_points = NUM_SAMPLES if sampled else NUM_POINTS
     valley = np.linspace(0, 2 * best, num_points // 3 if crowded else 3)
     rates = np.unique(np.concatenate([np.linspace(left, right, num_points), valley]))
@@ -81,11 +81,11 @@ def draw_step_along_gradient(
         axes.annotate(
             f"{text} = {rate:.3g}",
             (rate, low + height * drop),
-            xytext=(5 if crowded else -5, 0),
+            xytext=(5 if has_room else -5, 0),
             textcoords="offset points",
             color=INK,
             fontsize=9,
-            ha="left" if crowded else "right",
+            ha="left" if has_room else "right",
             va="top",
         )
     axes.axhline(loss(0.0), color=INK, linewidth=0.8, linestyle=":")
