@@ -74,19 +74,19 @@ check: lint typecheck test ## Everything that CI runs
 
 .PHONY: benchmark
 benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README claims
-	$(BIN)/python scripts/benchmark.py
+	$(BIN)/python scripts/laboratory/benchmark.py
 
 .PHONY: chaos
 chaos: $(VENV)/.installed-dev ## Kill 200 runs at random moments, go on with them, compare every bit (KILLS=, SEED=)
-	$(BIN)/python scripts/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
+	$(BIN)/python scripts/laboratory/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: fuzz
 fuzz: $(VENV)/.installed-dev ## Try 10,000 broken inputs
-	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/test_fuzz.py
+	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/library/runs/test_fuzz.py
 
 .PHONY: soak
 soak: install ## A thousand runs in one process, and a million steps: does anything pile up?
-	$(BIN)/python scripts/soak.py
+	$(BIN)/python scripts/laboratory/soak.py
 
 .PHONY: lock
 lock: ## Renew constraints.txt (UPGRADE=--upgrade takes the newest versions); needs uv

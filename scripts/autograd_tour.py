@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from downslope.console import refusing
+from downslope.runs.console import refusing
 
 IDEAS: dict[str, Callable[[], None]] = {}
 PICTURE: Path | None = None  # where the idea `graph` draws to: --picture
@@ -415,11 +415,11 @@ def by_lightning(model: str) -> tuple[Tensor, Tensor]:
     """The loop left to a Trainer; in the manual model the cycle is the model's own."""
     from lightning import Trainer
 
-    from downslope import models
-    from downslope.data.batches import Batches
+    from downslope.tables.batches import Batches
+    from template.regression import automatic, manual
 
     with quiet():
-        module = getattr(models, model)(
+        module = getattr(manual if model.startswith("Manual") else automatic, model)(
             num_features=2,
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=LEARNING_RATE),
             scheduler={"scheduler": None},

@@ -13,10 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-
-from downslope.console import refusing, say
-from downslope.gradients.derivatives import (
+from derivatives import (
     METHODS,
     Function,
     MeanSquaredError,
@@ -25,6 +22,9 @@ from downslope.gradients.derivatives import (
     reverse_mode,
     symbolic_gradient,
 )
+from torch import Tensor
+
+from downslope.runs.console import refusing, say
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,14 +5,14 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from downslope.console import command, metric_lines, refusing, say
+from downslope.runs.console import command, metric_lines, refusing, say
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="evaluate")
 def main(config: DictConfig) -> None:
     """Evaluates the run named by `run`."""
-    from downslope.prediction import evaluate_run
-    from downslope.trust import check_local
+    from downslope.runs.trust import check_local
+    from template.prediction import evaluate_run
 
     with refusing("evaluate"):
         check_local(config.run, "run")

@@ -7,7 +7,7 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig
 
-from downslope.console import command, refusing
+from downslope.runs.console import command, refusing
 
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="predict")
@@ -15,8 +15,8 @@ def main(config: DictConfig) -> None:
     """Predicts the rows of `data.path` with the run named by `run`."""
     import csv
 
-    from downslope.prediction import predict
-    from downslope.trust import check_local
+    from downslope.runs.trust import check_local
+    from template.prediction import predict
 
     with refusing("predict"):
         check_local(config.run, "run")

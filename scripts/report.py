@@ -7,7 +7,7 @@ python scripts/report.py outputs/sweeps/2026-11-22_07-15-02_k3fd
 import argparse
 from pathlib import Path
 
-from downslope.console import refusing
+from downslope.runs.console import refusing
 from downslope.sweeps.report import make_report, print_report
 
 SWEEPS = Path("outputs/sweeps")

@@ -7,8 +7,8 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from downslope.console import FULL_ERROR, SHOW_TRACEBACK, command, refusing
-from downslope.gate import Gate
+from downslope.launch.gate import Gate
+from downslope.runs.console import FULL_ERROR, SHOW_TRACEBACK, command, refusing
 from downslope.sweeps.job import run_job
 
 
@@ -19,7 +19,7 @@ def main(config: DictConfig) -> float:
         return run_job(config, train_as_if_alone)
     os.environ[FULL_ERROR] = str(int(SHOW_TRACEBACK))  # what was borrowed: other processes, of DDP say, inherit it
     with refusing("train"):
-        from downslope.training import train
+        from template.train import train
 
         return train(config)
 
@@ -31,7 +31,7 @@ def train_as_if_alone(config: DictConfig) -> float:
     if distributed(config):
         return train_in_process(config)
     from downslope.sweeps.isolation import isolated
-    from downslope.training import train
+    from template.train import train
 
     with isolated():
         return train(config)

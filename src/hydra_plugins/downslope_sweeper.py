@@ -12,7 +12,7 @@ class MissingJobs(BasicSweeper):
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        from downslope.console import say
+        from downslope.runs.console import say
         from downslope.sweeps.missing import missing_jobs
 
         assert self.config is not None

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+SCRIPT = Path(__file__).parents[2] / "scripts" / "laboratory" / "benchmark.py"
 
 
 def run(*arguments):
@@ -32,7 +32,7 @@ def test_startup_measures_every_command_beside_the_bare_script():
     assert commands == ["bare script", *trains]
     assert all(is_positive(cell) for row in rows for cell in row.values())
     assert rows[0]["ratio of medians"] == "1.00"
-    assert process.stdout.rstrip().endswith("`python scripts/benchmark.py startup --quick`")
+    assert process.stdout.rstrip().endswith("`python scripts/laboratory/benchmark.py startup --quick`")
 
 
 def test_steps_measures_every_way_in_every_case():
@@ -44,7 +44,7 @@ def test_steps_measures_every_way_in_every_case():
     cells = [cell for row in rows for cell in row.values()]
     assert all(is_positive(cell) for cell in cells if cell != "–")
     assert ("–" in cells) == ("pip install -e .[benchmark]" in process.stdout)
-    assert process.stdout.rstrip().endswith("`python scripts/benchmark.py steps --quick`")
+    assert process.stdout.rstrip().endswith("`python scripts/laboratory/benchmark.py steps --quick`")
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc, which Linux alone has")
@@ -83,7 +83,7 @@ def test_observers_measures_every_way_at_both_frequencies():
             way for way, _ in ways
         }
         assert all(re.fullmatch(r"[+-]\d+ % \([+-]\d+ %\)", added) for _, added in ways)
-    assert process.stdout.rstrip().endswith("`python scripts/benchmark.py observers --quick`")
+    assert process.stdout.rstrip().endswith("`python scripts/laboratory/benchmark.py observers --quick`")
 
 
 @pytest.mark.parametrize("arguments", [["stops"], ["steps", "--rounds", "0"], ["steps", "--rounds", "many"]])

@@ -6,13 +6,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from downslope.checkpoints import load_checkpoint, write_checkpoint
+from downslope.runs.checkpoints import load_checkpoint, write_checkpoint
 from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize("only", ["manual, schedule by step", "accumulation", "foreign, 2 workers"])
 def test_a_killed_run_that_is_gone_on_with_ends_in_the_same_bits(only: str) -> None:
-    command = [sys.executable, str(ROOT / "scripts" / "chaos.py"), "--kills", "3", "--seed", "5", "--commands", "0"]
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "laboratory" / "chaos.py"),
+        "--kills",
+        "3",
+        "--seed",
+        "5",
+        "--commands",
+        "0",
+    ]
     ended = subprocess.run([*command, "--only", only], capture_output=True, text=True, check=False, timeout=300)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     (counts,) = re.findall(r"^killed (\d+), resumed (\d+), bit-equal (\d+)$", ended.stdout, flags=re.MULTILINE)
@@ -21,7 +30,7 @@ def test_a_killed_run_that_is_gone_on_with_ends_in_the_same_bits(only: str) -> N
 
 
 def test_one_bit_that_differs_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
+    monkeypatch.syspath_prepend(ROOT / "scripts" / "laboratory")
     from chaos import differences
 
     for name, weight in {"run": 1.0, "reference": 1.0000001}.items():

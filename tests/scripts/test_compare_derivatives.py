@@ -6,9 +6,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from derivatives import best_step
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-from downslope.gradients.derivatives import best_step
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "compare_derivatives.py"
 

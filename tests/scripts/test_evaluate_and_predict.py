@@ -11,7 +11,7 @@ import torch
 from tests.conftest import ROOT, Outcome, only_run, run_process
 
 Script = Callable[..., Outcome]
-DIABETES = ROOT / "src/downslope/data/diabetes.csv"
+DIABETES = ROOT / "src/template/regression/diabetes.csv"
 
 
 @pytest.fixture

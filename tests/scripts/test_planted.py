@@ -1,14 +1,14 @@
-"""A short form of `scripts/benchmark.py verdict`, on seeds of its own."""
+"""A short form of `scripts/laboratory/benchmark.py verdict`, on seeds of its own."""
 
 import math
 import sys
 
 import pytest
 
-from downslope.verdict import Thresholds
+from downslope.verdict.judgement import Thresholds
 from tests.conftest import ROOT
 
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts" / "laboratory"))
 
 from benchmarks.planted import Run, full_batch, limit, planted, train
 from benchmarks.verdict import UNSTABLE, _num_steps, follow, how_early, is_right
@@ -44,7 +44,7 @@ def test_a_judge_without_thresholds_to_speak_of_would_be_noticed(runs, monkeypat
 
 
 def judge_badly(evidence):
-    from downslope.verdict import judge
+    from downslope.verdict.judgement import judge
 
     return judge(evidence, Thresholds(tolerance=0.5, slow_factor=1e9, bouncing=-0.999999))
 

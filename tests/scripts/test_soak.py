@@ -13,12 +13,12 @@ FLAT = {"memory": 400 * 2**20, "files": 7, "threads": 2, "event_bytes": 0}
 
 @pytest.fixture
 def soak(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    monkeypatch.syspath_prepend(str(ROOT / "scripts" / "laboratory"))
     return importlib.import_module("soak")
 
 
 def test_a_little_soak_is_flat(tmp_path: Path) -> None:
-    ended = run_process(tmp_path, "soak", "--runs", "2", "--steps", "40")
+    ended = run_process(tmp_path, "laboratory/soak", "--runs", "2", "--steps", "40")
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert ended.stdout.splitlines()[-1].startswith("flat: ")
     assert len(ended.stdout.splitlines()) == 1 + 2 + 1 + 20 + 1

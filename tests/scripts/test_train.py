@@ -45,7 +45,7 @@ def test_the_trained_line_is_the_one_of_lstsq(script: Script, tmp_path: Path) ->
     whole_batches = ("data.batch_size=1000", "optimizer=lbfgs", "lr=1", "trainer.max_epochs=10")
     assert script("train", *whole_batches).code == 0
     run = only_run(tmp_path)
-    table = np.loadtxt(ROOT / "src/downslope/data/diabetes.csv", delimiter=",", skiprows=1)
+    table = np.loadtxt(ROOT / "src/template/regression/diabetes.csv", delimiter=",", skiprows=1)
     units = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["DataModule"]
     features = (table[:, :-1] - units["feature_units"]["mean"].numpy()) / units["feature_units"]["scale"].numpy()
     target = (table[:, -1] - units["target_units"]["mean"].numpy()) / units["target_units"]["scale"].numpy()

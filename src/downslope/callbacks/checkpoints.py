@@ -16,12 +16,12 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
-from downslope.callbacks.optimizer_steps import wake
-from downslope.checkpoints import SafeCheckpointIO, keep_previous
-from downslope.csv_table import CSVTable
-from downslope.gradients.random_state import RandomState
-from downslope.signals import Interrupted, StopRequest
-from downslope.tensorboard import announce_restart, event_files, flush_step_writer
+from downslope.logs.csv_table import CSVTable
+from downslope.logs.tensorboard import announce_restart, event_files, flush_step_writer
+from downslope.runs.checkpoints import SafeCheckpointIO, keep_previous
+from downslope.runs.signals import Interrupted, StopRequest
+from downslope.steps.optimizer_steps import wake
+from downslope.steps.random_state import RandomState
 
 log = logging.getLogger(__name__)
 

@@ -14,11 +14,11 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
-from downslope.callbacks.measured_step import MeasuredStep, Norms, StepNorms, read
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
-from downslope.callbacks.snapshot import Copies, Snapshot
-from downslope.callbacks.unclipped_gradients import may_be_clipped
-from downslope.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
+from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms, read
+from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
+from downslope.steps.snapshot import Copies, Snapshot
+from downslope.steps.unclipped_gradients import may_be_clipped
+from downslope.verdict.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 
 OnDivergence = Literal["stop", "raise", "continue"]
 
@@ -32,7 +32,7 @@ class FlightRecorder(Callback):
 
     Diverged: a loss, gradient or parameter is not finite, or the loss exceeds `diverged_beyond` times the first one of
     its optimizer that was not 0. The step is then taken back: parameters, optimizer state and buffers are, to the bit,
-    those before it, `flight_record.json` (`downslope.flight_record`) is written, and training ends as any training
+    those before it, `flight_record.json` (`downslope.verdict.flight_record`) is written, and training ends as any training
     that is stopped early: validated, saved, `fit` returns. `trainer.global_step` counts the step that was taken back.
 
     It is judged when the step is done, with automatic optimization at the end of its batch, which is right for every

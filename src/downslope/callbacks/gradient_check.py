@@ -6,9 +6,9 @@ from typing import Any
 
 from lightning import Callback, LightningModule, Trainer
 
-from downslope.callbacks.replay import silent
-from downslope.gradients.gradient_check import GradientReport, check
-from downslope.gradients.loss_function import Loss
+from downslope.steps.gradient_check import GradientReport, check
+from downslope.steps.loss_function import Loss
+from downslope.steps.replay import silent
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import (
+from downslope.gradients.norms import part_norms, total_norm
+from downslope.logs.tensorboard import Measurement, close_step_writer, step_writer
+from downslope.steps.optimizer_steps import (
     STEP_HOOKS,
     OptimizerStep,
     OptimizerSteps,
@@ -22,9 +24,7 @@ from downslope.callbacks.optimizer_steps import (
     parameter_names,
     wake,
 )
-from downslope.callbacks.unclipped_gradients import UnclippedGradients
-from downslope.gradients.norms import part_norms, total_norm
-from downslope.tensorboard import Measurement, close_step_writer, step_writer
+from downslope.steps.unclipped_gradients import UnclippedGradients
 
 
 class GradientMonitor(Callback):

@@ -9,7 +9,10 @@ from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 
-from downslope.callbacks.optimizer_steps import (
+from downslope.gradients.norms import norms, part_norms, total_norm
+from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
+from downslope.logs.tensorboard import Measurement, close_step_writer, step_writer
+from downslope.steps.optimizer_steps import (
     STEP_HOOKS,
     OptimizerStep,
     OptimizerSteps,
@@ -19,11 +22,8 @@ from downslope.callbacks.optimizer_steps import (
     parameter_names,
     wake,
 )
-from downslope.callbacks.replay import Replay, why_no_replay
-from downslope.gradients.norms import norms, part_norms, total_norm
-from downslope.gradients.random_state import RandomState
-from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
-from downslope.tensorboard import Measurement, close_step_writer, step_writer
+from downslope.steps.random_state import RandomState
+from downslope.steps.replay import Replay, why_no_replay
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from downslope.callbacks.batch_step import BatchStep, why_no_batch_step
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency
-from downslope.callbacks.unclipped_gradients import clones
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.gradients.quadratic import loss_along_gradient, plane_of
+from downslope.logs.tensorboard import write_picture
 from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import png
-from downslope.tensorboard import write_picture
+from downslope.steps.batch_step import BatchStep, why_no_batch_step
+from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency
+from downslope.steps.unclipped_gradients import clones
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -13,9 +13,9 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as Bar
 from torch.optim import Optimizer
 
-from downslope.callbacks.optimizer_steps import num_steps
 from downslope.callbacks.verdict_monitor import VerdictMonitor
 from downslope.gradients.norms import norms, total_norm
+from downslope.steps.optimizer_steps import num_steps
 
 log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
-from downslope.callbacks.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
-from downslope.callbacks.rehearsal import rehearsal
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
-from downslope.gradients.loss_function import training_loss
-from downslope.tensorboard import write_scalars
+from downslope.logs.tensorboard import write_scalars
+from downslope.steps.loss_function import training_loss
+from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
+from downslope.steps.rehearsal import rehearsal
 
 log = logging.getLogger(__name__)
 

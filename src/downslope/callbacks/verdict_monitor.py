@@ -9,24 +9,24 @@ from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
-from downslope.callbacks.optimizer_steps import (
+from downslope.callbacks.sharpness_monitor import SharpnessMonitor
+from downslope.gradients.least_squares import HasLeastSquares
+from downslope.logs.tensorboard import step_writer
+from downslope.steps.optimizer_steps import (
     OptimizerStep,
     OptimizerSteps,
     check_frequency,
     num_steps,
     parameter_names,
 )
-from downslope.callbacks.sharpness_monitor import SharpnessMonitor
-from downslope.evidence import EvidenceCollector
-from downslope.gradients.least_squares import HasLeastSquares
-from downslope.tensorboard import step_writer
-from downslope.verdict import Thresholds, Verdict, judge
+from downslope.verdict.evidence import EvidenceCollector
+from downslope.verdict.judgement import Thresholds, Verdict, judge
 
 log = logging.getLogger(__name__)
 
 
 class VerdictMonitor(Callback):
-    """Judges the run every so many steps: `downslope.verdict` says how, `downslope.evidence` what it looks at.
+    """Judges the run every so many steps: `downslope.verdict.judgement` says how, `downslope.verdict.evidence` what it looks at.
 
     The word stands in `Progress`; the sentence goes to TensorBoard's texts as `verdict` whenever the word changes. λ is
     taken from a `SharpnessMonitor` beside it, and a line that knows its closed form (`least_squares`) is asked for it.
@@ -37,7 +37,7 @@ class VerdictMonitor(Callback):
         every_n_steps: Optimizer steps between two judgements; the first come after 8, 16 and 32 steps, because at ten
             times the limit float32 lasts for thirty, and one comes at the end.
         window: Steps before each judgement that are watched closely. They cost some vector products each.
-        thresholds: Where one word ends and the next begins: any of `downslope.verdict.Thresholds` by name.
+        thresholds: Where one word ends and the next begins: any of `downslope.verdict.judgement.Thresholds` by name.
 
     Attributes:
         verdict: The last one; None before the first.

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from tensorboard.compat.proto.event_pb2 import Event
 
-from downslope.event_files import records
+from downslope.logs.event_files import records
 
 Curve = dict[int, float]
 

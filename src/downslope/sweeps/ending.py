@@ -6,9 +6,9 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 
-from downslope.console import explain, say
-from downslope.result import FILE_NAME, read_result
-from downslope.signals import Interrupted
+from downslope.runs.console import explain, say
+from downslope.runs.result import FILE_NAME, read_result
+from downslope.runs.signals import Interrupted
 from downslope.sweeps.job import is_running
 from downslope.sweeps.stopping import SweepStop
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from downslope.gradients.random_state import random_state
+from downslope.steps.random_state import random_state
 
 
 @contextlib.contextmanager

@@ -12,9 +12,9 @@ from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from downslope.console import explain, say
-from downslope.result import Result, read_result
-from downslope.signals import STOP_FILE, leave_interrupts_to_the_sweep, signal_from_the_sweep
+from downslope.runs.console import explain, say
+from downslope.runs.result import Result, read_result
+from downslope.runs.signals import STOP_FILE, leave_interrupts_to_the_sweep, signal_from_the_sweep
 
 LOCK = ".lock"  # the system lets go of it when its process dies, by kill -9 too
 ENDED = ("completed", "diverged")
@@ -149,7 +149,7 @@ def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
 def _has_whole_checkpoint(folder: Path) -> bool:
     if not any((folder / "checkpoints").glob("*.ckpt")):
         return False
-    from downslope.checkpoints import newest_checkpoint
+    from downslope.runs.checkpoints import newest_checkpoint
 
     try:
         return bool(newest_checkpoint(folder))

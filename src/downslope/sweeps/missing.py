@@ -10,7 +10,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from downslope.result import read_result
+from downslope.runs.result import read_result
 from downslope.sweeps.job import ENDED, KEY, check_identity, job_key
 from downslope.sweeps.name import job_name
 

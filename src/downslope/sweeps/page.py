@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from downslope.runs.whole_files import whole_file
 from downslope.sweeps.picture import DARK, LIGHT, MOST_PANELS, draw_curves, draw_learning_rate, suggested_rate
 from downslope.sweeps.table import Job, row, varied_keys
-from downslope.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

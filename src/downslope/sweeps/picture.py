@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from downslope.runs.whole_files import whole_file
 from downslope.sweeps.table import GRADIENT_NORMS, LOSSES, Job, varied_keys
-from downslope.whole_files import whole_file
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -9,9 +9,9 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from downslope.configuration import CONFIGURATION
-from downslope.console import FULL_ERROR, SHOW_TRACEBACK
-from downslope.result import read_result
+from downslope.launch.configuration import CONFIGURATION
+from downslope.runs.console import FULL_ERROR, SHOW_TRACEBACK
+from downslope.runs.result import read_result
 from downslope.sweeps.job import objective
 
 TRAIN = CONFIGURATION.parent / "scripts" / "train.py"

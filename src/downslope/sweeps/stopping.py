@@ -11,8 +11,8 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from downslope.console import say
-from downslope.signals import SIGNALS, STOP_FILE, Interrupted
+from downslope.runs.console import say
+from downslope.runs.signals import SIGNALS, STOP_FILE, Interrupted
 
 BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # its jobs run in this very process
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"

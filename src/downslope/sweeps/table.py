@@ -14,9 +14,9 @@ from typing import Any
 
 import yaml
 
-from downslope.result import EXIT_CODES, FILE_NAME, Result, read_result
+from downslope.runs.result import EXIT_CODES, FILE_NAME, Result, read_result
+from downslope.runs.whole_files import whole_file
 from downslope.sweeps.curves import Curve, read_curves
-from downslope.whole_files import whole_file
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
 LOSSES = ("val/loss", "train/loss")

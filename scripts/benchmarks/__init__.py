@@ -1,1 +1,0 @@
-"""One benchmark a module; `scripts/benchmark.py` runs them."""

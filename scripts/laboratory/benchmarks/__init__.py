@@ -1,0 +1,1 @@
+"""One benchmark a module; `scripts/laboratory/benchmark.py` runs them."""

@@ -1,0 +1,1 @@
+"""What is measured, written where a dashboard finds it."""

@@ -1,0 +1,1 @@
+"""A run's folder: result, checkpoints, resuming, signals, trust, whole files, console."""

@@ -1,0 +1,82 @@
+"""A run as data: `result.json`."""
+
+import json
+import math
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from downslope.runs.whole_files import whole_file
+
+FILE_NAME = "result.json"
+EXIT_CODES = {"completed": 0, "failed": 1, "diverged": 3, "interrupted": 130}
+
+
+@dataclass
+class Result:
+    """What a run was, and what came of it. A number that is not finite becomes null in the file.
+
+    Attributes:
+        status: How it ended.
+        verdict: One word on how the learning rate did.
+        evidence: The figures that the verdict rests on.
+        suggested_learning_rate: The rate to try next.
+        learning_rate: The rate it began with.
+        largest_stable_learning_rate: 2/λ, for plain gradient descent on all training rows.
+        sharpness: λ, the largest eigenvalue of the Hessian of the training loss.
+        metrics: Loss, MAE and R² of the last weights, by tag, `train/loss` and so on.
+        least_squares_loss: The least mean squared error that any line has on the training rows.
+        excess_loss: `train/loss` − `least_squares_loss`.
+        num_optimizer_steps: Steps taken.
+        seconds: Of the fit alone.
+        overrides: What was asked for on the command line.
+        seed: Of everything random.
+        device: Where it ran.
+        error: Type and message, where it failed.
+        versions: Of the packages that matter.
+    """
+
+    status: Literal["completed", "diverged", "failed", "interrupted"]
+    verdict: str | None = None
+    evidence: dict[str, Any] = field(default_factory=dict)
+    suggested_learning_rate: float | None = None
+    learning_rate: float | None = None
+    largest_stable_learning_rate: float | None = None
+    sharpness: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
+    least_squares_loss: float | None = None
+    excess_loss: float | None = None
+    num_optimizer_steps: int = 0
+    seconds: float = 0.0
+    overrides: list[str] = field(default_factory=list)
+    seed: int | None = None
+    device: str | None = None
+    error: dict[str, str] | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Writes the file, whole or not at all.
+
+        Raises:
+            OSError: It cannot be; the message names the file.
+        """
+        target = folder / FILE_NAME
+        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        try:
+            with whole_file(target) as stream:
+                stream.write(text.encode())
+        except OSError as error:
+            raise OSError(f"The result cannot be written to {target}: {error.strerror or error}.") from error
+
+
+def read_result(folder: Path) -> Result | None:
+    """Reads a run's result, None where it has none (yet)."""
+    file = folder / FILE_NAME
+    return Result(**json.loads(file.read_text())) if file.is_file() else None
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no word for NaN and infinity."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,0 +1,1 @@
+"""Where a step can be read, and its loss had again without a trace."""

@@ -1,0 +1,122 @@
+"""The gradient that arrives at an optimizer step, before anybody clips it."""
+
+from collections.abc import Sequence
+
+import torch
+from lightning import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps
+
+
+class UnclippedGradients:
+    """Keeps a copy of the gradients: accumulated, unscaled, all-reduced, not clipped.
+
+    With automatic optimization Lightning calls `on_before_optimizer_step` at just that point. With manual optimization
+    it calls it after the user's own clipping, and the last moment before is when backward has added to `.grad`: that
+    is caught parameter by parameter, because a plain `loss.backward()` tells Lightning nothing, and once more in
+    `on_after_backward`, when several processes have taken their mean.
+
+    Args:
+        trainer: Whose precision may scale the loss.
+        module: Decides by its mode of optimization.
+        steps: Of all optimizers; those that are not due cost next to nothing.
+
+    Attributes:
+        are_applied: Nobody clips: they are taken from `.grad` after the step, and nothing is copied.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        steps: OptimizerSteps,
+    ) -> None:
+        self._trainer = trainer
+        self._manual = not module.automatic_optimization
+        self._steps = steps
+        self.are_applied = not may_be_clipped(trainer, module)
+        self._copies: dict[Parameter, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+        if self._manual:
+            steps.on_next = self._watch
+            self._watch()
+
+    def _watch(self) -> None:
+        """Begins to look, or stops, as the coming steps ask for."""
+        if not self._steps.are_due():
+            self.detach()
+        elif not self._handles:
+            for parameter in {parameter for state in self._steps.states for parameter in state.parameters}:
+                if parameter.requires_grad:
+                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._keep))
+
+    def _keep(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, Parameter)
+        if parameter.grad is not None:
+            self._copies[parameter] = parameter.grad.detach().clone()
+
+    def on_after_backward(self) -> None:
+        """Takes the mean over processes instead of this one's own gradients."""
+        if self._manual and self._trainer.world_size > 1:
+            for parameter in self._copies:
+                self._keep(parameter)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Copies the gradients of an optimizer whose step is due, with automatic optimization."""
+        if self._manual:
+            return
+        for state in self._steps.states:
+            if state.optimizer is optimizer:
+                parameters = [parameter for parameter in state.parameters if parameter.grad is not None]
+                gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
+                self._copies = dict(zip(parameters, clones(gradients), strict=True))
+
+    def take(self, state: OptimizerStep) -> dict[Parameter, Tensor]:
+        """Returns the copies for the step that an optimizer has just taken, and forgets them.
+
+        A parameter without a gradient by now is left out: its copy belongs to an earlier step.
+        """
+        scaler = getattr(self._trainer.precision_plugin, "scaler", None) if self._manual else None
+        scale = scaler.get_scale() if scaler is not None else 1.0
+        return {
+            parameter: self._copies.pop(parameter) / scale if scale != 1.0 else self._copies.pop(parameter)
+            for parameter in state.parameters
+            if parameter in self._copies and parameter.grad is not None
+        }
+
+    def detach(self) -> None:
+        """Leaves the parameters as they were."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._copies.clear()
+
+
+def may_be_clipped(trainer: Trainer, module: LightningModule) -> bool:
+    """Tells whether a gradient may be changed between its arrival and the step, or by the step.
+
+    With manual optimization it always may; with automatic, by the Trainer's setting, by a hook of the module or of
+    somebody's callback, or by an optimizer that is not torch's own.
+    """
+    hooks = ("configure_gradient_clipping", "on_before_optimizer_step", "optimizer_step")
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    looks = {type(each).on_before_optimizer_step for each in callbacks} - {Callback.on_before_optimizer_step}
+    return (
+        not module.automatic_optimization
+        or getattr(trainer.precision_plugin, "scaler", None) is not None
+        or trainer.gradient_clip_val is not None
+        or any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)
+        or any(not look.__module__.startswith("downslope.") for look in looks)
+        or any(not type(each).__module__.startswith("torch.optim.") for each in trainer.optimizers)
+    )
+
+
+def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Copies tensors, in one fused call unless one is sparse."""
+    if not tensors or any(tensor.is_sparse for tensor in tensors):
+        return [tensor.clone() for tensor in tensors]
+    return list(torch._foreach_clone(list(tensors)))

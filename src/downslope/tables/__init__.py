@@ -1,0 +1,1 @@
+"""Tables of numbers: read, split, standardised, and served in batches from memory."""

@@ -1,0 +1,1 @@
+"""How a run does: evidence, judgement, suggestion. Torch alone."""

@@ -1,0 +1,107 @@
+"""The event file as TensorBoard itself reads it."""
+
+import math
+import struct
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+
+from downslope.logs.tensorboard import Measurement, StepWriter, _event, close_step_writer, step_writer
+
+VALUES = [0.1, -1e-40, math.inf, -math.inf, math.nan, 3.5]
+
+
+def writer_and_folder(folder: Path, **settings: float) -> tuple[StepWriter, TensorBoardLogger]:
+    logger = TensorBoardLogger(folder, name="", version="")
+    trainer = Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False)
+    return StepWriter(trainer, **settings), logger  # type: ignore[arg-type]
+
+
+def events(folder: Path) -> list[Event]:
+    (file,) = folder.glob("events.out.tfevents.*")
+    return [Event.FromString(record) for record in RawEventFileLoader(str(file)).Load()]
+
+
+def test_all_histograms_of_a_step_are_one_event(tmp_path: Path) -> None:
+    writer, _ = writer_and_folder(tmp_path)
+    double = torch.tensor([3.0, math.nan, 4.0], dtype=torch.float64)
+    writer.add(7, Measurement(["a", "b"], lambda row: row), [1.0, 2.0])
+    writer.add_histograms(7, torch.tensor([1.0, 2.0]).half(), {"half": slice(0, 2), "none": slice(2, 2)})
+    writer.add_histograms(7, double, {"double": slice(0, 1), "broken": slice(1, 3)})
+    writer.flush()
+    (event,) = [event for event in events(tmp_path) if event.step == 7]
+    assert [each.simple_value for each in event.summary.value[:2]] == [1.0, 2.0]
+    assert {each.tag: (each.histo.num, each.histo.sum) for each in event.summary.value[2:]} == {
+        "half": (2.0, 3.0),
+        "double": (1.0, 3.0),
+        "broken": (1.0, 4.0),
+    }
+
+
+@pytest.mark.parametrize("step", [0, 127, 128, 300, 2**40])
+def test_an_event_is_that_of_protocol_buffers(step: int) -> None:
+    tags = ["loss", "gradient_norm/ä.weight", "x" * 200, "a", "b", "c"]
+    summary = Summary(
+        value=[Summary.Value(tag=tag, simple_value=value) for tag, value in zip(tags, VALUES, strict=True)]
+    )
+    ours = Event.FromString(_event(1234.5, step, Measurement(tags, lambda row: row).summary(VALUES)))
+    assert (ours.wall_time, ours.step) == (1234.5, step)
+    assert ours.summary.SerializeToString() == summary.SerializeToString()
+
+
+def test_a_value_beyond_float32_is_infinite() -> None:
+    summary = Summary.FromString(Measurement(["a", "b"], lambda row: row).summary([1e300, -1e300]))
+    assert [value.simple_value for value in summary.value] == [math.inf, -math.inf]
+
+
+def test_all_measurements_of_a_step_are_one_event_and_the_order_is_kept(tmp_path: Path) -> None:
+    writer, logger = writer_and_folder(tmp_path)
+    one, other = Measurement(["a"], lambda row: row), Measurement(["b", "c"], lambda row: 2 * row)
+    logger.experiment.add_scalar("before", 1.0, 0)
+    for step in range(200):
+        writer.add(step, one, [float(step)])
+        writer.add(step, other, [1.0, 2.0])
+    writer.flush()
+    logger.experiment.add_scalar("after", 1.0, 200)
+    logger.experiment.flush()
+    written = [event for event in events(tmp_path) if event.summary.value]
+    tags = [[value.tag for value in event.summary.value] for event in written]
+    assert tags[1:] == [["before"], *[["a", "b", "c"]] * 200, ["after"]]  # the layout is first
+    assert [event.summary.value[0].simple_value for event in written[2:-1]] == [float(step) for step in range(200)]
+    assert [event.step for event in written[2:-1]] == list(range(200))
+
+
+def test_a_broken_record_would_be_noticed(tmp_path: Path) -> None:
+    writer, _ = writer_and_folder(tmp_path)
+    writer.add(0, Measurement(["a"], lambda row: row), [1.0])
+    writer.flush()
+    (file,) = tmp_path.glob("events.out.tfevents.*")
+    whole = events(tmp_path)
+    data = bytearray(file.read_bytes())
+    data[-5:-4] = struct.pack("B", data[-5] ^ 1)  # the last byte of the value
+    file.write_bytes(data)
+    assert len(events(tmp_path)) == len(whole) - 1
+
+
+def test_a_slow_run_is_seen_before_many_rows_wait(tmp_path: Path) -> None:
+    writer, _ = writer_and_folder(tmp_path, seconds=0.05)
+    measurement = Measurement(["a"], lambda row: row)
+    writer.add(0, measurement, [1.0])
+    time.sleep(0.06)
+    writer.add(1, measurement, [2.0])
+    assert [event.summary.value[0].simple_value for event in events(tmp_path)[-2:]] == [1.0, 2.0]
+
+
+def test_closing_writes_what_waits(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    trainer = Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False)
+    step_writer(trainer).add(7, Measurement(["a"], lambda row: row), [1.0])
+    close_step_writer(trainer)
+    assert events(tmp_path)[-1].step == 7

@@ -1,0 +1,236 @@
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD, Adam
+
+from downslope.gradients.least_squares import least_squares
+from downslope.gradients.outlook import best_learning_rate, outlook
+from downslope.verdict.evidence import EvidenceCollector
+from downslope.verdict.judgement import WORDS, Evidence, Thresholds, judge, num_steps_left, suggest
+
+SOUND = Evidence(
+    step=100,
+    learning_rate=0.1,
+    first_loss=2.0,
+    loss=1.0,
+    best_loss=1.0,
+    loss_trend=-9.0,
+    gradient_norm=0.5,
+    first_gradient_norm=1.0,
+    gradient_ratio=0.99,
+    gradient_decay=0.99,
+    gradient_cosine=0.999,
+    left_to_gain=0.5,
+    update_ratio=1e-2,
+    sharpness=8.0,
+)
+BOUNCING = replace(SOUND, gradient_cosine=-0.99, learning_rate=0.249)
+GROWING = replace(BOUNCING, learning_rate=0.26, loss=9.0, gradient_ratio=1.06, gradient_decay=1.06, window_growth=2.2)
+NOISY = {"noise_share": 0.95, "loss_trend": 0.3, "gradient_decay": 1.0, "left_to_gain": 0.1, "full_batch": False}
+HAND_MADE = {
+    "converging": SOUND,
+    "converged": replace(SOUND, left_to_gain=1e-4),
+    "too_slow": replace(SOUND, learning_rate=1e-4, gradient_decay=0.9999),
+    "oscillating": BOUNCING,
+    "diverging": replace(
+        BOUNCING, learning_rate=0.26, loss=9.0, gradient_ratio=1.06, gradient_decay=1.06, window_growth=2.2
+    ),
+    "stalled": replace(SOUND, gradient_norm=0.0, gradient_cosine=None, share_moving=0.0),
+    "non_finite": replace(SOUND, num_non_finite=1),
+}
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_each_word_has_its_evidence(word: str) -> None:
+    verdict = judge(HAND_MADE[word])
+    assert verdict.word == word
+    assert verdict.sentence.startswith(f"{word}: ")
+    assert verdict.figures["step"] == 100
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (NOISY, "oscillating"),
+        ({"loss": 5.0, "loss_growth": 9.0, "loss_rise": 5.0, "noise_share": 0.9, "full_batch": False}, "diverging"),
+        ({"loss": 5.0, "loss_growth": 9.0, "loss_rise": 0.0, "noise_share": 0.9, "full_batch": False}, "converging"),
+        ({"loss": 1.9, "loss_growth": 9.0, "loss_rise": 9.0}, "converging"),  # a wobble, no factor of two
+        ({"loss": 300.0, "window_growth": 50.0, "gradient_ratio": 7.0}, "diverging"),
+        ({"left_to_gain": math.inf}, "converging"),
+        ({"update_ratio": 0.0}, "stalled"),
+        ({"share_moving": 0.1, "loss_trend": 0.0}, "stalled"),
+        ({"share_moving": 0.1}, "converging"),  # the others still have something to do
+        ({"leftover_gradient": True}, "oscillating"),
+        ({"method": "adam", "gradient_decay": 0.99999, "learning_rate": 1e-6}, "too_slow"),
+        ({"learning_rate": 0.2, "gradient_decay": 0.99999}, "converging"),  # slow, but not for its rate
+        ({"gradient_norm": 1e-9, "left_to_gain": 0.0}, "converged"),
+        ({"gradient_norm": None, "share_moving": 0.0}, "stalled"),
+    ],
+)
+def test_what_else_leads_to_a_word(change: dict[str, object], word: str) -> None:
+    assert judge(replace(SOUND, **change)).word == word  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("change", "hint"),
+    [
+        ({"without_gradient": ("a.weight",)}, "no gradient reaches `a.weight`"),
+        ({"zero_gradient": ("a", "b", "c", "d")}, "the gradient of `a`, `b`, `c` and 1 more is exactly zero"),
+        ({"frozen": ("a",)}, "`a` is frozen"),
+        ({"leftover_gradient": True}, "zero_grad() missing"),
+        ({"gradient_excess": 6.0}, "about 6 × that of the loss"),
+    ],
+)
+def test_a_mistake_is_named_by_its_traces(change: dict[str, object], hint: str) -> None:
+    assert judge(SOUND).hints == ()
+    (said,) = judge(replace(SOUND, **change)).hints  # type: ignore[arg-type]
+    assert hint in said
+
+
+@pytest.mark.parametrize(
+    ("change", "rate"),
+    [
+        ({}, 1 / 8),
+        ({"full_batch": False}, 1 / 16),
+        ({"method": "momentum", "momentum": 0.81}, (1 + 0.9) ** 2 / 8),
+        ({"method": "nesterov", "momentum": 0.81}, 1 / 8),
+        ({"method": "adam"}, None),
+        ({"method": "other"}, None),
+        ({"sharpness": None}, None),
+        ({"sharpness": None, "largest_curvature": 4.0}, 1 / 4),
+        ({"leftover_gradient": True}, None),
+        ({"gradient_excess": 5.0}, 1 / 40),
+    ],
+)
+def test_the_suggestion_follows_the_theory(change: dict[str, object], rate: float | None) -> None:
+    evidence = replace(SOUND, **change)  # type: ignore[arg-type]
+    suggestion = suggest(evidence, "converging")
+    assert suggestion.learning_rate == (rate if rate is None else pytest.approx(rate))
+    assert suggestion.reason
+
+
+def spectral_radius(rate: float, beta: float, curvature: float, nesterov: bool) -> float:
+    """Of two steps' matrix along one direction, θₜ₊₁ in terms of θₜ and θₜ₋₁."""
+    keep = 1 - rate * curvature
+    trace, last = ((1 + beta) * keep, -beta * keep) if nesterov else (keep + beta, -beta)
+    return float(torch.linalg.eigvals(torch.tensor([[trace, last], [1.0, 0.0]], dtype=torch.float64)).abs().max())
+
+
+@pytest.mark.parametrize("beta", [0.5, 0.9])
+@pytest.mark.parametrize("method", ["momentum", "nesterov"])
+def test_the_limit_is_where_the_spectral_radius_passes_one(method: str, beta: float) -> None:
+    limit = Evidence(1, 0.1, method=method, momentum=beta, sharpness=8.0).limit  # type: ignore[arg-type]
+    assert limit is not None
+    assert spectral_radius(0.999 * limit, beta, 8.0, method == "nesterov") < 1
+    assert spectral_radius(1.001 * limit, beta, 8.0, method == "nesterov") > 1
+
+
+def test_nonsense_thresholds_are_refused() -> None:
+    for wrong in ({"tolerance": 0.0}, {"growth": 1.0}, {"bouncing": 0.5}, {"noisy": math.nan}):
+        with pytest.raises(ValueError, match=f"`{next(iter(wrong))}` must"):
+            Thresholds(**wrong)
+
+
+# --- the closed form --------------------------------------------------------------------------------------------------
+
+
+def problem() -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    features = torch.randn(60, 3, generator=generator) * torch.tensor([3.0, 1.0, 0.2])
+    return features, features @ torch.tensor([1.0, -2.0, 0.5]) + torch.randn(60, generator=generator)
+
+
+def test_the_steps_still_needed_are_those_that_gradient_descent_takes() -> None:
+    features, target = problem()
+    line = least_squares(features, target)
+    inputs = torch.nn.functional.pad(features.double(), (0, 1), value=1.0)
+    theta, rate, steps = torch.zeros(4, dtype=torch.float64), 0.05, 0
+    first = float((inputs @ theta - target).square().mean()) - line.loss
+    seen = outlook(line, theta, rate, 1e-3 * first, ("a", "b", "c"))
+    assert seen.excess == pytest.approx(first)
+    while float((inputs @ theta - target).square().mean()) - line.loss > 1e-3 * first:
+        theta -= rate * 2 / len(target) * inputs.T @ (inputs @ theta - target.double())
+        steps += 1
+    assert seen.num_steps == steps > 30
+    assert seen.direction == "c"  # the feature of least spread
+    assert outlook(line, theta, 1.01 * line.largest_stable_learning_rate, 0.0).num_steps is None
+
+
+def test_no_rate_of_a_fine_grid_is_better_than_the_best() -> None:
+    line = least_squares(*problem())
+    start = torch.zeros(4)
+    target = 1e-3 * outlook(line, start, 0.0, 0.0).excess
+    needed = outlook(line, start, best_learning_rate(line, start, target), target).num_steps
+    grid = [line.largest_stable_learning_rate * index / 1000 for index in range(1, 1000)]
+    steps = [outlook(line, start, rate, target).num_steps for rate in grid]
+    assert needed is not None
+    assert needed <= 1.02 * min(each for each in steps if each is not None)
+
+
+# --- what is collected ------------------------------------------------------------------------------------------------
+
+
+def collect(rate: float, num_steps: int, kind: type[SGD] | type[Adam] = SGD) -> Evidence:
+    """Gradient descent on all rows; the evidence of the last judgement."""
+    features, target = problem()
+    torch.manual_seed(1)
+    module = nn.Linear(3, 1)
+    optimizer = kind(module.parameters(), lr=rate)
+    names = {id(parameter): name for name, parameter in module.named_parameters()}
+    collector = EvidenceCollector(optimizer, names, full_batch=True, last_step=num_steps)
+    evidence = None
+    for _ in range(num_steps):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(module(features).squeeze(-1), target)
+        loss.backward()
+        optimizer.step()
+        collector.add_step()
+        collector.add_loss(loss)
+        if collector.is_due:
+            evidence = collector.evidence()
+    assert evidence
+    return evidence
+
+
+def test_above_the_limit_the_window_shows_what_theory_says() -> None:
+    line = least_squares(*problem())
+    seen = collect(1.1 * line.largest_stable_learning_rate, 100)
+    assert seen.gradient_cosine == pytest.approx(-1, abs=1e-3)
+    assert seen.gradient_ratio == pytest.approx(1.2, rel=1e-3)  # |1 − ηλ|
+    assert seen.curvature == pytest.approx(line.sharpness, rel=1e-3)
+    assert judge(seen).word == "diverging"
+
+
+def test_below_it_the_flattest_direction_sets_the_pace() -> None:
+    line = least_squares(*problem())
+    seen = collect(0.2 * line.largest_stable_learning_rate, 250)
+    decay = 1 - seen.learning_rate * float(line.eigenvalues[0])
+    assert seen.gradient_ratio == pytest.approx(decay, rel=1e-3)
+    assert seen.gradient_decay == pytest.approx(decay, rel=1e-2)
+    assert seen.gradient_cosine == pytest.approx(1, abs=1e-3)
+    assert seen.gradient_excess == pytest.approx(1, abs=0.05)
+    steps = num_steps_left(seen)
+    assert steps is None or math.isfinite(steps)
+
+
+def test_adam_has_no_suggestion_and_no_limit() -> None:
+    seen = collect(0.01, 100, Adam)
+    assert seen.method == "adam"
+    assert seen.limit is None
+    assert "no suggestion" in judge(seen).suggestion.reason
+
+
+def test_a_collector_goes_on_where_another_stopped() -> None:
+    module = nn.Linear(3, 1)
+    optimizer = SGD(module.parameters(), lr=0.1)
+    one, other = (EvidenceCollector(optimizer, {}, full_batch=True) for _ in range(2))
+    for _ in range(8):
+        module(torch.ones(2, 3)).square().mean().backward()
+        one.add_step()
+        one.add_loss(torch.tensor(2.0))
+    one.evidence()
+    other.load_state_dict(one.state_dict())
+    assert other.state_dict() == one.state_dict()

@@ -1,0 +1,102 @@
+import logging
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from downslope.tables.table import Table
+from template.regression.data import DataModule
+
+SETTINGS = {"batch_size": 8, "seed": 0}
+
+
+def table(num_rows: int = 40) -> Table:
+    random = np.random.default_rng(1)
+    features = random.normal(5.0, 3.0, (num_rows, 3))
+    return Table("random", features, features @ [1.0, -2.0, 0.5] + 7.0, ("a", "b", "c"), "y")
+
+
+def test_parts_are_disjoint_and_hold_every_row() -> None:
+    module = DataModule(table(), **SETTINGS)
+    rows = np.concatenate(list(module.rows.values()))
+    assert sorted(rows) == list(range(40))
+    assert [len(part) for part in module.rows.values()] == [32, 4, 4]
+
+
+def test_the_split_depends_on_the_seed_alone() -> None:
+    first, second, other = (DataModule(table(), batch_size=size, seed=seed) for size, seed in ((8, 0), (3, 0), (8, 1)))
+    assert np.array_equal(first.rows["test"], second.rows["test"])
+    assert not np.array_equal(first.rows["test"], other.rows["test"])
+
+
+def test_all_parts_are_in_units_of_the_training_rows() -> None:
+    module = DataModule(table(), **SETTINGS)
+    module.setup("fit")
+    train, validation = module.rows["train"], module.rows["val"]
+    raw = module.table.features
+    expected = (raw[validation] - raw[train].mean(axis=0)) / raw[train].std(axis=0)
+    np.testing.assert_allclose(module.parts["val"][0].numpy(), expected, rtol=1e-5)
+    target = module.table.target
+    np.testing.assert_allclose(
+        module.parts["test"][1].numpy(),
+        (target[module.rows["test"]] - target[train].mean()) / target[train].std(),
+        rtol=1e-4,
+    )
+
+
+def test_unstandardized_values_are_kept() -> None:
+    module = DataModule(table(), standardize=False, **SETTINGS)
+    module.setup("fit")
+    np.testing.assert_array_equal(
+        module.parts["train"][0].numpy(), module.table.features[module.rows["train"]].astype(np.float32)
+    )
+
+
+def test_the_loaders_serve_their_parts() -> None:
+    module = DataModule(table(), **SETTINGS)
+    module.setup("fit")
+    loaders = {
+        "train": module.train_dataloader(),
+        "val": module.val_dataloader(),
+        "test": module.test_dataloader(),
+    }
+    for part, loader in loaders.items():
+        served: Tensor = torch.cat([target for _, target in loader])
+        assert torch.equal(served.sort().values, module.parts[part][1].sort().values)
+
+
+def test_a_constant_column_and_a_large_batch_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    rows = table()
+    features = rows.features.copy()
+    features[:, 1] = 4.2
+    module = DataModule(Table("t", features, rows.target.copy(), rows.feature_names, "y"), batch_size=100, seed=0)
+    with caplog.at_level(logging.WARNING):
+        module.setup("fit")
+        module.setup("test")
+    assert caplog.messages == [
+        "t: constant in the training rows, so without use: b.",
+        "data.batch_size=100 is more than the 32 training rows: every batch holds them all.",
+    ]
+    assert torch.isfinite(module.parts["train"][0]).all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"batch_size": 0}, "`batch_size` must be"),
+        ({"batch_size": 2.5}, "`batch_size` must be"),
+        ({"validation_fraction": 0.0}, "`validation_fraction` must be"),
+        ({"test_fraction": 1.5}, "`test_fraction` must be"),
+        ({"test_fraction": 0.9}, "must leave 2 rows to train on"),
+    ],
+)
+def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        DataModule(table(), **{**SETTINGS, **settings})
+
+
+def test_too_few_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"random must leave 2 rows to train on .* got 5 rows"):
+        DataModule(table(5), **SETTINGS)
+    DataModule(table(6), **SETTINGS)
