@@ -1,6 +1,7 @@
 import sys
 from typing import Any
 
+import derivatives
 import pytest
 import torch
 from derivatives import (
@@ -16,8 +17,6 @@ from derivatives import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-
-from downslope.gradients import derivatives
 
 
 def problem(num_parameters: int, num_rows: int = 5, seed: int = 0) -> tuple[MeanSquaredError, Tensor]:

@@ -32,7 +32,7 @@ class FlightRecorder(Callback):
 
     Diverged: a loss, gradient or parameter is not finite, or the loss exceeds `diverged_beyond` times the first one of
     its optimizer that was not 0. The step is then taken back: parameters, optimizer state and buffers are, to the bit,
-    those before it, `flight_record.json` (`downslope.verdict.flight_record`) is written, and training ends as any training
+    those before it, `flight_record.json` is written, and training ends as any training
     that is stopped early: validated, saved, `fit` returns. `trainer.global_step` counts the step that was taken back.
 
     It is judged when the step is done, with automatic optimization at the end of its batch, which is right for every

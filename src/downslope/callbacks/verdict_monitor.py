@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class VerdictMonitor(Callback):
-    """Judges the run every so many steps: `downslope.verdict.judgement` says how, `downslope.verdict.evidence` what it looks at.
+    """Judges the run every so many steps, by what it has seen: `downslope.verdict`.
 
     The word stands in `Progress`; the sentence goes to TensorBoard's texts as `verdict` whenever the word changes. λ is
     taken from a `SharpnessMonitor` beside it, and a line that knows its closed form (`least_squares`) is asked for it.

@@ -1,6 +1,6 @@
 """Evidence in, words out: how a training does at its learning rate, and which rate to try.
 
-Pure: it knows neither Lightning nor Hydra, nor where the evidence comes from (`downslope.verdict.evidence` collects it).
+Pure: it knows neither Lightning nor Hydra, nor where the evidence comes from: `evidence` collects it.
 """
 
 import math

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder, measured_step
+from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder
 from downslope.gradients.finiteness import wide_norms
+from downslope.steps import measured_step
 
 MODES = ["automatic", "wrapper", "plain", "raw"]
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {

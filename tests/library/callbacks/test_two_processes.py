@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
-from tests.callbacks.test_every_setting import Manual, ManualClip, Net
 from tests.conftest import ROOT, read_events
+from tests.library.callbacks.test_every_setting import Manual, ManualClip, Net
 
 NUM_ROWS, BATCH, BROKEN = 48, 8, 29  # of the fourth batch, and in the second process
 EVENTS = "events.out.tfevents.*"
@@ -87,7 +87,7 @@ def all_settings(folder: Path, devices: int) -> None:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     two = tmp_path_factory.mktemp("two")
-    command = [sys.executable, "-W", "ignore", "-m", "tests.callbacks.test_two_processes", str(two)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.library.callbacks.test_two_processes", str(two)]
     pair = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     one = tmp_path_factory.mktemp("one")
     with warnings.catch_warnings():

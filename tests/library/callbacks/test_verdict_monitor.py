@@ -16,9 +16,9 @@ from downslope.callbacks import FlightRecorder, SharpnessMonitor, VerdictMonitor
 from downslope.verdict.evidence import EvidenceCollector
 from template.regression.data import DataModule
 from template.regression.manual import ManualLinearRegression
-from tests.callbacks.test_every_setting import SETTINGS
-from tests.callbacks.test_every_setting import fit as fit_setting
 from tests.conftest import Outcome, only_run, read_events, read_json
+from tests.library.callbacks.test_every_setting import SETTINGS
+from tests.library.callbacks.test_every_setting import fit as fit_setting
 
 LIMIT = 0.24610  # 2/λ of the diabetes table's training rows
 

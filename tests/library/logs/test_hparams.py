@@ -8,7 +8,7 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from downslope.logs.hparams import write_hparams
 from downslope.runs.result import Result
 from tests.conftest import scalars
-from tests.sweeps.conftest import write_curves
+from tests.library.sweeps.conftest import write_curves
 
 CONFIG = OmegaConf.create({"lr": 0.1})
 CHOICES = {"device": "cpu", "model": "manual", "optimizer": "sgd", "data": "diabetes", "hydra/launcher": "basic"}

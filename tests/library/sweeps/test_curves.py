@@ -4,7 +4,7 @@ import pytest
 
 from downslope.sweeps.curves import read_curves
 from tests.conftest import scalars
-from tests.sweeps.conftest import write_curves
+from tests.library.sweeps.conftest import write_curves
 
 TAGS = frozenset({"val/loss", "train/loss"})
 CURVES = {"val/loss": {1: 0.75, 2: 0.5}, "train/loss": {3: float("inf")}, "other": {1: 1.0}}

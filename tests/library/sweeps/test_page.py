@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from downslope.sweeps.report import make_report
-from tests.sweeps.conftest import MakeJob
+from tests.library.sweeps.conftest import MakeJob
 
 VOID = {"meta", "link", "source", "img", "br"}
 

@@ -9,7 +9,7 @@ from matplotlib.lines import Line2D
 
 from downslope.sweeps.picture import MOST_LINES, MOST_PANELS, draw_curves, draw_learning_rate, save
 from downslope.sweeps.table import read_jobs
-from tests.sweeps.conftest import MakeJob
+from tests.library.sweeps.conftest import MakeJob
 
 
 def drawn(sweep: Path) -> Axes:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from downslope.sweeps.report import MOST_ROWS, make_report, print_report
-from tests.sweeps.conftest import MakeJob
+from tests.library.sweeps.conftest import MakeJob
 
 
 def test_the_report_leaves_its_three_files_and_nothing_else(four_jobs: Path) -> None:

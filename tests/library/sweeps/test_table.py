@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from downslope.sweeps.table import Job, read_jobs, row, varied_keys, write_table
-from tests.sweeps.conftest import MakeJob
+from tests.library.sweeps.conftest import MakeJob
 
 
 def test_the_least_validation_loss_stands_first_and_what_has_none_last(four_jobs: Path) -> None:
