@@ -10,7 +10,7 @@ import yaml
 from lightning import Trainer
 
 from template.regression import mistakes
-from template.regression.data import DataModule
+from template.regression.data import TableData
 from template.regression.manual import ManualLinearRegression
 from tests.conftest import ROOT, read_json
 
@@ -30,8 +30,8 @@ EXPERIMENTS = {
 }
 
 
-def diabetes(standardize: bool = True) -> DataModule:
-    data = DataModule.from_file(
+def diabetes(standardize: bool = True) -> TableData:
+    data = TableData(
         "pkg://template.regression/diabetes.csv", "progression", seed=0, batch_size=354, standardize=standardize
     )
     data.setup("fit")

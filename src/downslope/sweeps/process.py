@@ -9,12 +9,10 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from downslope.launch.configuration import CONFIGURATION
+from downslope.runs.configuration import own_folders
 from downslope.runs.console import FULL_ERROR, SHOW_TRACEBACK
 from downslope.runs.result import read_result
 from downslope.sweeps.job import objective
-
-TRAIN = CONFIGURATION.parent / "scripts" / "train.py"
 
 
 def distributed(config: DictConfig) -> bool:
@@ -31,7 +29,7 @@ def train_in_process(config: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    command = [sys.executable, str(TRAIN), *_arguments(config, folder)]
+    command = [sys.executable, sys.argv[0], *_arguments(config, folder)]
     environment = {**os.environ, FULL_ERROR: str(int(SHOW_TRACEBACK))}  # without what this process has borrowed
     process = subprocess.Popen(command, cwd=hydra.runtime.cwd, env=environment)
     try:
@@ -55,7 +53,7 @@ def _arguments(config: DictConfig, folder: Path) -> list[str]:
     choices = HydraConfig.get().runtime.choices
     resume = [f"resume='{config.resume}'"] if config.get("resume") else []
     return [
-        *("--config-path", str(folder / ".hydra"), "--config-name", "config", "--config-dir", str(CONFIGURATION)),
+        *("--config-path", str(folder / ".hydra"), "--config-name", "config", "--config-dir", str(own_folders()[0])),
         *(f"++hydra.runtime.choices.{group}={choices[group]}" for group in ("model", "optimizer", "data", "device")),
         *("hydra/job_logging=downslope", "hydra/hydra_logging=none", "hydra.output_subdir=null"),
         f'hydra.run.dir="{folder}"',

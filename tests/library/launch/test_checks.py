@@ -5,7 +5,8 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from downslope.launch.configuration import check_additions, check_nodes, check_values, unknown_key
+from downslope.launch.checks import check_additions, check_nodes, check_values
+from downslope.runs.configuration import unknown_key
 from tests.conftest import ROOT
 
 GROUPS = ["data", "model", "optimizer", "scheduler", "device", "trainer", "callbacks", "logger", "experiment"]
@@ -25,7 +26,7 @@ def test_the_configuration_is_the_documented_one() -> None:
         "lr": 0.02,
     }
     assert OmegaConf.to_container(config.data, resolve=True) == {
-        "_target_": "template.regression.data.DataModule.from_file",
+        "_target_": "template.regression.data.TableData",
         "path": "pkg://template.regression/diabetes.csv",
         "target": "progression",
         "features": None,
@@ -90,7 +91,7 @@ def test_values_out_of_range_are_refused(override: str, message: str) -> None:
         ("data.batch_size=many", "`data.batch_size` must be a whole number, got 'many'"),
         ("data.standardize=1", "`data.standardize` must be true or false, got 1"),
         ("+trainer.max_step=3", "`trainer.max_step` is not an argument of lightning.Trainer. Did you mean"),
-        ("+data.rows=3", "`data.rows` is not an argument of template.regression.data.DataModule.from_file. It takes: "),
+        ("+data.rows=3", "`data.rows` is not an argument of template.regression.data.TableData. It takes: "),
         ("optimizer._target_=torch.optim.SDG", "`optimizer._target_` must name something to import"),
         ("+scheduler.scheduler={_target_: torch.optim.lr_scheduler.StepLR, step: 3}", ""),
     ],
