@@ -52,7 +52,11 @@ dashboard: install ## Serve TensorBoard on http://127.0.0.1:6006 over outputs/
 	$(BIN)/tensorboard --logdir outputs --host 127.0.0.1
 
 .PHONY: test
-test: $(VENV)/.installed-dev ## Run the tests
+test: $(VENV)/.installed-dev ## Run the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: test-all
+test-all: $(VENV)/.installed-dev ## Run every test
 	$(BIN)/python -m pytest
 
 .PHONY: lint
@@ -70,7 +74,7 @@ typecheck: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 .PHONY: check
-check: lint typecheck test ## Everything that CI runs
+check: lint typecheck test-all ## Everything that CI runs
 
 .PHONY: benchmark
 benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README claims

@@ -124,6 +124,8 @@ def test_a_checkpoint_that_is_none_is_refused(script: Script, run: Path) -> None
         assert "best.ckpt cannot be read as a checkpoint" in ended.err
         assert len(ended.err.splitlines()) == 1
     checkpoint.unlink()
+    assert "has no best checkpoint" in script("evaluate", f"run={run}").err  # the last one serves
+    (run / "checkpoints" / "last.ckpt").unlink()
     assert "it has no checkpoints/best.ckpt" in script("evaluate", f"run={run}").err
 
 

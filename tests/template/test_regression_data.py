@@ -93,10 +93,10 @@ def test_a_constant_column_and_a_large_batch_are_warned_of(caplog: pytest.LogCap
 )
 def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        data_of(table(), **{**SETTINGS, **settings})
+        data_of(table(), **{**SETTINGS, **settings}).setup("fit")
 
 
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"random must leave 2 rows to train on .* got 5 rows"):
-        data_of(table(5), **SETTINGS)
-    data_of(table(6), **SETTINGS)
+        data_of(table(5), **SETTINGS).setup("fit")
+    data_of(table(6), **SETTINGS).setup("fit")

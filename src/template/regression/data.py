@@ -128,6 +128,11 @@ class TableData(LightningDataModule):
         table = self.table
         return f"{', '.join(table.feature_names)} → {table.target_name}, {len(table)} rows, sha256 {table.digest[:12]}"
 
+    def setup(self, stage: str) -> None:
+        """Reads the rows, where they are trained on or looked at."""
+        if stage != "predict":
+            _ = self.parts
+
     def train_dataloader(self) -> Batches:
         """Shuffled anew each epoch."""
         return self._batches("train", ShuffledOrder(len(self.rows["train"]), self.seed))

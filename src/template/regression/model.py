@@ -1,5 +1,6 @@
 """Linear regression y = Wx + b under the mean squared error, trained by Lightning."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -35,7 +36,7 @@ class LinearRegression(LightningModule):
         self.linear = nn.Linear(num_features, 1)
         self.make_optimizer = optimizer
         self.scheduler = scheduler
-        self.train_loss = MeanMetric(nan_strategy="disable")  # a loss that is not a number is to be seen
+        self.train_loss = MeanMetric(nan_strategy=math.nan)  # a loss that is not a number is to be seen
         self.val_metrics = _metrics("val/")
         self.test_metrics = _metrics("test/")
 
