@@ -46,6 +46,14 @@ train: install ## Train on real data, and print what was seen
 sweep: install ## Train at several learning rates
 	$(BIN)/python scripts/train.py -m experiment=learning_rate_sweep
 
+.PHONY: new
+new: install ## Write a task of your own, ready to train (NAME=houses)
+	@$(BIN)/python scripts/new.py "$$NAME"
+
+.PHONY: rename
+rename: install ## Give the package of your tasks another name (NAME=houses)
+	@$(BIN)/python scripts/rename.py "$$NAME"
+
 .PHONY: dashboard
 dashboard: install ## Serve TensorBoard on http://127.0.0.1:6006 over outputs/
 	@echo "At a glance: http://127.0.0.1:6006/#custom_scalars"
