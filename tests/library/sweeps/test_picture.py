@@ -45,7 +45,7 @@ def test_a_line_a_device_with_what_diverged_and_failed_at_the_top_edge(four_jobs
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert isinstance(axes.figure, Figure)
     assert legend(axes.figure) == ["device=cpu", "device=gpu", "last", "best on its way", "diverged", "failed"]
-    assert axes.get_title(loc="left") == "Least validation loss 0.4 at lr=0.2, device=cpu"
+    assert axes.get_title(loc="left") == "Best validation loss 0.4 at lr=0.2, device=cpu"
 
 
 def test_the_limit_and_the_suggested_rate_stand_where_they_are(four_jobs: Path) -> None:
