@@ -17,8 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from downslope.callbacks import FlightRecorder, VerdictMonitor
 from downslope.gradients.least_squares import HasLeastSquares
-from downslope.logs.forgiving import forgiving
 from downslope.logs.hparams import write_hparams
+from downslope.logs.non_raising import non_raising_logger
 from downslope.logs.tensorboard import close_step_writer, rewind_event_files, write_scalars, write_text
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
 from downslope.runs.result import Result
@@ -92,7 +92,7 @@ def build(config: DictConfig) -> tuple[DataModule, LightningModule, Trainer]:
         callbacks = [callback for callback in callbacks if not isinstance(callback, Checkpoint)]
     if config.trainer.get("enable_progress_bar") is False:
         callbacks = [callback for callback in callbacks if not isinstance(callback, ProgressBar)]
-    loggers = [forgiving(instantiate(node)) for node in config.logger.values()]
+    loggers = [non_raising_logger(instantiate(node)) for node in config.logger.values()]
     # Where nobody keeps checkpoints, Lightning would, in the folder that one happens to stand in.
     keeps = config.trainer.get("enable_checkpointing", any(isinstance(each, Checkpoint) for each in callbacks))
     parts = {"logger": loggers, "callbacks": callbacks, "enable_checkpointing": keeps}
@@ -162,7 +162,7 @@ def train(config: DictConfig) -> float:
     if trainer.is_global_zero:
         try:
             result.write(folder)
-            write_hparams(folder, config, hydra.runtime.choices, result)
+            write_hparams(folder, config, hydra.runtime.choices, result, monitor="val/loss")
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, folder)
     return result.metrics["val/loss"]
