@@ -78,9 +78,10 @@ def draw_step_along_gradient(
         marks.append((loss.edge, "edge, 2/curvature", ORANGE, 1.12))
     for rate, text, colour, height in marks:
         axes.axvline(rate, color=colour, linewidth=1.4, linestyle=(0, (4, 3)))
-        side = {"xytext": (5, 0), "ha": "left"} if has_room else {"xytext": (-5, 0), "ha": "right"}
-        look = {"textcoords": "offset points", "color": INK, "fontsize": 9, "va": "top"}
-        axes.annotate(f"{text} = {rate:.3g}", (rate, low + height * drop), **side, **look)
+        axes.annotate(
+            f"{text} = {rate:.3g}", (rate, low + height * drop), xytext=(5 if has_room else -5, 0),
+            textcoords="offset points", color=INK, fontsize=9, ha="left" if has_room else "right", va="top",
+        )  # fmt: skip
     axes.axhline(loss(0.0), color=INK, linewidth=0.8, linestyle=":")
     axes.plot(0, loss(0.0), "o", color="white", markeredgecolor=INK, markersize=9)
     arrow = {"arrowstyle": "-|>", "color": RED, "linewidth": 1.8, "shrinkA": 6, "shrinkB": 5}

@@ -28,7 +28,7 @@ DARK = Theme(
     "#161b22", "#e6edf3", "#9198a1", "#30363d",
     ("#58A6FF", "#FF9E57", "#3FC99B", "#F29CC8", "#E8C547", "#8ED1F5", "#C297E8"),
 )  # fmt: skip
-BLUE, RED, GREEN, _, ORANGE, *_ = LIGHT.lines
+BLUE, RED, GREEN, _, ORANGE = LIGHT.lines[:5]
 INK, QUIET = LIGHT.ink, LIGHT.quiet
 # In shares of a picture with one pair of axes. To let matplotlib find them takes as long as all the drawing.
 MARGINS = {"left": 0.14, "right": 0.97, "bottom": 0.165, "top": 0.87}

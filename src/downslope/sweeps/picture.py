@@ -15,10 +15,8 @@ if TYPE_CHECKING:
 
 MOST_LINES = 7  # colours that the eye tells apart
 MOST_PANELS = 12
-SYMBOLS = {"diverged": "X", "failed": "s", "interrupted": "D", "not run": "o"}
-
-
 LOSS, NORM = 0, 1  # rows of the small multiples
+SYMBOLS = {"diverged": "X", "failed": "s", "interrupted": "D", "not run": "o"}
 
 
 def suggested_rate(jobs: Sequence[Job]) -> float | None:
@@ -187,8 +185,7 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
         for axes, label in ((loss, "loss"), (norm, "gradient norm")):
             _finish_panel(axes, job, theme, label if column == 0 else "")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    look = {"ncols": 2, "frameon": False, "fontsize": 8, "labelcolor": theme.ink}
-    figure.legend(handles, labels, loc="outside upper left", **look)
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=theme.ink)
     return figure
 
 

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -5,10 +6,11 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from downslope.logs.event_files import EVENT_FILES
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import rewind_event_files
 from downslope.runs.result import Result
-from tests.conftest import scalars
+from tests.conftest import Outcome, read_json, scalars
 from tests.library.sweeps.conftest import write_curves
 
 CONFIG = OmegaConf.create({"lr": 0.1})
@@ -76,6 +78,16 @@ def test_a_resumed_run_shows_its_last_verdict_alone_and_keeps_its_curves(
     assert content.count(b"_hparams_/session_start_info") == 1
     assert [step for step, _ in scalars(tmp_path, "train/loss")] == [7, 9, 7]  # the line repeats the last one
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_run_that_has_ended_and_is_resumed_has_one_line(script: Callable[..., Outcome], tmp_path: Path) -> None:
+    quick = ("device=cpu", "callbacks=checkpoints")
+    assert script("train", "trainer.max_epochs=1", "hydra.run.dir=run", *quick).code == 0
+    assert script("train", "resume=run", "resume_override=[trainer.max_epochs]", "trainer.max_epochs=2").code == 0
+    run = tmp_path / "run"
+    assert b"".join(file.read_bytes() for file in run.glob(EVENT_FILES)).count(b"_hparams_/session_start_info") == 1
+    step, loss = scalars(run, "val/loss")[-1]
+    assert (step, loss) == (read_json(run)["num_optimizer_steps"], pytest.approx(read_json(run)["metrics"]["val/loss"]))
 
 
 def test_a_run_without_an_event_file_gets_none(tmp_path: Path) -> None:
