@@ -44,32 +44,36 @@ def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT, objective: str
     figure = new_figure(9.6, 5.4, theme, layout="constrained")
     axes = figure.add_subplot()
     lines = lines_of(jobs)
+    above = 0.0 if all(job.objective >= 0 for job in jobs) else -math.inf  # a likelihood may be negative, an R²
     if len(lines) <= MOST_LINES:
         for index, (label, line) in enumerate(lines.items()):
             edge = 1.0 + 0.03 * index  # so that no line hides the next one's
-            _draw_lines(axes, [line], label, color=theme.lines[index], edge=edge)
+            _draw_lines(axes, [line], label, above, color=theme.lines[index], edge=edge)
     else:
         others = ", ".join(key for key in varied_keys(jobs) if key != "lr")
-        _draw_lines(axes, [*lines.values()], f"{len(lines)} lines: {others}", color=theme.lines[0], alpha=0.35)
+        _draw_lines(axes, [*lines.values()], f"{len(lines)} lines: {others}", above, color=theme.lines[0], alpha=0.35)
     _draw_limits(axes, jobs, theme)
-    _draw_best(axes, jobs, theme)
+    _draw_best(axes, jobs, theme, above)
     axes.set(xlabel="learning rate", ylabel=objective)
     paint(axes, theme)
     _scale(axes, "x", bool(lines))
-    _scale(axes, "y", any(_is_drawn(job.objective) for line in lines.values() for job in line))
+    if above == 0.0:
+        _scale(axes, "y", any(_is_drawn(job.objective) for line in lines.values() for job in line))
     axes.set_title(_headline(jobs, objective), loc="left", pad=22, color=theme.ink, fontsize=13, fontweight="bold")
     _legend(axes, theme, len(lines) > 1, jobs)
     return figure
 
 
-def _is_drawn(value: float) -> bool:
-    """Tells whether a logarithmic axis has a place for the value."""
-    return 0 < value < math.inf
+def _is_drawn(value: float, above: float = 0.0) -> bool:
+    """Tells whether an axis has a place for the value, a logarithmic one unless said otherwise."""
+    return above < value < math.inf
 
 
-def _draw_lines(axes: "Axes", lines: Sequence[Sequence[Job]], label: str, edge: float = 1.0, **look: Any) -> None:
+def _draw_lines(
+    axes: "Axes", lines: Sequence[Sequence[Job]], label: str, above: float, edge: float = 1.0, **look: Any
+) -> None:
     """Draws lines of one colour: as one, with gaps, as a thousand single ones take many seconds."""
-    done = [[job for job in line if _is_drawn(job.objective)] for line in lines]
+    done = [[job for job in line if _is_drawn(job.objective, above)] for line in lines]
     rates = _with_gaps([[job.learning_rate for job in line] for line in done])
     last = _with_gaps([[job.objective for job in line] for line in done])
     best = _with_gaps([[job.best_loss for job in line] for line in done])
@@ -102,9 +106,9 @@ def _draw_limits(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
     )  # fmt: skip
 
 
-def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
+def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme, above: float) -> None:
     best = jobs[0]
-    if best.learning_rate and _is_drawn(best.objective):
+    if best.learning_rate and _is_drawn(best.objective, above):
         axes.plot(best.learning_rate, best.objective, "o", markersize=15, markerfacecolor="none",
                   markeredgecolor=theme.ink, markeredgewidth=1.6, clip_on=False)  # fmt: skip
     if rate := suggested_rate(jobs):

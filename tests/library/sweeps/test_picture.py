@@ -62,6 +62,19 @@ def test_without_a_suggestion_or_a_limit_nothing_is_marked(make_job: MakeJob, sw
     assert list(axes.texts) == []
 
 
+def test_an_objective_that_may_be_negative_stands_on_a_linear_axis_under_its_name(
+    make_job: MakeJob, sweep: Path
+) -> None:
+    for rate, objective in ((0.1, -2.5), (0.2, 0.5)):
+        make_job(f"lr={rate}", lr=rate, status="completed", loss=objective)
+    make_job("lr=0.4", lr=0.4, status="failed")
+    (axes,) = draw_learning_rate(read_jobs(sweep), objective="val/log_likelihood").axes
+    assert points(axes.lines[0]) == [(0.1, -2.5), (0.2, 0.5)]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
+    assert axes.get_ylabel() == "val/log_likelihood"
+    assert axes.get_title(loc="left") == "Best val/log_likelihood -2.5 at lr=0.1"
+
+
 def test_one_job_all_failed_and_no_job_with_a_rate_are_drawn_too(make_job: MakeJob, sweep: Path) -> None:
     failed = make_job("lr=0.1", status="failed", error={"type": "E", "message": ""})
     assert drawn(sweep).get_title(loc="left") == "No job has a validation loss"
