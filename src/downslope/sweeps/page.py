@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from downslope.pictures.style import DARK, LIGHT
 from downslope.runs.whole_files import whole_file
-from downslope.sweeps.picture import DARK, LIGHT, MOST_PANELS, draw_curves, draw_learning_rate, suggested_rate
+from downslope.sweeps.picture import MOST_PANELS, draw_curves, draw_learning_rate, suggested_rate
 from downslope.sweeps.table import Job, row, varied_keys
 
 if TYPE_CHECKING:
