@@ -8,12 +8,7 @@ from torch.utils.data import DataLoader, TensorDataset, random_split
 
 
 class YourTaskData(LightningDataModule):
-    """Rows of features and a target as training, validation and test part.
-
-    Args:
-        batch_size: Rows a batch.
-        seed: Decides which part a row belongs to.
-    """
+    """Rows of features and a target as training, validation and test part; the seed decides which is where."""
 
     num_features = 4  # your columns; the model asks for it by this name
 
