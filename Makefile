@@ -61,11 +61,11 @@ dashboard: install ## Serve TensorBoard on http://127.0.0.1:6006 over outputs/
 
 .PHONY: test
 test: $(VENV)/.installed-dev ## Run the tests, but for the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n auto -m "not slow"
 
 .PHONY: test-all
 test-all: $(VENV)/.installed-dev ## Run every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 .PHONY: lint
 lint: $(VENV)/.installed-dev ## Check style and formatting

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
+OTHERS = ("lightning", "torch", "py", "hydra", "matplotlib", "fsspec", "submitit", "ray")  # "py.warnings": `warnings`
 _early: list[logging.LogRecord] = []
 
 
@@ -20,7 +21,7 @@ class LogFile(logging.FileHandler):
 
 
 class Quiet(logging.Filter):
-    """Lets our own warnings through to the terminal, and everything when Hydra was told to be verbose.
+    """Lets our own and your warnings through to the terminal, and everything when Hydra was told to be verbose.
 
     That a disk cannot be written is said once a run, by whoever finds it first: loggers, pictures, checkpoints, the
     log. What is lost for good, a result or the last checkpoint, is an error at the end.
@@ -33,7 +34,7 @@ class Quiet(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Tells whether the terminal shows the record."""
         verbose = logging.getLogger().level <= logging.DEBUG
-        ours = record.name.startswith("downslope") and record.levelno >= logging.WARNING
+        ours = record.name.partition(".")[0] not in OTHERS and record.levelno >= logging.WARNING
         return verbose or (ours and not self._is_told(record))
 
     def _is_told(self, record: logging.LogRecord) -> bool:
