@@ -14,27 +14,19 @@ from downslope.sweeps.job import run_job
 
 @hydra.main(version_base="1.3", config_path="../conf", config_name="train")
 def main(config: DictConfig) -> float:
-    """Trains as configured; torch is imported only here, so that `--help` answers at once."""
+    """Trains as configured."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return run_job(config, train_as_if_alone)
+        return run_job(config, train)
     os.environ[FULL_ERROR] = str(int(SHOW_TRACEBACK))  # what was borrowed: other processes, of DDP say, inherit it
     with refusing("train"):
-        from template.train import train
-
         return train(config)
 
 
-def train_as_if_alone(config: DictConfig) -> float:
-    """Trains a job of a sweep: in this process, or in several of its own."""
-    from downslope.sweeps.process import distributed, train_in_process
-
-    if distributed(config):
-        return train_in_process(config)
-    from downslope.sweeps.isolation import isolated
+def train(config: DictConfig) -> float:
+    """Imports torch only here, so that `--help` answers at once."""
     from template.train import train
 
-    with isolated():
-        return train(config)
+    return train(config)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from downslope.gradients.least_squares import HasLeastSquares
 from downslope.logs.forgiving import forgiving
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_step_writer, rewind_event_files, write_scalars, write_text
+from downslope.runs.command_line import typed
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
 from downslope.runs.result import Result
 from downslope.runs.resuming import checkpoint_of
@@ -128,8 +129,10 @@ def train(config: DictConfig) -> float:
     result = Result(
         status="failed",
         learning_rate=config.lr,
-        overrides=list(hydra.overrides.task),
+        overrides=typed(hydra.overrides.task),
         seed=config.seed,
+        monitor=config.monitor,
+        mode=config.mode,
         versions={
             "python": platform.python_version(),
             **{name: version(name) for name in ("downslope", "torch", "lightning", "hydra-core", "numpy")},
@@ -202,6 +205,7 @@ def _fit(
         close_step_writer(trainer)
         for logger in trainer.loggers:
             logger.finalize("success")
+    result.objective = result.metrics.get(result.monitor or "")
     loss = result.metrics["train/loss"]
     result.excess_loss = loss - line.loss
     result.status = "completed" if loss <= DIVERGED_BEYOND * first_loss else "diverged"  # NaN is no ≤ either

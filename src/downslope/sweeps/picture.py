@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from downslope.runs.whole_files import whole_file
-from downslope.sweeps.table import GRADIENT_NORMS, LOSSES, Job, varied_keys
+from downslope.sweeps.table import GRADIENT_NORMS, Job, curve_tags, judged_by, varied_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -75,10 +75,11 @@ def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
         _draw_lines(axes, [*lines.values()], f"{len(lines)} lines: {others}", color=theme.lines[0], alpha=0.35)
     _draw_limits(axes, jobs, theme)
     _draw_best(axes, jobs, theme)
-    axes.set(xlabel="learning rate", ylabel="validation loss")
+    axes.set(xlabel="learning rate", ylabel=judged_by(jobs)[0])
     _finish(axes, theme)
     _scale(axes, "x", bool(lines))
-    _scale(axes, "y", any(0 < job.objective < math.inf for line in lines.values() for job in line))
+    reached = [job.objective for line in lines.values() for job in line if math.isfinite(job.objective)]
+    _scale(axes, "y", bool(reached), logarithmic=min(reached, default=0) > 0)
     axes.set_title(_headline(jobs), loc="left", pad=22, color=theme.ink, fontsize=13, fontweight="bold")
     _legend(axes, theme, len(lines) > 1, jobs)
     return figure
@@ -86,10 +87,10 @@ def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
 
 def _draw_lines(axes: "Axes", lines: Sequence[Sequence[Job]], label: str, edge: float = 1.0, **look: Any) -> None:
     """Draws lines of one colour: as one, with gaps, as a thousand single ones take many seconds."""
-    done = [[job for job in line if 0 < job.objective < math.inf] for line in lines]
+    done = [[job for job in line if math.isfinite(job.objective)] for line in lines]
     rates = _with_gaps([[job.learning_rate for job in line] for line in done])
     last = _with_gaps([[job.objective for job in line] for line in done])
-    best = _with_gaps([[job.best_loss for job in line] for line in done])
+    best = _with_gaps([[job.best_objective for job in line] for line in done])
     axes.plot(rates, last, label=label, marker="o", markersize=6, linewidth=2, clip_on=False, **look)
     axes.plot(rates, best, marker="_", markersize=9, linestyle=":", linewidth=1.3, clip_on=False, **look)
     for status, symbol in SYMBOLS.items():
@@ -121,7 +122,7 @@ def _draw_limits(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
 
 def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
     best = jobs[0]
-    if best.learning_rate and 0 < best.objective < math.inf:
+    if best.learning_rate and math.isfinite(best.objective):
         axes.plot(best.learning_rate, best.objective, "o", markersize=15, markerfacecolor="none",
                   markeredgecolor=theme.ink, markeredgewidth=1.6, clip_on=False)  # fmt: skip
     if rate := suggested_rate(jobs):
@@ -132,10 +133,13 @@ def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
 
 def _headline(jobs: Sequence[Job]) -> str:
     best = jobs[0]
+    monitor, mode = judged_by(jobs)
     if not math.isfinite(best.objective):
-        return "No job has a validation loss"
+        return f"No job has a {monitor}"
     what = ", ".join(f"{key}={_short(value)}" for key, value in best.overrides.items() if key in varied_keys(jobs))
-    return f"Least validation loss {best.objective:.4g}" + (f" at {what}" if what else "")
+    return f"{'Greatest' if mode == 'max' else 'Least'} {monitor} {best.objective:.4g}" + (
+        f" at {what}" if what else ""
+    )
 
 
 def _legend(axes: "Axes", theme: Theme, several: bool, jobs: Sequence[Job]) -> None:
@@ -170,13 +174,15 @@ def _finish(axes: "Axes", theme: Theme) -> None:
     axes.yaxis.label.set_color(theme.ink)
 
 
-def _scale(axes: "Axes", name: str, has_values: bool) -> None:
+def _scale(axes: "Axes", name: str, has_values: bool, logarithmic: bool = True) -> None:
     """0.4, 0.5, 0.6 where a logarithmic axis spans less than a decade, and 0.01 rather than 10⁻²."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis = getattr(axes, f"{name}axis")
     if not has_values:  # which an axis must have to be logarithmic
         axis.set_ticks([])
+        return
+    if not logarithmic:
         return
     axes.set(**{f"{name}scale": "log"})
     low, high = axis.get_view_interval()
@@ -204,11 +210,13 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
     for index, axes in enumerate(grid.flat):
         if index // columns // 2 * columns + index % columns >= len(shown):
             axes.set_axis_off()
-    for kind, tags in enumerate((LOSSES, GRADIENT_NORMS)):
-        _share_scale(grid[kind::2].flat, shown, tags[0] if kind else None)
+    monitor, _ = judged_by(jobs)
+    objectives = curve_tags(monitor)
+    for kind, tags in enumerate((objectives, GRADIENT_NORMS[:1])):
+        _share_scale(grid[kind::2].flat, shown, tags)
     for index, job in enumerate(shown):
         loss, norm = (grid[2 * (index // columns) + kind][index % columns] for kind in (0, 1))
-        for tag, color in zip(LOSSES, theme.lines, strict=False):
+        for tag, color in zip(objectives, theme.lines, strict=False):
             _draw_curve(loss, job.curves.get(tag, {}), color, tag)
         _draw_curve(norm, job.curves.get(GRADIENT_NORMS[0], {}), theme.lines[2], "gradient norm")
         words = _short(job.name) if not job.learning_rate else _panel_title(job, jobs)
@@ -222,7 +230,7 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
             axes.tick_params(labelleft=index % columns == 0)
         norm.set_xlabel("step", fontsize=8)
         if index % columns == 0:
-            loss.set_ylabel("loss", fontsize=9)
+            loss.set_ylabel(monitor.rpartition("/")[2], fontsize=9)
             norm.set_ylabel("gradient norm", fontsize=9)
     handles, labels = grid[0][0].get_legend_handles_labels()
     legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
@@ -248,9 +256,8 @@ def _panel_title(job: Job, jobs: Sequence[Job]) -> str:
     return "\n".join(varied or [f"lr={job.learning_rate:g}"]) + mark
 
 
-def _share_scale(panels: Any, jobs: Sequence[Job], tag: str | None) -> None:
+def _share_scale(panels: Any, jobs: Sequence[Job], tags: Sequence[str]) -> None:
     """One scale for all panels: the eye compares heights. A job that blew up does not squeeze the others flat."""
-    tags = [tag] if tag else list(LOSSES)
     values = sorted(
         value for job in jobs for each in tags for value in job.curves.get(each, {}).values() if 0 < value < math.inf
     )

@@ -17,9 +17,8 @@ import numpy as np
 import pytest
 import torch
 
-from downslope.runs.result import Result
-from downslope.sweeps.isolation import isolated
-from downslope.sweeps.job import objective
+from downslope.runs.result import Result, objective_of
+from downslope.sweeps.process import isolated
 from tests.conftest import ROOT, Outcome, only_run, read_json, run_process
 
 TINY = ("trainer.max_epochs=2", "hydra.sweep.dir=sweep")
@@ -139,10 +138,12 @@ def test_nothing_that_a_job_changes_in_the_process_reaches_the_next(
     assert state() == before
 
 
-def test_a_loss_of_exactly_zero_is_the_best_and_not_a_missing_one() -> None:
-    assert objective(Result(status="completed", metrics={"val/loss": 0.0})) == 0.0
-    assert objective(Result(status="diverged", metrics={"val/loss": 0.0})) == float("inf")
-    assert objective(None) == float("inf")
+def test_an_objective_of_exactly_zero_is_the_best_and_not_a_missing_one() -> None:
+    assert objective_of(Result(status="completed", objective=0.0)) == 0.0
+    assert objective_of(Result(status="completed", objective=0.0), "max") == 0.0
+    assert objective_of(Result(status="diverged", objective=0.0)) == float("inf")
+    assert objective_of(None) == objective_of(Result(status="completed")) == float("inf")
+    assert objective_of(None, "max") == float("-inf")
 
 
 def test_a_killed_sweep_that_two_processes_end_equals_one_that_was_not_killed(tmp_path: Path) -> None:
@@ -180,3 +181,18 @@ def test_a_signal_stops_the_sweep_and_the_same_command_goes_on(tmp_path: Path, n
     assert job["status"] == "interrupted"
     assert job["num_optimizer_steps"] > 0
     assert list(tmp_path.glob("s/*/checkpoints/*.ckpt"))
+
+
+def test_plain_overrides_are_the_name() -> None:
+    assert job_name("device=cpu,lr=0.01") == "device=cpu,lr=0.01"
+
+
+def test_odd_or_long_overrides_never_share_a_name() -> None:
+    odd = ["data.path=a/b.csv", "data.path=a-b.csv", "data.path=a b.csv", "", ".", "x" * 300, "x" * 301, "a@b"]
+    names = [job_name(each) for each in odd]
+    assert len(set(names)) == len(odd)
+    assert all(0 < len(name) <= LONGEST_NAME and "/" not in name and " " not in name for name in names)
+
+
+def test_a_shortened_name_still_shows_what_it_begins_with() -> None:
+    assert job_name("data.path=tables/houses.csv").startswith("data.path=tables-houses.csv@")

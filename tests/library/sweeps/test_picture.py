@@ -45,7 +45,7 @@ def test_a_line_a_device_with_what_diverged_and_failed_at_the_top_edge(four_jobs
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert isinstance(axes.figure, Figure)
     assert legend(axes.figure) == ["device=cpu", "device=gpu", "last", "best on its way", "diverged", "failed"]
-    assert axes.get_title(loc="left") == "Least validation loss 0.4 at lr=0.2, device=cpu"
+    assert axes.get_title(loc="left") == "Least val/loss 0.4 at lr=0.2, device=cpu"
 
 
 def test_the_limit_and_the_suggested_rate_stand_where_they_are(four_jobs: Path) -> None:
@@ -64,7 +64,7 @@ def test_without_a_suggestion_or_a_limit_nothing_is_marked(make_job: MakeJob, sw
 
 def test_one_job_all_failed_and_no_job_with_a_rate_are_drawn_too(make_job: MakeJob, sweep: Path) -> None:
     failed = make_job("lr=0.1", status="failed", error={"type": "E", "message": ""})
-    assert drawn(sweep).get_title(loc="left") == "No job has a validation loss"
+    assert drawn(sweep).get_title(loc="left") == "No job has a val/loss"
     (failed / "result.json").write_text("{")
     (failed / ".hydra" / "config.yaml").unlink()
     assert marked(drawn(sweep), "s") == []
