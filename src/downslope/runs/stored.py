@@ -62,7 +62,7 @@ def printable(value: Any) -> Any:
         {'lr?[2J': ['a\nb', 0.5]}
     """
     if isinstance(value, str):
-        return "".join(letter if letter.isprintable() or letter in "\n\t" else "?" for letter in value)
+        return "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in value)
     if isinstance(value, dict):
         return {printable(key): printable(each) for key, each in value.items()}
     return [printable(each) for each in value] if isinstance(value, list) else value

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 from tensorboard.compat.proto.event_pb2 import Event
 
 from downslope.logs.event_files import records
@@ -27,7 +26,6 @@ OPTIONAL = ("excess_loss", "2/λ")  # columns that only a task with a closed for
 FALLBACK = ("python", "scripts/train.py")
 MOST_EVENT_BYTES = 2**28
 MOST_COLUMNS = 200  # of metrics, and of overrides: a folder of evil jobs could announce millions
-UNREADABLE = (ArithmeticError, DecodeError, OSError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -145,7 +143,7 @@ def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
     """What can be read, or why it cannot."""
     try:
         return read(), ""
-    except UNREADABLE as error:
+    except Exception as error:  # whatever a stranger has thought of
         return None, one_line(f"Cannot read its files: {explain(error)}")
 
 
