@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from downslope.runs.stored import printable, read_bytes
+from downslope.runs.plain_files import printable, read_bytes
 from downslope.runs.whole_files import whole_file
 
 FILE_NAME = "result.json"

@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from downslope.runs.command_line import typed
 from downslope.runs.console import say
-from downslope.runs.stored import check_regular
+from downslope.runs.plain_files import check_regular
 from downslope.runs.whole_files import whole_file
 from downslope.sweeps.job import ENDED, KEY, check_identity, job_key, job_name, result_of
 

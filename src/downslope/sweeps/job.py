@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, one_line, say
+from downslope.runs.plain_files import LOADER, check_regular, read_yaml
 from downslope.runs.result import Result, objective_of, read_result
 from downslope.runs.signals import STOP_FILE, leave_interrupts_to_the_sweep, signal_from_the_sweep
-from downslope.runs.stored import LOADER, check_regular, read_yaml
 
 LONGEST_NAME = 100
 ODD = re.compile(r"[^\w.,=+\-@~]+")

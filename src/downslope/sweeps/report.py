@@ -4,7 +4,7 @@ import base64
 import io
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_ROWS = 30  # in the terminal
-MOST_COLUMNS = 60  # of the page
+MOST_COLUMNS, MOST_ERRORS = 60, 5  # of the page
 LONG = ("job", "error")
-NUMBERS = ("excess_loss", "2/λ", "steps", "seconds")
 EXTREMES = {"min": "least", "max": "greatest"}
 
 
@@ -64,12 +63,12 @@ def print_report(report: Report) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file has no edge
-    keys, (monitor, _) = varied_keys(report.jobs), judged_by(report.jobs)
-    lines, numbers = rows(report.jobs, keys), (monitor, f"best {monitor}", *NUMBERS)
-    shown = [name for name in ("verdict", *numbers) if any(line.get(name) is not None for line in lines)]
+    lines = rows(report.jobs, varied_keys(report.jobs))
+    names = _columns(report.jobs, lines)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in (names := [*(keys or ["job"]), "status", *shown]):
-        table.add_column(Text(one_line(name)), justify="right" if name in numbers else "left", overflow="fold")
+    for name in names:
+        is_number = all(isinstance(line[name], int | float | None) for line in lines)
+        table.add_column(Text(one_line(name)), justify="right" if is_number else "left", overflow="fold")
     for line in lines[:MOST_ROWS]:
         table.add_row(*(Text(one_line(_text(line[name]))) for name in names))
     console.print(table)
@@ -79,18 +78,32 @@ def print_report(report: Report) -> None:
         console.print(Text(f"  {name:<10}{one_line(str(file))}"), soft_wrap=True)
 
 
+def _columns(jobs: Sequence[Job], table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is looked at first: what was varied, how it ended, and the figures that any job has."""
+    keys, (monitor, _) = varied_keys(jobs), judged_by(jobs)
+    figures = ["verdict", monitor, f"best {monitor}", "excess_loss", "2/λ", "steps", "seconds"]
+    shown = [name for name in figures if any(row.get(name) is not None for row in table)]
+    return [*(keys or ["job"]), "status", *shown]
+
+
 def _write_page(report: Report, title: str) -> None:
     """Writes a page that opens from disk: pictures for light and dark, a row a job and the command that runs it."""
     from jinja2 import Environment, PackageLoader
 
     jobs, (monitor, mode) = report.jobs, judged_by(report.jobs)
     table = rows(jobs, varied_keys(jobs))
-    columns = [name for name in table[0] if any(row[name] not in (None, "") for row in table)][:MOST_COLUMNS]
+    first = _columns(jobs, table)
+    others = [
+        name for name in table[0] if name not in (*first, *LONG) and not (name == "learning_rate" and "lr" in first)
+    ]
+    said = [name for name in (*others, *LONG) if name not in first and any(row[name] for row in table)]
+    columns = [*first, *said][:MOST_COLUMNS]
     page = Environment(loader=PackageLoader("downslope.sweeps", "."), autoescape=True).get_template("page.html")
     html = page.render(
         title=title,
         jobs=jobs,
         counts=Counter(job.status for job in jobs),
+        errors=Counter(job.error for job in jobs if job.error).most_common(MOST_ERRORS),
         best=jobs[0] if math.isfinite(jobs[0].objective) else None,
         extreme=EXTREMES.get(mode),
         monitor=monitor,

@@ -15,8 +15,8 @@ from tensorboard.compat.proto.event_pb2 import Event
 from downslope.logs.event_files import records
 from downslope.runs.command_line import COMMAND
 from downslope.runs.console import explain, one_line
+from downslope.runs.plain_files import printable, read_bytes, read_yaml
 from downslope.runs.result import FILE_NAME, Result, objective_of, read_result
-from downslope.runs.stored import printable, read_bytes, read_yaml
 from downslope.runs.whole_files import whole_file
 
 Curve = dict[int, float]

@@ -15,10 +15,11 @@ import pytest
 from tests.conftest import ROOT, Outcome, read_json, run_process
 
 
+@pytest.mark.slow
 def test_each_job_of_one_or_two_processes_runs_once(tmp_path: Path) -> None:
     outcome = run_process(
         tmp_path, "train", "-m", "trainer=ddp", "trainer.devices=1,2,1", "lr=0.01", "device=cpu", "seed=4",
-        "trainer.max_epochs=2", "hydra.sweep.dir=s",
+        "trainer.max_epochs=2", "callbacks=none", "hydra.sweep.dir=s",
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     results = [read_json(file.parent) for file in tmp_path.glob("s/*/result.json")]
@@ -97,6 +98,7 @@ def test_five_processes_on_the_cpu_are_refused_unless_asked_for(script: Callable
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc, which Linux alone has")
 def test_a_rank_that_dies_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> None:
     command = [

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from downslope.runs.stored import MAX_DEPTH, check_regular, read_bytes, read_yaml
+from downslope.runs.plain_files import MAX_DEPTH, check_regular, read_bytes, read_yaml
 
 
 def test_what_is_no_regular_file_is_refused_at_once(tmp_path: Path) -> None:
