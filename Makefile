@@ -46,13 +46,25 @@ train: install ## Train on real data, and print what was seen
 sweep: install ## Train at several learning rates
 	$(BIN)/python scripts/train.py -m experiment=learning_rate_sweep
 
+.PHONY: new
+new: install ## Write a task of your own, ready to train (NAME=houses)
+	@$(BIN)/python scripts/new.py "$$NAME"
+
+.PHONY: rename
+rename: install ## Give the package of your tasks another name (NAME=houses)
+	@$(BIN)/python scripts/rename.py "$$NAME"
+
 .PHONY: dashboard
 dashboard: install ## Serve TensorBoard on http://127.0.0.1:6006 over outputs/
 	@echo "At a glance: http://127.0.0.1:6006/#custom_scalars"
 	$(BIN)/tensorboard --logdir outputs --host 127.0.0.1
 
 .PHONY: test
-test: $(VENV)/.installed-dev ## Run the tests
+test: $(VENV)/.installed-dev ## Run the tests, but for the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+.PHONY: test-all
+test-all: $(VENV)/.installed-dev ## Run every test
 	$(BIN)/python -m pytest
 
 .PHONY: lint
@@ -70,7 +82,7 @@ typecheck: $(VENV)/.installed-dev ## Check types
 	$(BIN)/mypy
 
 .PHONY: check
-check: lint typecheck test ## Everything that CI runs
+check: lint typecheck test-all ## Everything that CI runs
 
 .PHONY: benchmark
 benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README claims

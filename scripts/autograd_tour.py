@@ -361,8 +361,8 @@ def gradient_descent() -> None:
     ways = {
         "by hand": by_hand,
         "torch.optim.SGD": by_optimizer,
-        "model=manual": lambda: by_lightning("ManualLinearRegression"),
-        "model=automatic": lambda: by_lightning("AutomaticLinearRegression"),
+        "model=manual": lambda: by_lightning("manual"),
+        "model=automatic": lambda: by_lightning("automatic"),
     }
     found = {name: descend() for name, descend in ways.items()}
     for name, (weight, bias) in found.items():
@@ -416,10 +416,11 @@ def by_lightning(model: str) -> tuple[Tensor, Tensor]:
     from lightning import Trainer
 
     from downslope.tables.batches import Batches
-    from template.regression import automatic, manual
+    from template.regression.manual import ManualLinearRegression
+    from template.regression.model import LinearRegression
 
     with quiet():
-        module = getattr(manual if model.startswith("Manual") else automatic, model)(
+        module = {"manual": ManualLinearRegression, "automatic": LinearRegression}[model](
             num_features=2,
             optimizer=lambda parameters: torch.optim.SGD(parameters, lr=LEARNING_RATE),
             scheduler={"scheduler": None},

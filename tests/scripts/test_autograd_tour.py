@@ -145,7 +145,7 @@ def test_gradient_descent_is_the_same_four_ways_to_the_bit(tour: ModuleType) -> 
     for other in (
         tour.by_optimizer(),
         tour.by_lightning("ManualLinearRegression"),
-        tour.by_lightning("AutomaticLinearRegression"),
+        tour.by_lightning("LinearRegression"),
     ):
         assert torch.equal(other[0], weight)
         assert torch.equal(other[1], bias)

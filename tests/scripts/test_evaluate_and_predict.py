@@ -24,7 +24,7 @@ def run(script: Script, tmp_path: Path) -> Path:
 def by_hand(run: Path, table: np.ndarray) -> np.ndarray:
     """Predictions of the best checkpoint in the target's unit, in float64."""
     checkpoint = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
-    units = checkpoint["DataModule"]
+    units = checkpoint["TableData"]
     weight, bias = (value.double().numpy() for value in checkpoint["state_dict"].values())
     features = (table[:, :10] - units["feature_units"]["mean"].numpy()) / units["feature_units"]["scale"].numpy()
     standardized = features @ weight[0] + bias[0]
@@ -62,13 +62,14 @@ def test_columns_are_found_by_name_and_the_target_may_be_missing(script: Script,
 def test_evaluate_prints_the_metrics_of_the_best_checkpoint(script: Script, run: Path) -> None:
     ended = script("evaluate", f"run={run}")
     assert ended.code == 0, ended.err
+    assert ended.err == ""
     loss, mae, r2 = ended.out.splitlines()
     table = np.loadtxt(DIABETES, delimiter=",", skiprows=1)
     order = np.random.default_rng([1, 0]).permutation(442)
-    training, test = order[:354], order[398:]
+    training, validation, test = order[:354], order[354:398], order[398:]
     error = (by_hand(run, table) - table[:, -1]) / table[training, -1].std()
     assert f"test {(error[test] ** 2).mean():.4f}" in loss
-    assert f"train {np.abs(error[training]).mean():.4f}" in mae
+    assert f"val {np.abs(error[validation]).mean():.4f}" in mae
     share = (error[test] ** 2).sum() / ((table[test, -1] / table[training, -1].std()).var() * len(test))
     assert f"test {1 - share:.4f}" in r2
 
@@ -77,7 +78,7 @@ def test_a_sweeps_job_is_named_by_its_folder(script: Script, tmp_path: Path) -> 
     assert script("train", "-m", "lr=0.1,0.01", "trainer.max_epochs=1", "hydra.sweep.dir=rates").code == 0
     ended = script("evaluate", "run=rates/lr=0.1,trainer.max_epochs=1")
     assert ended.code == 0, ended.err
-    assert ended.out.startswith("  loss      train ")
+    assert ended.out.startswith("  loss      val ")
 
 
 def test_nothing_is_written_by_either(script: Script, run: Path, tmp_path: Path) -> None:
@@ -93,7 +94,6 @@ def test_nothing_is_written_by_either(script: Script, run: Path, tmp_path: Path)
         ("evaluate", [], "`run` must be given, there is no default: run=…"),
         ("evaluate", ["run=nowhere"], "`run` must be the folder of a run, outputs/runs/…, got 'nowhere'"),
         ("evaluate", ["rum=x"], "`rum` is not a key. Did you mean `run`?"),
-        ("predict", ["run={run}"], "`data.path` must be given"),
         ("predict", ["run={run}", "data.path=none.csv"], "`data.path` must name a CSV or Parquet file, got 'none.csv'"),
         (
             "predict",
@@ -124,6 +124,8 @@ def test_a_checkpoint_that_is_none_is_refused(script: Script, run: Path) -> None
         assert "best.ckpt cannot be read as a checkpoint" in ended.err
         assert len(ended.err.splitlines()) == 1
     checkpoint.unlink()
+    assert "has no best checkpoint" in script("evaluate", f"run={run}").err  # the last one serves
+    (run / "checkpoints" / "last.ckpt").unlink()
     assert "it has no checkpoints/best.ckpt" in script("evaluate", f"run={run}").err
 
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, lr_scheduler
 
 from downslope.tables.synthetic import synthetic_table
-from template.regression.automatic import AutomaticLinearRegression
-from template.regression.data import DataModule
+from template.regression.data import TableData
 from template.regression.manual import ManualLinearRegression
 from template.regression.model import LinearRegression
 from template.schedules import warmup_cosine
+from tests.table_data import data_of
 
 EPOCHS = 6
 CONSTANT = {"scheduler": None, "interval": "epoch", "monitor": "val/loss"}
@@ -31,8 +31,8 @@ SCHEDULERS = {
 }
 
 
-def datamodule(**settings: Any) -> DataModule:
-    return DataModule(synthetic_table(60, 3, 0.1, 4.0, seed=5), batch_size=7, seed=0, **settings)
+def datamodule(**settings: Any) -> TableData:
+    return data_of(synthetic_table(60, 3, 0.1, 4.0, seed=5), batch_size=7, seed=0, **settings)
 
 
 def fit(
@@ -65,7 +65,7 @@ def weights(module: nn.Module) -> Tensor:
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_automatic_and_manual_reach_the_same_bits(optimizer: Callable[..., torch.optim.Optimizer]) -> None:
-    automatic, _ = fit(AutomaticLinearRegression, optimizer)
+    automatic, _ = fit(LinearRegression, optimizer)
     manual, _ = fit(ManualLinearRegression, optimizer)
     assert torch.equal(weights(automatic), weights(manual))
 
@@ -76,7 +76,7 @@ def test_automatic_and_manual_agree_under_a_schedule(name: str, interval: str) -
     if name == "plateau" and interval == "step":
         pytest.skip("a plateau of the validation loss is seen once an epoch")
     scheduler = {"scheduler": SCHEDULERS[name], "interval": interval, "monitor": "val/loss"}
-    automatic, first = fit(AutomaticLinearRegression, OPTIMIZERS["sgd"], scheduler)
+    automatic, first = fit(LinearRegression, OPTIMIZERS["sgd"], scheduler)
     manual, second = fit(ManualLinearRegression, OPTIMIZERS["sgd"], scheduler)
     rates = [trainer.optimizers[0].param_groups[0]["lr"] for trainer in (first, second)]
     assert rates[0] == rates[1] != 0.1
@@ -84,9 +84,9 @@ def test_automatic_and_manual_agree_under_a_schedule(name: str, interval: str) -
 
 
 def test_automatic_and_manual_clip_alike() -> None:
-    automatic, _ = fit(AutomaticLinearRegression, OPTIMIZERS["sgd"], gradient_clip_val=0.1)
+    automatic, _ = fit(LinearRegression, OPTIMIZERS["sgd"], gradient_clip_val=0.1)
     manual, _ = fit(ManualLinearRegression, OPTIMIZERS["sgd"], gradient_clip_val=0.1)
-    unclipped, _ = fit(AutomaticLinearRegression, OPTIMIZERS["sgd"])
+    unclipped, _ = fit(LinearRegression, OPTIMIZERS["sgd"])
     assert torch.equal(weights(automatic), weights(manual))
     assert not torch.equal(weights(automatic), weights(unclipped))
 
@@ -108,7 +108,7 @@ def test_a_step_is_the_parameters_minus_learning_rate_times_gradient() -> None:
 
 def test_training_reaches_least_squares() -> None:
     decay = {**CONSTANT, "scheduler": partial(lr_scheduler.StepLR, step_size=50, gamma=0.1)}
-    module, _ = fit(AutomaticLinearRegression, partial(SGD, lr=0.3), decay, epochs=200)
+    module, _ = fit(LinearRegression, partial(SGD, lr=0.3), decay, epochs=200)
     data = datamodule()
     data.setup("fit")
     features, target = data.parts["train"]
@@ -118,7 +118,7 @@ def test_training_reaches_least_squares() -> None:
 
 
 def test_the_logged_loss_is_the_mean_over_the_epochs_rows() -> None:
-    module, trainer = fit(AutomaticLinearRegression, partial(SGD, lr=1e-30), epochs=1)  # the weights stand still
+    module, trainer = fit(LinearRegression, partial(SGD, lr=1e-30), epochs=1)  # the weights stand still
     data = datamodule()
     data.setup("fit")
     features, target = data.parts["train"]
@@ -127,9 +127,9 @@ def test_the_logged_loss_is_the_mean_over_the_epochs_rows() -> None:
 
 
 def test_validation_does_not_change_training() -> None:
-    with_validation, _ = fit(AutomaticLinearRegression, OPTIMIZERS["sgd"])
+    with_validation, _ = fit(LinearRegression, OPTIMIZERS["sgd"])
     seed_everything(0, verbose=False)
-    module = AutomaticLinearRegression(3, OPTIMIZERS["sgd"], CONSTANT)
+    module = LinearRegression(3, OPTIMIZERS["sgd"], CONSTANT)
     trainer = Trainer(
         max_epochs=EPOCHS,
         accelerator="cpu",
@@ -144,9 +144,8 @@ def test_validation_does_not_change_training() -> None:
 
 
 def test_manual_refuses_an_optimizer_that_needs_a_closure() -> None:
-    module = ManualLinearRegression(3, partial(torch.optim.LBFGS, lr=1.0), CONSTANT)
     with pytest.raises(ValueError, match=r"Cannot train `model=manual` with `optimizer=lbfgs`\. This is because"):
-        module.configure_optimizers()
+        ManualLinearRegression(3, partial(torch.optim.LBFGS, lr=1.0), CONSTANT)
 
 
 def test_a_warmup_longer_than_the_run_is_refused() -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from downslope.tables.table import Table
-from template.regression.data import DataModule
+from tests.table_data import data_of
 
 SETTINGS = {"batch_size": 8, "seed": 0}
 
@@ -18,20 +18,20 @@ def table(num_rows: int = 40) -> Table:
 
 
 def test_parts_are_disjoint_and_hold_every_row() -> None:
-    module = DataModule(table(), **SETTINGS)
+    module = data_of(table(), **SETTINGS)
     rows = np.concatenate(list(module.rows.values()))
     assert sorted(rows) == list(range(40))
     assert [len(part) for part in module.rows.values()] == [32, 4, 4]
 
 
 def test_the_split_depends_on_the_seed_alone() -> None:
-    first, second, other = (DataModule(table(), batch_size=size, seed=seed) for size, seed in ((8, 0), (3, 0), (8, 1)))
+    first, second, other = (data_of(table(), batch_size=size, seed=seed) for size, seed in ((8, 0), (3, 0), (8, 1)))
     assert np.array_equal(first.rows["test"], second.rows["test"])
     assert not np.array_equal(first.rows["test"], other.rows["test"])
 
 
 def test_all_parts_are_in_units_of_the_training_rows() -> None:
-    module = DataModule(table(), **SETTINGS)
+    module = data_of(table(), **SETTINGS)
     module.setup("fit")
     train, validation = module.rows["train"], module.rows["val"]
     raw = module.table.features
@@ -46,7 +46,7 @@ def test_all_parts_are_in_units_of_the_training_rows() -> None:
 
 
 def test_unstandardized_values_are_kept() -> None:
-    module = DataModule(table(), standardize=False, **SETTINGS)
+    module = data_of(table(), standardize=False, **SETTINGS)
     module.setup("fit")
     np.testing.assert_array_equal(
         module.parts["train"][0].numpy(), module.table.features[module.rows["train"]].astype(np.float32)
@@ -54,7 +54,7 @@ def test_unstandardized_values_are_kept() -> None:
 
 
 def test_the_loaders_serve_their_parts() -> None:
-    module = DataModule(table(), **SETTINGS)
+    module = data_of(table(), **SETTINGS)
     module.setup("fit")
     loaders = {
         "train": module.train_dataloader(),
@@ -70,7 +70,7 @@ def test_a_constant_column_and_a_large_batch_are_warned_of(caplog: pytest.LogCap
     rows = table()
     features = rows.features.copy()
     features[:, 1] = 4.2
-    module = DataModule(Table("t", features, rows.target.copy(), rows.feature_names, "y"), batch_size=100, seed=0)
+    module = data_of(Table("t", features, rows.target.copy(), rows.feature_names, "y"), batch_size=100, seed=0)
     with caplog.at_level(logging.WARNING):
         module.setup("fit")
         module.setup("test")
@@ -93,10 +93,10 @@ def test_a_constant_column_and_a_large_batch_are_warned_of(caplog: pytest.LogCap
 )
 def test_impossible_settings_are_refused(settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        DataModule(table(), **{**SETTINGS, **settings})
+        data_of(table(), **{**SETTINGS, **settings}).setup("fit")
 
 
 def test_too_few_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"random must leave 2 rows to train on .* got 5 rows"):
-        DataModule(table(5), **SETTINGS)
-    DataModule(table(6), **SETTINGS)
+        data_of(table(5), **SETTINGS).setup("fit")
+    data_of(table(6), **SETTINGS).setup("fit")

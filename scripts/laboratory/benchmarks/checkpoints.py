@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.observers import Seconds
 from benchmarks.report import print_report, show_progress
 from downslope.callbacks import Checkpoints
-from downslope.launch.configuration import CONFIGURATION
 from downslope.runs.checkpoints import load_checkpoint
 from downslope.runs.whole_files import whole_file
 from template.train import build
@@ -90,6 +89,9 @@ class Counted(Checkpoints):
             write(*arguments, **settings)
 
         trainer.strategy.checkpoint_io.save_checkpoint = count  # type: ignore[method-assign]
+
+
+CONFIGURATION = Path(__file__).parents[3] / "conf"
 
 
 def default_run() -> Parts:

@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.report import MISSING, installed, print_report, show_progress
 from downslope.tables.batches import Batch, Batches, ShuffledOrder
-from template.regression.automatic import AutomaticLinearRegression
 from template.regression.manual import ManualLinearRegression
+from template.regression.model import LinearRegression
 
 NUM_ROWS = 65_536
 NUM_FEATURES = (10, 100, 1000)
@@ -98,7 +98,7 @@ class Stopwatch(LightningModule):
             self.trainer.should_stop = True
 
 
-class Automatic(Stopwatch, AutomaticLinearRegression):
+class Automatic(Stopwatch, LinearRegression):
     """Ours."""
 
 

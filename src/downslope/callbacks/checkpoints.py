@@ -6,12 +6,13 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
@@ -19,6 +20,7 @@ from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.logs.csv_table import CSVTable
 from downslope.logs.tensorboard import announce_restart, event_files, flush_step_writer
 from downslope.runs.checkpoints import SafeCheckpointIO, keep_previous
+from downslope.runs.resuming import check_same, fingerprint, name_of
 from downslope.runs.signals import Interrupted, StopRequest
 from downslope.steps.optimizer_steps import wake
 from downslope.steps.random_state import RandomState
@@ -26,6 +28,7 @@ from downslope.steps.random_state import RandomState
 log = logging.getLogger(__name__)
 
 Progress = dict[str, Any]
+Mode = Literal["min", "max"]
 
 
 class Checkpoints(Checkpoint):
@@ -43,7 +46,8 @@ class Checkpoints(Checkpoint):
 
     Args:
         folder: Where `last.ckpt` and `best.ckpt` go.
-        monitor: The logged metric whose least value is best.
+        monitor: The logged metric that says which weights are best.
+        mode: Whether its least or its greatest value is best, `min` or `max`.
         every_n_seconds: How much work a killed run may lose; null for no limit.
         every_n_steps: The same in optimizer steps.
         max_share: Of the time, so much at most goes into `every_n_seconds`: what takes long to write is written less
@@ -57,6 +61,7 @@ class Checkpoints(Checkpoint):
         self,
         folder: str,
         monitor: str = "val/loss",
+        mode: Mode = "min",
         every_n_seconds: float | None = 30.0,
         every_n_steps: int | None = None,
         max_share: float = 0.02,
@@ -65,8 +70,11 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or null, got {every_n_steps}.")
         if not 0 < max_share <= 1:
             raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share}.")
+        if mode not in get_args(Mode):
+            raise ValueError(f"`mode` must be min or max, got {mode!r}.")
         self.folder = Path(folder)
         self.monitor = monitor
+        self.sign = 1.0 if mode == "min" else -1.0
         self.every_n_seconds = every_n_seconds
         self.every_n_steps = every_n_steps
         self.max_share = max_share
@@ -93,6 +101,11 @@ class Checkpoints(Checkpoint):
         self._save_took = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._resumed:  # their states are loaded next
+            file = self.folder / "last.ckpt"
+            check_same(file, "optimizer", self._resumed["optimizers"], [name_of(each) for each in trainer.optimizers])
+            schedulers = [name_of(each) for each in _schedulers(trainer)]
+            check_same(file, "scheduler", self._resumed["schedulers"], schedulers)
         self._epoch_random = RandomState()  # the first epoch's iterator is made right after this
         self._keeps_epoch_random = True
 
@@ -150,10 +163,18 @@ class Checkpoints(Checkpoint):
             self._save_and_stop_if_due(trainer, pl_module, batch=batch_idx + 1)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+        if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._keep_best(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.enable_validation:  # then it is a metric of the training epoch, if of any
+            self._keep_best(trainer, pl_module)
+
+    def _keep_best(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.monitor not in trainer.callback_metrics:
             return
-        value = float(trainer.callback_metrics[self.monitor])
-        if value < self.best and _is_finite(pl_module):
+        value = self.sign * float(trainer.callback_metrics[self.monitor])
+        if value < self.best and _is_finite(module):
             self.best = value
             weights = copy.deepcopy(trainer.strategy.lightning_module_state_dict())
             self._best_weights = {
@@ -235,8 +256,11 @@ class Checkpoints(Checkpoint):
             "batch": self._batch,
             "processes": processes,
             "seconds": self.seconds,
-            "model": _name(pl_module),
-            "optimizers": [_name(each) for each in (*trainer.optimizers, *_schedulers(trainer))],
+            "model": name_of(pl_module),
+            "data": fingerprint(getattr(trainer, "datamodule", None)),
+            "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
+            "optimizers": [name_of(each) for each in trainer.optimizers],
+            "schedulers": [name_of(each) for each in _schedulers(trainer)],
             "settings": [_settings(optimizer) for optimizer in trainer.optimizers],
             "event_files": event_files(trainer),
             "unlogged": _unlogged(trainer) if self._batch else None,
@@ -340,7 +364,3 @@ def _restore(metric: Any, state: dict[str, Any], device: torch.device) -> None:
 
 def _is_finite(module: LightningModule) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in module.parameters())
-
-
-def _name(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"

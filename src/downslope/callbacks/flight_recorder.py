@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.optim import Optimizer
 
+from downslope.runs.result import Result
 from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms, read
 from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
 from downslope.steps.snapshot import Copies, Snapshot
@@ -93,6 +94,16 @@ class FlightRecorder(Callback):
         self.diverged = False
         self._first_losses = {}
         self._steps.clear()
+
+    def add_to(self, result: Result) -> None:
+        """Fills in what the recorder saw: the weights are already those before the offending step."""
+        if not self.diverged:
+            return
+        result.status = "diverged"
+        if record := self.flight_record:
+            result.evidence["diverged"] = record.sentence()
+            if record.restored_to_step is not None:
+                result.num_optimizer_steps = record.restored_to_step
 
     def state_dict(self) -> dict[str, Any]:
         return {"first_losses": self._first_losses, "steps": [asdict(step) for step in self._records()]}

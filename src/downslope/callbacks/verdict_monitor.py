@@ -12,6 +12,7 @@ from torch import Tensor
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 from downslope.gradients.least_squares import HasLeastSquares
 from downslope.logs.tensorboard import step_writer
+from downslope.runs.result import Result
 from downslope.steps.optimizer_steps import (
     OptimizerStep,
     OptimizerSteps,
@@ -157,6 +158,20 @@ class VerdictMonitor(Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and writer.is_open:
                 writer.attempt(logger, lambda logger: logger.experiment.add_text("verdict", sentence, step))
+
+    def add_to(self, result: Result) -> None:
+        """Fills in the verdict, in words and figures."""
+        if not (verdict := self.verdict):
+            return
+        result.verdict = verdict.word
+        result.suggested_learning_rate = verdict.suggestion.learning_rate
+        result.evidence |= {
+            "sentence": verdict.sentence,
+            "suggestion": verdict.suggestion.reason,
+            "hints": list(verdict.hints),
+            "first_diverging_step": self.first_diverging_step,
+            **verdict.figures,
+        }
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()

@@ -2,17 +2,14 @@
 
 import contextlib
 import gc
-import logging
 import os
 import re
 import secrets
 import sys
-import warnings
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
@@ -20,11 +17,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
+from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from downslope.launch.configuration import check_additions, check_nodes, check_values
+from downslope.launch.checks import check_additions, check_nodes, check_values
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, refusing, say
+from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.result import EXIT_CODES, read_result
 from downslope.runs.resuming import adopt, checkpoint_of, keep_changes
 from downslope.sweeps.ending import BASIC, Ending
@@ -54,9 +53,15 @@ class Gate(Callback):
     """Hydra's callback: checks before the folder is made, and lets the exit code tell the truth.
 
     Hydra swallows every `Exception` of a callback, so that a refusal leaves by `SystemExit`.
+
+    Args:
+        build: Full name of the function that makes data, module and Trainer out of a configuration.
     """
 
     sweep: Ending | None = None  # the one that runs: on an interruption Hydra leaves without `on_multirun_end`
+
+    def __init__(self, build: str) -> None:
+        self.build = build
 
     def on_run_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a single run."""
@@ -71,7 +76,7 @@ class Gate(Callback):
                 say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
             check_folder(folder, "hydra.run.dir")
-            check(config.copy(), folder)
+            check(config.copy(), folder, self.build)
             if config.get("resume"):
                 keep_changes(config)
 
@@ -86,7 +91,8 @@ class Gate(Callback):
             check_folder(folder, "hydra.sweep.dir")
             anything_to_run = config.hydra.sweeper._target_ != MISSING or missing_jobs(config)
             if anything_to_run:
-                check_sweep(config, config_name, folder)
+                check_sweep(config, config_name, folder, self.build)
+                forget_early_log()
         with open_dict(config), read_write(config):
             Gate.sweep = Ending(config)
             if anything_to_run and config.hydra.launcher._target_ != BASIC:
@@ -109,22 +115,23 @@ class Gate(Callback):
             raise SystemExit(EXIT_CODES[result.status])
 
 
-def check_sweep(config: DictConfig, config_name: str, folder: Path) -> None:
+def check_sweep(config: DictConfig, config_name: str, folder: Path, build: str) -> None:
     """Raises where one of a sweep's values would stop its job, whatever the others are."""
     for variant, overrides in variants(config, config_name):
         try:
-            check(variant, folder, devices=False)
+            check(variant, folder, build, devices=False)
         except Exception as error:
             hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
             raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
 
 
-def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
-    """Raises for whatever would stop the run: the check of its parts is to build them.
+def check(config: DictConfig, folder: Path, build: str, devices: bool = True) -> None:
+    """Raises for whatever would stop the run: the check of its parts is to build them, and a run takes these.
 
     Args:
         config: As composed, with Hydra's own node; changed in place.
         folder: Where the run would write.
+        build: As for `Gate`.
         devices: Whether a device that is not there counts; a sweep goes on without the jobs that need it.
     """
     check_values(config)
@@ -133,18 +140,23 @@ def check(config: DictConfig, folder: Path, devices: bool = True) -> None:
     check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
     with read_write(config), open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
-    with _heavy_imports(), _hydra_config(config):
-        from template.train import build
+    with _hydra_config(config), early_log():
+        with _without_garbage_collection():
+            from downslope.launch import parts
 
+            make = get_method(build)
+        hear_lightning()
         if not devices:
             OmegaConf.to_container(config.trainer, resolve=True)  # is there one, for whatever device?
             with read_write(config), open_dict(config):
                 config.device = {"accelerator": "cpu", "devices": 1}
         check_nodes(config)
-        datamodule, module, _ = build(config)
-        datamodule.setup("fit")  # are its numbers too large for float32?
+        parts.check_optimizer(config)
+        data, module, _ = parts.prepare(config, make)
         if config.get("resume"):
-            checkpoint_of(Path(config.resume), datamodule, module)
+            checkpoint_of(Path(config.resume), data, module)
+        if not devices:
+            parts.forget()
 
 
 @contextlib.contextmanager
@@ -159,46 +171,20 @@ def _hydra_config(config: DictConfig) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _heavy_imports() -> Iterator[None]:
+def _without_garbage_collection() -> Iterator[None]:
     """Imports torch and Lightning without the garbage collector, which would walk every object they make.
 
     Only the first time: freezing again would keep for ever whatever garbage an earlier run in this process has left.
-
-    Logging is not configured yet: what they have to say now would land in the terminal.
     """
     first = "torch" not in sys.modules
     if first:
         gc.disable()
-    logging.disable()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            _import_torchmetrics()
-            yield
+        yield
     finally:
-        logging.disable(logging.NOTSET)
         if first:
             gc.freeze()
             gc.enable()
-
-
-def _import_torchmetrics() -> None:
-    """Imports torchmetrics without matplotlib, which it loads for `Metric.plot` wherever it is installed: 0.5 s.
-
-    It asks Lightning's `RequirementCache`, which answers no while torchmetrics is imported, and for that one object
-    from then on: else `plot` would look for what was never imported.
-    """
-    from lightning_utilities.core.imports import RequirementCache
-
-    check = RequirementCache._check_available
-
-    def pretend(cache: RequirementCache) -> None:
-        if cache.requirement == "matplotlib":
-            cache.available, cache.message = False, "matplotlib is left out of the start-up"
-        check(cache)
-
-    with patch.object(RequirementCache, "_check_available", pretend):
-        import torchmetrics  # noqa: F401
 
 
 def check_folder(folder: Path, key: str) -> None:

@@ -68,6 +68,17 @@ class TensorBoard(TensorBoardLogger):
             max_queue=1000,  # the writer's thread is handed many events at once
         )
 
+    def finalize(self, status: str) -> None:
+        """Writes what waits, and stays open: a test pass may follow the fit."""
+        if self._experiment is not None:
+            self.experiment.flush()
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self._experiment is not None:
+            self.experiment.close()
+            self._experiment = None
+
     def save(self) -> None:
         """Leaves the writing to the writer's own thread: Lightning calls this after every metric."""
 
@@ -343,3 +354,14 @@ def close_step_writer(trainer: Trainer) -> None:
     """Writes what waits, before the loggers close; observers call it on teardown and on an exception."""
     if writer := _WRITERS.pop(trainer, None):
         writer.flush()
+
+
+def close_loggers(trainer: Trainer) -> None:
+    """Writes what waits and ends the files of those loggers that stay open between two passes."""
+    close_step_writer(trainer)
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoard):
+            try:
+                logger.close()
+            except Exception as error:
+                silence(logger, error)

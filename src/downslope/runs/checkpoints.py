@@ -1,22 +1,16 @@
 """A run's checkpoints: plain tensors and plain data, written whole or not at all, and read as nothing else."""
 
-import contextlib
 import hashlib
 import io
 import logging
 import os
 import pickle
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.utils import instantiate
-from lightning import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
-from omegaconf import DictConfig
 
-from downslope.runs.trust import read_untrusted
 from downslope.runs.whole_files import PARTIAL, whole_file
 
 log = logging.getLogger(__name__)
@@ -141,52 +135,3 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
         bad.append(f"{file} holds weights that can be used, but not gone on from.")
     reasons = "; ".join(bad) or "it has no checkpoint"
     raise ValueError(f"`resume` must be the folder of a run that has saved a checkpoint, got {str(run)!r}: {reasons}.")
-
-
-def read_configuration(run: Path, trusted: Sequence[str] = ()) -> DictConfig:
-    """Reads the configuration that a run was made with, as data: the run may be a stranger's.
-
-    Args:
-        run: The run's folder.
-        trusted: What it may name beside what `downslope.runs.trust` allows.
-
-    Raises:
-        ValueError: The folder is not a run's, or its configuration names what is not trusted.
-    """
-    file = run / ".hydra" / "config.yaml"
-    if not file.is_file():
-        raise ValueError(f"`run` must be the folder of a run, outputs/runs/…, got {str(run)!r}: it has no {file.name}.")
-    return read_untrusted(file, trusted)
-
-
-def read_checkpoint(run: Path, name: str = BEST) -> dict[str, Any]:
-    """Reads a run's checkpoint as data: nothing in it is executed.
-
-    Raises:
-        ValueError: There is none, or it is not one.
-    """
-    file = run / name
-    if not file.is_file():
-        raise ValueError(f"`run` must be a run that has saved a checkpoint, got {str(run)!r}: it has no {name}.")
-    return load_checkpoint(file)
-
-
-@contextlib.contextmanager
-def belonging(run: Path, name: str = BEST) -> Iterator[None]:
-    """Explains what fails because configuration and checkpoint are not of one and the same run.
-
-    Raises:
-        ValueError: In place of whatever somebody else's values lead to.
-    """
-    try:
-        yield
-    except (AttributeError, LookupError, RuntimeError, TypeError) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ValueError(f"{run / name} does not belong to the configuration of its run: {reason}") from error
-
-
-def load_module(config: DictConfig, checkpoint: dict[str, Any], num_features: int) -> LightningModule:
-    """Makes a run's model, with the weights of a checkpoint."""
-    module: LightningModule = instantiate(config.model, num_features=num_features, _convert_="all")
-    module.load_state_dict(checkpoint["state_dict"])
-    return module.eval()

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import errno
 import gc
 import logging
 import os
@@ -19,18 +18,17 @@ from downslope.runs.result import Result
 from downslope.runs.signals import exit_on_signals
 
 if TYPE_CHECKING:
-    from lightning import Trainer
-    from omegaconf import DictConfig
+    from collections.abc import Mapping
 
-    from template.regression.data import DataModule
+    from lightning import LightningModule, Trainer
 
 FLIGHT_RECORD = "flight_record.json"  # its own module would bring torch along
 FULL_ERROR = "HYDRA_FULL_ERROR"
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
+ROUNDING = 1e-12  # a least squares loss that is no more than float32 leaves
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `command` borrows the variable
 
 
-def command(main: Callable[[], Any], config_name: str) -> None:
+def command(main: Callable[[], Any], config_name: str, folder: Path) -> None:
     """Runs a script's main function: an error becomes one message and exit code 1.
 
     A process that ends need not be swept: freezing what is alive keeps the garbage collector out of the exit,
@@ -39,12 +37,13 @@ def command(main: Callable[[], Any], config_name: str) -> None:
     Args:
         main: What `hydra.main` made of the function.
         config_name: The script's primary configuration.
+        folder: Where that lies.
     """
     atexit.register(gc.freeze)
     exit_on_signals()
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing
     sys.argv[1:] = map(quoted, sys.argv[1:])
-    with refusing(config_name):
+    with refusing(config_name, folder):
         main()
 
 
@@ -63,7 +62,7 @@ def quoted(argument: str) -> str:
 
 
 @contextlib.contextmanager
-def refusing(config_name: str) -> Iterator[None]:
+def refusing(config_name: str, folder: Path | None = None) -> Iterator[None]:
     """Turns an exception into one message (or its traceback, with `HYDRA_FULL_ERROR=1`) and exit code 1."""
     try:
         yield
@@ -73,7 +72,7 @@ def refusing(config_name: str) -> Iterator[None]:
         if SHOW_TRACEBACK:
             traceback.print_exception(error)
         else:
-            print(f"error: {one_line(explain(error, config_name))}", file=sys.stderr)
+            print(f"error: {one_line(explain(error, config_name, folder))}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -105,7 +104,7 @@ def one_line(message: str) -> str:
     return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
-def explain(error: BaseException, config_name: str = "train") -> str:
+def explain(error: BaseException, config_name: str = "train", folder: Path | None = None) -> str:
     """Returns what is wrong, in words for the person who typed the command."""
     from hydra.errors import HydraException, InstantiationException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
@@ -120,18 +119,18 @@ def explain(error: BaseException, config_name: str = "train") -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"`{error.full_key}` must be given, there is no default: {error.full_key}=…"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return _explain_composition(str(error), config_name)
+        return _explain_composition(str(error), config_name, folder)
     if isinstance(error, ValueError | OSError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"
 
 
-def _explain_composition(message: str, config_name: str) -> str:
+def _explain_composition(message: str, config_name: str, folder: Path | None) -> str:
     """Hydra's message, shorter; for an unknown key the nearest known one."""
-    from downslope.launch.configuration import unknown_key
+    from downslope.runs.configuration import unknown_key
 
     if unknown := re.search(r"Could not override '(.+)'", message):
-        return unknown_key(unknown[1], config_name)
+        return unknown_key(unknown[1], config_name, folder)
     if "input" in message:  # the grammar's: "mismatched input '='", "no viable alternative at input"
         message = f"Cannot read an override: {message}"
     message = message.partition("Config search path:")[0].partition("See https://hydra.cc")[0]
@@ -141,68 +140,25 @@ def _explain_composition(message: str, config_name: str) -> str:
     return " ".join(lines)
 
 
-class LogFile(logging.FileHandler):
-    """The log of a run: where it cannot be written, training goes on."""
-
-    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Says it, and closes the file's door."""
-        self.addFilter(lambda _: False)
-        logging.getLogger(__name__).warning("Cannot write %s any more: %s", self.baseFilename, sys.exception())
-
-
-class Quiet(logging.Filter):
-    """Lets our own warnings through to the terminal, and everything when Hydra was told to be verbose.
-
-    That a disk cannot be written is said once a run, by whoever finds it first: loggers, pictures, checkpoints, the
-    log. What is lost for good, a result or the last checkpoint, is an error at the end.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._has_told = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Tells whether the terminal shows the record."""
-        verbose = logging.getLogger().level <= logging.DEBUG
-        ours = record.name.startswith("downslope") and record.levelno >= logging.WARNING
-        return verbose or (ours and not self._is_told(record))
-
-    def _is_told(self, record: logging.LogRecord) -> bool:
-        """Tells whether the record says of the disk what another one has said; adds to the first that it is one."""
-        values = record.args if isinstance(record.args, tuple) else ()
-        told, full = self._has_told, any(isinstance(each, OSError) and each.errno in FULL for each in values)
-        if full and not told:
-            record.msg = f"{record.msg} (said once a run: other files may not be written either)"
-            self._has_told = True
-        return full and told
-
-
 @unheard()
-def print_header(config: "DictConfig", datamodule: "DataModule", trainer: "Trainer") -> None:
+def print_header(
+    choices: "Mapping[str, Any]", data: Any, module: "LightningModule", trainer: "Trainer", result: Result
+) -> None:
     """Prints what is about to be trained, in one line."""
-    from hydra.core.hydra_config import HydraConfig
-
-    choices = HydraConfig.get().runtime.choices
-    table = datamodule.table
-    columns = f"{datamodule.num_features} feature{'s' * (datamodule.num_features != 1)}"
-    say(
-        f'{table.name}: {len(table):,} rows, {columns}, target "{table.target_name}" · '
-        f"linear regression ({choices['model']}) · {choices['optimizer']}, lr {config.lr:g} · "
-        f"{trainer.strategy.root_device}"
-    )
+    described = data.description() if hasattr(data, "description") else type(data).__name__
+    rate = "" if result.learning_rate is None else f", lr {result.learning_rate:g}"
+    optimizers = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers) or "no optimizer"
+    say(f"{described} · {type(module).__name__} · {optimizers}{rate} · {result.device}")
 
 
 @unheard()
 def print_result(result: Result, folder: Path) -> None:
     """Prints what came of a run, and where to look next."""
     say("")
-    loss, *others = metric_lines(result.metrics)
-    if result.least_squares_loss and result.excess_loss is not None:
-        share = result.excess_loss / result.least_squares_loss
-        loss += f"   (least squares {result.least_squares_loss:.4f}: {share:.2%} above)"
-    say(loss)
-    for line in others:
+    for line in metric_lines(result.metrics):
         say(line)
+    if result.least_squares_loss is not None and result.excess_loss is not None:
+        say(_excess_line(result.excess_loss, result.least_squares_loss))
     if result.learning_rate and result.largest_stable_learning_rate and result.sharpness:
         say(
             f"  rate      {result.learning_rate:g} is "
@@ -217,8 +173,14 @@ def print_result(result: Result, folder: Path) -> None:
     for line in _verdict_lines(result):
         say(line)
     say("")
-    say(f"  run       {_shortest(folder)}")
+    say(f"  run       {_shortest(folder)}   (val and test are of the last weights; evaluate.py: of the best)")
     say("  look      make dashboard" + _again(result))
+
+
+def _excess_line(excess: float, least: float) -> str:
+    """How far above least squares; no share of what is zero to rounding."""
+    above = f"{excess / least:.2%} above" if excess < 1000 * least and least > ROUNDING else f"{excess:.4g} above"
+    return f"  optimum   least squares {least:.4g} on the training rows: the last weights are {above}"
 
 
 def _verdict_lines(result: Result) -> list[str]:
@@ -231,9 +193,9 @@ def _again(result: Result) -> str:
     """The command that follows the suggestion, where the sentence makes one."""
     if "Try lr=" not in result.evidence.get("sentence", ""):
         return ""
-    others = [override for override in result.overrides if not override.startswith("lr=")]
+    others = [each for each in sys.argv[1:] if not each.startswith("lr=")]  # flags such as --config-dir included
     rate = f"lr={result.suggested_learning_rate:.3g}"
-    return f"        again   {shlex.join(['python', 'scripts/train.py', *others, rate])}"
+    return f"        again   {shlex.join(['python', sys.argv[0], *others, rate])}"
 
 
 def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
@@ -247,14 +209,25 @@ def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
         say("  stopped   before anything was saved")
 
 
-def metric_lines(metrics: dict[str, float]) -> list[str]:
-    """Returns a line for the loss, for the mean absolute error and for R², each over the three parts."""
-    parts = {"train": "train", "val": "validation", "test": "test"}
-    rows = {"loss": "loss", "mae": "MAE", "r2": "R²"}
-    return [
-        f"  {title:<10}" + "   ".join(f"{name} {metrics[f'{part}/{metric}']:.4f}" for part, name in parts.items())
-        for metric, title in rows.items()
-    ]
+def metric_lines(metrics: "Mapping[str, float]") -> list[str]:
+    """Returns a line for each metric, over the parts of the data that it was logged for.
+
+    Example:
+        >>> metric_lines({"train/loss": 0.5, "val/loss": 0.25, "val/accuracy": 0.9, "temperature": 3.0})
+        ['  loss      train 0.5000   val 0.2500', '  accuracy  val 0.9000', '  temperature 3.0000']
+    """
+    lines: dict[str, list[str]] = {}
+    order = {part: place for place, part in enumerate(("train", "val", "test"))}
+    for tag in sorted(metrics, key=lambda tag: order.get(tag.partition("/")[0], len(order))):
+        part, slash, name = tag.partition("/")
+        words = f"{part} " if slash and part in order else ""
+        lines.setdefault(name if words else tag, []).append(f"{words}{_figure(metrics[tag])}")
+    return [f"  {name:<9} {'   '.join(values)}" for name, values in lines.items()]
+
+
+def _figure(value: float) -> str:
+    """Four decimals, or four digits where these show nothing."""
+    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _shortest(folder: Path) -> Path:

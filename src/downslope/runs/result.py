@@ -24,15 +24,16 @@ class Result:
         verdict: One word on how the learning rate did.
         evidence: The figures that the verdict rests on.
         suggested_learning_rate: The rate to try next.
-        learning_rate: The rate it began with.
+        learning_rate: The optimizer's rate at the beginning (a schedule's highest).
+        critical_learning_rate: The least η_c that was seen; see `downslope.gradients`.
         largest_stable_learning_rate: 2/λ, for plain gradient descent on all training rows.
         sharpness: λ, the largest eigenvalue of the Hessian of the training loss.
-        monitor: The tag of the metric that the run is judged by.
-        mode: `min` or `max`, which values of it are good.
-        objective: Its value for the last weights.
-        metrics: Loss, MAE and R² of the last weights, by tag, `train/loss` and so on.
-        least_squares_loss: The least mean squared error that any line has on the training rows.
-        excess_loss: `train/loss` − `least_squares_loss`.
+        monitor: The metric that the run is about.
+        mode: Whether the least or the greatest value of it is best, `min` or `max`.
+        objective: That metric, of the last weights.
+        metrics: All that the module logged last, by tag, `train/loss` and so on: of the last weights.
+        least_squares_loss: The least mean squared error that any line has on the training rows, where the task has it.
+        excess_loss: The loss of the last weights over the training rows − `least_squares_loss`.
         num_optimizer_steps: Steps taken.
         seconds: Of the fit alone.
         overrides: What was asked for on the command line.
@@ -47,6 +48,7 @@ class Result:
     evidence: dict[str, Any] = field(default_factory=dict)
     suggested_learning_rate: float | None = None
     learning_rate: float | None = None
+    critical_learning_rate: float | None = None
     largest_stable_learning_rate: float | None = None
     sharpness: float | None = None
     monitor: str | None = None

@@ -1,7 +1,6 @@
 """Going on with a run in its own folder: with its own configuration, from its newest whole checkpoint."""
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,15 +9,13 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from downslope.launch.configuration import show
+from downslope.runs.configuration import show
 from downslope.runs.result import Result, read_result
 from downslope.runs.trust import check_local, names_in, read_untrusted
 from downslope.runs.whole_files import whole_file
 
 if TYPE_CHECKING:
     from lightning import LightningModule
-
-    from template.regression.data import DataModule
 
 OWN_KEYS = ("resume", "resume_override", "trust")
 FIXED = ("data", "seed")  # another order of rows, or other rows: nothing that could be gone on with
@@ -122,8 +119,8 @@ def _words(value: Any) -> str:
     return value if isinstance(value, str) else show(value)
 
 
-def checkpoint_of(run: Path, datamodule: "DataModule", module: "LightningModule") -> tuple[Path, dict[str, Any]]:
-    """Returns the checkpoint to go on from, if it is one of this model, optimizer and data.
+def checkpoint_of(run: Path, data: object, module: "LightningModule") -> tuple[Path, dict[str, Any]]:
+    """Returns the checkpoint to go on from, if it is one of this model and of these data.
 
     Raises:
         ValueError: There is none that is whole, or it is of something else; the message names both.
@@ -131,39 +128,34 @@ def checkpoint_of(run: Path, datamodule: "DataModule", module: "LightningModule"
     from downslope.runs.checkpoints import newest_checkpoint
 
     file, checkpoint = newest_checkpoint(run)
-    progress, data = checkpoint["progress"], checkpoint.get("DataModule", {})
-    table = datamodule.table
-    things = {
-        "model": (progress["model"], _name(module)),
-        "optimizer": (progress["optimizers"], [_name(each) for each in _makers(module.configure_optimizers())]),
-        "weights": (_shapes(checkpoint["state_dict"]), _shapes(module.state_dict())),
-        "features": (data.get("feature_names"), list(table.feature_names)),
-        "target": (data.get("target_name"), table.target_name),
-        "rows": (data.get("num_rows"), len(table)),
-    }
-    for what, (saved, here) in things.items():
-        if saved != here:
-            raise ValueError(
-                f"Cannot go on from {file}. This is because it was made with another {what}: {_list(saved)} there, "
-                f"{_list(here)} here."
-            )
-    if data.get("digest") != table.digest:
-        raise ValueError(
-            f"Cannot go on from {file}. This is because the data have changed since: the cells of {table.name} "
-            f"hash to {str(data.get('digest'))[:12]} there, to {table.digest[:12]} here."
-        )
+    progress = checkpoint["progress"]
+    check_same(file, "model", progress["model"], name_of(module))
+    check_same(file, "set of weights", _shapes(checkpoint["state_dict"]), _shapes(module.state_dict()))
+    check_same(file, "set of data", progress["data"], fingerprint(data))
     return file, checkpoint
 
 
-def _makers(made: Any) -> Iterator[Any]:
-    """The optimizers and schedulers in whatever `configure_optimizers` returns."""
-    if isinstance(made, dict):
-        made = [made[key] for key in ("optimizer", "lr_scheduler", "scheduler") if key in made]
-    if isinstance(made, list | tuple):
-        for each in made:
-            yield from _makers(each)
-    elif made is not None:
-        yield made
+def check_same(file: object, what: str, saved: Any, here: Any) -> None:
+    """Refuses a checkpoint that was made with something else.
+
+    Raises:
+        ValueError: Both are named.
+    """
+    if saved != here:
+        raise ValueError(
+            f"Cannot go on from {file}. This is because it was made with another {what}: {_list(saved)} there, "
+            f"{_list(here)} here."
+        )
+
+
+def fingerprint(data: object) -> str | None:
+    """Returns what a datamodule says of the numbers that it serves, None where it says nothing."""
+    return str(data.fingerprint()) if hasattr(data, "fingerprint") else None
+
+
+def name_of(thing: object) -> str:
+    """Returns the full name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
 
 
 def _shapes(state: dict[str, Any]) -> dict[str, list[int]]:
@@ -174,7 +166,3 @@ def _list(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name} {shape}" for name, shape in value.items())
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _name(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"

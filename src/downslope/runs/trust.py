@@ -4,7 +4,6 @@ Your own `conf/` and command line are trusted, and so is what `conf/` names. A s
 name what the project's own `conf/` names, the packages below, and what the key `trust` adds.
 """
 
-import functools
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,11 +16,10 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-from downslope.launch.configuration import CONFIGURATION
+from downslope.runs.configuration import own_folders
 
 PACKAGES = (
     "downslope.callbacks",
-    "template",
     "lightning.pytorch.callbacks",
     "torch.optim",
 )
@@ -169,8 +167,7 @@ def _is_below(name: str, packages: Sequence[str]) -> bool:
     return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-@functools.cache
 def own_targets() -> frozenset[str]:
-    """Every `_target_` that the project's own `conf/` names."""
-    texts = (file.read_text(encoding="utf-8") for file in CONFIGURATION.rglob("*.yaml"))
+    """Every `_target_` that the running command's own `conf/` and `--config-dir` name."""
+    texts = (file.read_text(encoding="utf-8") for folder in own_folders() for file in folder.rglob("*.yaml"))
     return frozenset(target for text in texts for target in TARGET.findall(text))

@@ -34,9 +34,9 @@ class Standardization:
         return cls(mean, np.where(constant, 1.0, scale))
 
     @classmethod
-    def none(cls, num_columns: int) -> "Standardization":
+    def none(cls, values: Array) -> "Standardization":
         """Returns the one that changes nothing."""
-        return cls(np.zeros(num_columns), np.ones(num_columns))
+        return cls(np.zeros(values.shape[1]), np.ones(values.shape[1]))
 
     def apply(self, values: Array) -> Tensor:
         """Returns the standardised values as float32, made a column at a time: no second float64 table.

@@ -29,6 +29,11 @@ class ManualLinearRegression(LinearRegression):
         scheduler: dict[str, Any],
         gradient_clip_val: float | None = None,
     ) -> None:
+        if getattr(optimizer, "func", None) is LBFGS:
+            raise ValueError(
+                "Cannot train `model=manual` with `optimizer=lbfgs`. This is because LBFGS takes many gradients a "
+                "step, and the cycle that is written out takes one: use `model=automatic`."
+            )
         super().__init__(num_features, optimizer, scheduler)
         self.automatic_optimization = False
         self.gradient_clip_val = gradient_clip_val
@@ -51,6 +56,7 @@ class ManualLinearRegression(LinearRegression):
         optimizer.step()
         # 6. Let the schedule choose the next learning rate.
         self._step_scheduler("step")
+        self.train_loss.update(loss.detach(), weight=len(batch[0]))
         return loss
 
     def on_train_epoch_end(self) -> None:
@@ -71,13 +77,3 @@ class ManualLinearRegression(LinearRegression):
     def schedule(self, scheduler: LRScheduler) -> LRScheduler:
         """Returns the bare scheduler: the cycle above steps it."""
         return scheduler
-
-    def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
-        """Refuses an optimizer that the cycle above cannot drive."""
-        optimizers, schedulers = super().configure_optimizers()
-        if isinstance(optimizers[0], LBFGS):
-            raise ValueError(
-                "Cannot train `model=manual` with `optimizer=lbfgs`. This is because LBFGS takes many gradients a "
-                "step, and the cycle that is written out takes one: use `model=automatic`."
-            )
-        return optimizers, schedulers

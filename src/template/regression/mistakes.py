@@ -25,6 +25,7 @@ class MissingZeroGrad(ManualLinearRegression):
         loss = self.loss(batch)
         self.manual_backward(loss)
         optimizer.step()
+        self.train_loss.update(loss.detach(), weight=len(batch[0]))
         return loss
 
     def on_validation_model_zero_grad(self) -> None:
@@ -42,6 +43,7 @@ class DetachedGraph(ManualLinearRegression):
         loss = self.loss(batch).detach().requires_grad_()
         self.manual_backward(loss)
         optimizer.step()
+        self.train_loss.update(loss.detach(), weight=len(batch[0]))
         return loss
 
 
@@ -76,7 +78,9 @@ class UnnormalisedAccumulation(ManualLinearRegression):
             self.manual_backward(loss)
             losses.append(loss.detach())
         optimizer.step()
-        return torch.stack(losses).mean()
+        loss = torch.stack(losses).mean()
+        self.train_loss.update(loss, weight=len(batch[0]))
+        return loss
 
 
 class DeadReLU(ManualLinearRegression):

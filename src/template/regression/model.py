@@ -1,5 +1,6 @@
-"""Linear regression y = Wx + b under the mean squared error: what both ways of training share."""
+"""Linear regression y = Wx + b under the mean squared error, trained by Lightning."""
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,20 +9,18 @@ from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torchmetrics import MeanSquaredError
+from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection, R2Score
 
 from downslope.gradients.least_squares import LeastSquares
 from downslope.logs.tensorboard import write_scalars
 from downslope.tables.batches import Batch
-from template.regression.data import DataModule
-from template.regression.evaluation import regression_metrics
 
 
 class LinearRegression(LightningModule):
     """Predicts a number as a weighted sum of features plus a bias.
 
     Args:
-        num_features: Columns of the input.
+        num_features: Columns of the input; conf leaves it to the data.
         optimizer: Makes the optimizer, given the parameters.
         scheduler: `scheduler` makes the learning-rate scheduler, given the optimizer (None keeps the rate);
             `interval` is when it steps, `epoch` or `step`; `monitor` is the metric that a plateau is seen in.
@@ -37,8 +36,9 @@ class LinearRegression(LightningModule):
         self.linear = nn.Linear(num_features, 1)
         self.make_optimizer = optimizer
         self.scheduler = scheduler
-        self.train_loss = MeanSquaredError()  # a MeanMetric would pass over NaN
-        self.val_metrics = regression_metrics("val/")
+        self.train_loss = MeanMetric(nan_strategy=math.nan)  # a loss that is not a number is to be seen
+        self.val_metrics = _metrics("val/")
+        self.test_metrics = _metrics("test/")
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps features (rows, columns) to predictions (rows)."""
@@ -46,19 +46,25 @@ class LinearRegression(LightningModule):
         return prediction
 
     def loss(self, batch: Batch) -> Tensor:
-        """Returns the mean squared error over the rows of a batch, (1/N) Σ (prediction − target)²."""
+        """Returns the mean squared error over the rows of a batch, (1/N) Σ (prediction − target)².
+
+        The observers may call it again, so that it does nothing else.
+        """
         features, target = batch
-        prediction = self(features)
-        self.train_loss.update(prediction.detach(), target)
-        return nn.functional.mse_loss(prediction, target)
+        return nn.functional.mse_loss(self(features), target)
+
+    def training_step(self, batch: Batch) -> Tensor:
+        """Returns the loss, which Lightning takes through zero_grad, backward, clip, step and scheduler."""
+        loss = self.loss(batch)
+        self.train_loss.update(loss.detach(), weight=len(batch[0]))
+        return loss
 
     def least_squares(self) -> LeastSquares | None:
-        """Returns the loss over all training rows in closed form; None for others' data."""
-        datamodule = getattr(self.trainer, "datamodule", None)
-        return datamodule.least_squares if isinstance(datamodule, DataModule) else None
+        """Returns the loss over all training rows in closed form; None for data that do not offer it."""
+        return getattr(getattr(self.trainer, "datamodule", None), "least_squares", None)
 
     def exact_sharpness(self) -> float | None:
-        """Returns λ of the loss over all training rows, which their features alone decide; None for others' data."""
+        """Returns λ of the loss over all training rows, which their features alone decide; None for other data."""
         line = self.least_squares()
         return None if line is None else line.sharpness
 
@@ -86,8 +92,28 @@ class LinearRegression(LightningModule):
         self._log(self.val_metrics.compute())
         self.val_metrics.reset()
 
+    def test_step(self, batch: Batch) -> None:
+        """Adds a batch to the test metrics."""
+        self.test_metrics.update(self(batch[0]), batch[1])
+
+    def on_test_epoch_end(self) -> None:
+        """Logs `test/loss`, `test/mae` and `test/r2`."""
+        self._log(self.test_metrics.compute())
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: Batch) -> dict[str, Tensor]:
+        """Returns a column of predictions, in the target's own unit and under its name."""
+        data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
+        return {data.target: data.target_units.undo(self(batch[0]))}
+
     def _log(self, values: dict[str, Tensor]) -> None:
-        # Callbacks and schedulers may monitor them. To the loggers they go on the x-axis of optimizer steps, which
-        # Lightning's own counts in batches.
+        # For checkpoints, schedulers and the result. Loggers get them on the x-axis of optimizer steps instead:
+        # Lightning's own counts batches.
         self.log_dict(values, logger=False)
-        write_scalars(self.trainer, {tag: float(value) for tag, value in values.items()}, self.global_step)
+        write_scalars(self.trainer, {tag: float(value) for tag, value in values.items()}, self.trainer.global_step)
+
+
+def _metrics(prefix: str) -> MetricCollection:
+    """The loss (mean squared error), the mean absolute error and R², right over batches and processes."""
+    metrics: dict[str, Any] = {"loss": MeanSquaredError(), "mae": MeanAbsoluteError(), "r2": R2Score()}
+    return MetricCollection(metrics, prefix=prefix, compute_groups=False)

@@ -14,8 +14,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from downslope.callbacks import GradientCheck
 from downslope.tables.batches import Batches, ShuffledOrder
-from template.regression.automatic import AutomaticLinearRegression
 from template.regression.manual import ManualLinearRegression
+from template.regression.model import LinearRegression
 
 REPOSITORY = Path(__file__).parents[3]
 
@@ -79,7 +79,7 @@ def test_training_is_the_same_to_the_bit() -> None:
         assert torch.equal(value, expected), name
 
 
-@pytest.mark.parametrize("kind", [AutomaticLinearRegression, ManualLinearRegression])
+@pytest.mark.parametrize("kind", [LinearRegression, ManualLinearRegression])
 def test_lines_of_both_kinds_pass_and_train_the_same(kind: type) -> None:
     plain, checked, callback = line(kind), line(kind), GradientCheck()
     logged = fit(plain, flat=True).callback_metrics

@@ -11,20 +11,20 @@ from torch.utils.data import DataLoader
 
 from downslope.callbacks import GradientMonitor
 from downslope.tables.synthetic import synthetic_table
-from template.regression.automatic import AutomaticLinearRegression
-from template.regression.data import DataModule
+from template.regression.data import TableData
 from template.regression.manual import ManualLinearRegression
 from template.regression.model import LinearRegression
 from tests.conftest import read_events, scalars
+from tests.table_data import data_of
 
 CONSTANT = {"scheduler": None, "interval": "epoch", "monitor": "val/loss"}
-MODES = [AutomaticLinearRegression, ManualLinearRegression]
+MODES = [LinearRegression, ManualLinearRegression]
 
 
 class Recorder:
     """The independent witness: what plain autograd and plain SGD do with the same rows."""
 
-    def __init__(self, data: DataModule, epochs: int, learning_rate: float) -> None:
+    def __init__(self, data: TableData, epochs: int, learning_rate: float) -> None:
         seed_everything(0, verbose=False)
         weight, bias = (parameter.detach().clone().requires_grad_() for parameter in nn.Linear(2, 1).parameters())
         self.gradients: list[tuple[Tensor, Tensor]] = []
@@ -43,8 +43,8 @@ class Recorder:
                     bias -= learning_rate * gradients[1]
 
 
-def datamodule() -> DataModule:
-    return DataModule(synthetic_table(40, 2, 0.1, 4.0, seed=5), batch_size=8, seed=0)
+def datamodule() -> TableData:
+    return data_of(synthetic_table(40, 2, 0.1, 4.0, seed=5), batch_size=8, seed=0)
 
 
 def fit(folder: Path, kind: type[LinearRegression], *callbacks: GradientMonitor, epochs: int = 3) -> LinearRegression:
@@ -101,7 +101,7 @@ def test_watching_changes_no_bit(tmp_path: Path, kind: type[LinearRegression]) -
 
 
 def test_it_looks_only_every_so_many_steps(tmp_path: Path) -> None:
-    fit(tmp_path, AutomaticLinearRegression, GradientMonitor(every_n_steps=5, histogram_every_n_steps=10))
+    fit(tmp_path, LinearRegression, GradientMonitor(every_n_steps=5, histogram_every_n_steps=10))
     assert [step for step, _ in scalars(tmp_path, "gradient_norm/total")] == [0, 5, 10]
     assert [event.step for event in read_events(tmp_path).Histograms("gradient/linear.weight")] == [0, 10]
 
@@ -109,7 +109,7 @@ def test_it_looks_only_every_so_many_steps(tmp_path: Path) -> None:
 def test_a_histogram_holds_every_element(tmp_path: Path) -> None:
     fit(
         tmp_path,
-        AutomaticLinearRegression,
+        LinearRegression,
         GradientMonitor(every_n_steps=1, histogram_every_n_steps=1),
         epochs=1,
     )

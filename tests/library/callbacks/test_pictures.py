@@ -23,8 +23,8 @@ from downslope.gradients.quadratic import Parabola
 from downslope.logs.tensorboard import TensorBoard
 from downslope.pictures.step_along_gradient import draw_step_along_gradient, name_step
 from downslope.steps.optimizer_steps import OptimizerStep
-from template.regression.automatic import AutomaticLinearRegression
-from template.regression.data import DataModule
+from template.regression.data import TableData
+from template.regression.model import LinearRegression
 from tests.conftest import ROOT, read_events
 
 RED_PIXEL = (0xD5, 0x5E, 0x00)
@@ -48,11 +48,11 @@ def line_of(axes: Axes, label: str) -> Any:
 
 def fit(
     folder: Path, learning_rate: float, *callbacks: Any, num_features: int = 1, epochs: int = 12
-) -> tuple[AutomaticLinearRegression, DataModule]:
+) -> tuple[LinearRegression, TableData]:
     torch.manual_seed(0)
-    data = DataModule.synthetic(60, num_features, 0.3, 4.0, seed=0, batch_size=1000)
+    data = TableData.synthetic(60, num_features, 0.3, 4.0, seed=0, batch_size=1000)
     data.setup("fit")
-    module = AutomaticLinearRegression(
+    module = LinearRegression(
         num_features,
         lambda parameters: torch.optim.SGD(parameters, lr=learning_rate),
         {"scheduler": None, "interval": "epoch", "monitor": "val/loss"},
@@ -71,7 +71,7 @@ def fit(
     return module, data
 
 
-def weights(module: AutomaticLinearRegression) -> "np.typing.NDArray[np.float64]":
+def weights(module: LinearRegression) -> "np.typing.NDArray[np.float64]":
     return torch.cat([p.detach().flatten() for p in module.parameters()]).double().numpy()
 
 
@@ -141,7 +141,7 @@ def test_the_step_is_marked_where_the_loss_really_went(tmp_path: Path, share: fl
 
 
 def sharpness() -> float:
-    data = DataModule.synthetic(60, 1, 0.3, 4.0, seed=0, batch_size=1000)
+    data = TableData.synthetic(60, 1, 0.3, 4.0, seed=0, batch_size=1000)
     data.setup("fit")
     design = np.column_stack([data.parts["train"][0].double().numpy(), np.ones(len(data.parts["train"][1]))])
     return float(2 * np.linalg.norm(design, 2) ** 2 / len(design))

@@ -21,11 +21,10 @@ from torchmetrics import MeanMetric
 
 from downslope.callbacks import SharpnessMonitor
 from downslope.tables.synthetic import synthetic_table
-from template.regression.automatic import AutomaticLinearRegression
-from template.regression.data import DataModule
 from template.regression.manual import ManualLinearRegression
 from template.regression.model import LinearRegression
 from tests.conftest import ROOT, read_events, scalars
+from tests.table_data import data_of
 
 SHARPNESS, STABILITY = "curvature/sharpness", "learning_rate_effect/stability"
 CLOSE = 1e-4  # float32, and three products from the last eigenvector
@@ -142,9 +141,9 @@ def test_the_comparison_above_catches_an_eigenvalue_that_is_a_thousandth_off(tmp
     assert [1.001 * value for value in values(tmp_path)] != pytest.approx(witness.sharpness(), rel=CLOSE)
 
 
-@pytest.mark.parametrize("kind", [AutomaticLinearRegression, ManualLinearRegression])
+@pytest.mark.parametrize("kind", [LinearRegression, ManualLinearRegression])
 def test_our_line_knows_the_sharpness_of_all_training_rows(tmp_path: Path, kind: type[LinearRegression]) -> None:
-    data = DataModule(synthetic_table(40, 2, 0.1, 4.0, seed=5), batch_size=8, seed=0)
+    data = data_of(synthetic_table(40, 2, 0.1, 4.0, seed=5), batch_size=8, seed=0)
     module = kind(2, partial(SGD, lr=0.1), {"scheduler": None, "interval": "epoch", "monitor": "val/loss"})
     Trainer(
         max_epochs=2,

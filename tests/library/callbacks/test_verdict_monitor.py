@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from downslope.callbacks import FlightRecorder, SharpnessMonitor, VerdictMonitor
 from downslope.verdict.evidence import EvidenceCollector
-from template.regression.data import DataModule
+from template.regression.data import TableData
 from template.regression.manual import ManualLinearRegression
 from tests.conftest import Outcome, only_run, read_events, read_json
 from tests.library.callbacks.test_every_setting import SETTINGS
@@ -77,7 +77,7 @@ def fit(
 ) -> tuple[VerdictMonitor, Journal, Line]:
     """A line on all the diabetes table's training rows."""
     seed_everything(0, verbose=False)
-    data = DataModule.from_file("pkg://template.regression/diabetes.csv", "progression", batch_size=354, seed=0)
+    data = TableData("pkg://template.regression/diabetes.csv", "progression", batch_size=354, seed=0)
     module = kind(data.num_features, learning_rate)
     monitor = VerdictMonitor()
     journal = Journal(monitor)
@@ -130,7 +130,7 @@ def test_it_sees_what_the_collector_sees_in_a_bare_loop() -> None:
     monitor, _, module = fit(Line, 0.3 * LIMIT, 50)
     assert monitor.verdict
     seed_everything(0, verbose=False)
-    data = DataModule.from_file("pkg://template.regression/diabetes.csv", "progression", batch_size=354, seed=0)
+    data = TableData("pkg://template.regression/diabetes.csv", "progression", batch_size=354, seed=0)
     data.setup("fit")
     bare = Line(data.num_features, 0.3 * LIMIT)
     optimizer = SGD(bare.parameters(), lr=0.3 * LIMIT)
@@ -270,7 +270,7 @@ def test_a_diverged_run_says_so_with_a_rate_to_try(script: Any, tmp_path: Path) 
 
 
 def test_a_resumed_run_remembers_its_beginning(tmp_path: Path) -> None:
-    data = DataModule.from_file("pkg://template.regression/diabetes.csv", "progression", batch_size=354, seed=0)
+    data = TableData("pkg://template.regression/diabetes.csv", "progression", batch_size=354, seed=0)
 
     def trainer(num_epochs: int, monitor: VerdictMonitor) -> Trainer:
         return Trainer(

@@ -56,7 +56,7 @@ REFUSED = [
     ("device=tpu", "Available options in 'device': auto, cpu, gpu, mps."),
     ("model=manual optimizer=lbfgs", "Cannot train `model=manual` with `optimizer=lbfgs`. This is because"),
     ("model=manual +trainer.gradient_clip_val=1", "model.gradient_clip_val"),
-    ("model=manual +trainer.accumulate_grad_batches=2", "`model=manual`"),
+    ("model=manual +trainer.accumulate_grad_batches=2", "`trainer.accumulate_grad_batches` with manual optim"),
     ("callbacks.gradient_monitor.every_n_steps=0", "`callbacks.gradient_monitor.every_n_steps` must be"),
     ("scheduler=warmup_cosine trainer.max_epochs=5", "`num_warmup` must be between 0 and the 5 epochs, got 10."),
     ("hydra.run.dir=empty.csv/run", "`hydra.run.dir` must be a folder that can be written"),

@@ -85,7 +85,7 @@ def test_the_variable_has_no_say_in_a_process_of_its_own(run: Path, tmp_path: Pa
         ("model._target_", "torch.optim.optimizer.functools.partial", "torch.optim.optimizer.functools.partial"),
         (
             "model._target_",
-            "template.regression.automatic.AutomaticLinearRegression.load_from_checkpoint",
+            "template.regression.model.LinearRegression.load_from_checkpoint",
             "load_from_checkpoint",
         ),
         ("model._target_", "${seed}", "names '${seed}'"),
@@ -120,7 +120,7 @@ def test_a_strangers_configuration_is_refused_before_anything_is_imported(
 def test_a_strangers_configuration_ends_a_command_with_one_line(script: Script, run: Path) -> None:
     Path("evil.py").write_text(EVIL)
     file = run / ".hydra/config.yaml"
-    file.write_text(file.read_text().replace("template.regression.automatic.AutomaticLinearRegression", "evil.Model"))
+    file.write_text(file.read_text().replace("template.regression.model.LinearRegression", "evil.Model"))
     for command in commands(run):
         ended = script(*command)
         assert ended.code == 1
@@ -134,7 +134,7 @@ def test_a_strangers_run_is_not_gone_on_with(script: Script, run: Path) -> None:
     Path("evil.py").write_text(EVIL)
     file = run / ".hydra/config.yaml"
     own = file.read_text()
-    file.write_text(own.replace("template.regression.automatic.AutomaticLinearRegression", "evil.Model"))
+    file.write_text(own.replace("template.regression.model.LinearRegression", "evil.Model"))
     assert "names 'evil.Model'" in script("train", *more).err
     file.write_text(own)
     for checkpoint in (run / "checkpoints").iterdir():
@@ -148,10 +148,10 @@ def test_a_strangers_run_is_not_gone_on_with(script: Script, run: Path) -> None:
 
 def name_own_model(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets a run's configuration name a module that stands in the working folder."""
-    Path("mine.py").write_text("from template.regression.automatic import AutomaticLinearRegression as Model\n")
+    Path("mine.py").write_text("from template.regression.model import LinearRegression as Model\n")
     monkeypatch.syspath_prepend(str(Path.cwd()))
     file = run / ".hydra/config.yaml"
-    file.write_text(file.read_text().replace("template.regression.automatic.AutomaticLinearRegression", "mine.Model"))
+    file.write_text(file.read_text().replace("template.regression.model.LinearRegression", "mine.Model"))
 
 
 def test_what_the_command_line_names_is_vouched_for(script: Script, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

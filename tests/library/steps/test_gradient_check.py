@@ -14,8 +14,8 @@ from torch.nn import functional
 from torchmetrics import MeanMetric
 
 from downslope.gradients import check
-from template.regression.automatic import AutomaticLinearRegression
 from template.regression.manual import ManualLinearRegression
+from template.regression.model import LinearRegression
 
 NUM_SOUND = 200
 NUM_ROWS, NUM_FEATURES, WIDTH = 6, 3, 5
@@ -403,7 +403,7 @@ def test_module_is_left_as_it_was() -> None:
     assert (np.random.get_state()[1] == states[2]).all()  # noqa: NPY002
 
 
-@pytest.mark.parametrize("kind", [AutomaticLinearRegression, ManualLinearRegression])
+@pytest.mark.parametrize("kind", [LinearRegression, ManualLinearRegression])
 def test_line_passes_without_a_trainer(kind: type[LightningModule]) -> None:
     features, target = make_batch()
     module = kind(NUM_FEATURES, torch.optim.SGD, {"scheduler": None})

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from downslope.runs.result import Result, objective_of
+from downslope.sweeps.job import LONGEST_NAME, job_name
 from downslope.sweeps.process import isolated
 from downslope.sweeps.table import read_jobs
 from tests.conftest import ROOT, Outcome, only_run, read_json, run_process

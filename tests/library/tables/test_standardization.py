@@ -47,4 +47,4 @@ def test_the_state_is_plain_tensors() -> None:
 
 def test_what_float32_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit into float32"):
-        Standardization.none(1).apply(np.array([[1e39]]))
+        Standardization.none(np.array([[1e39]])).apply(np.array([[1e39]]))

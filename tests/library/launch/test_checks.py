@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -5,15 +6,17 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
-from downslope.launch.configuration import check_additions, check_nodes, check_values, unknown_key
+from downslope.launch.checks import check_additions, check_nodes, check_values
+from downslope.runs.configuration import unknown_key
 from tests.conftest import ROOT
 
 GROUPS = ["data", "model", "optimizer", "scheduler", "device", "trainer", "callbacks", "logger", "experiment"]
 OPTIONS = [f"{group}={file.stem}" for group in GROUPS for file in sorted((ROOT / "conf" / group).glob("*.yaml"))]
+HYDRA = partial(initialize_config_dir, str(ROOT / "conf"), version_base="1.3")
 
 
 def composed(*overrides: str) -> DictConfig:
-    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+    with HYDRA():
         return compose("train", list(overrides))
 
 
@@ -25,7 +28,7 @@ def test_the_configuration_is_the_documented_one() -> None:
         "lr": 0.02,
     }
     assert OmegaConf.to_container(config.data, resolve=True) == {
-        "_target_": "template.regression.data.DataModule.from_file",
+        "_target_": "template.regression.data.TableData",
         "path": "pkg://template.regression/diabetes.csv",
         "target": "progression",
         "features": None,
@@ -35,7 +38,9 @@ def test_the_configuration_is_the_documented_one() -> None:
         "test_fraction": 0.1,
         "seed": 0,
     }
-    assert set(config) == {"lr", "seed", "resume", "resume_override", "trust", *GROUPS} - {"experiment"}
+    assert set(config) == {"lr", "seed", "monitor", "mode", "resume", "resume_override", "trust", *GROUPS} - {
+        "experiment"
+    }
 
 
 def test_the_learning_rate_is_one() -> None:
@@ -90,7 +95,7 @@ def test_values_out_of_range_are_refused(override: str, message: str) -> None:
         ("data.batch_size=many", "`data.batch_size` must be a whole number, got 'many'"),
         ("data.standardize=1", "`data.standardize` must be true or false, got 1"),
         ("+trainer.max_step=3", "`trainer.max_step` is not an argument of lightning.Trainer. Did you mean"),
-        ("+data.rows=3", "`data.rows` is not an argument of template.regression.data.DataModule.from_file. It takes: "),
+        ("+data.rows=3", "`data.rows` is not an argument of template.regression.data.TableData. It takes: "),
         ("optimizer._target_=torch.optim.SDG", "`optimizer._target_` must name something to import"),
         ("+scheduler.scheduler={_target_: torch.optim.lr_scheduler.StepLR, step: 3}", ""),
     ],
@@ -105,9 +110,9 @@ def test_arguments_are_held_against_the_signature(override: str, message: str) -
 
 @pytest.mark.parametrize("key", ["+foo=bar", "++foo=bar", "+data_path=x", "+lrr=1", "+callbacks.mine.every=3"])
 def test_a_key_that_nothing_reads_is_refused_even_with_a_plus(key: str) -> None:
-    overrides = OverridesParser.create().parse_overrides([key])
-    with pytest.raises(ValueError, match="is not a key"):
-        check_additions(composed(key), overrides, groups=lambda name: False)
+    overrides, config = OverridesParser.create().parse_overrides([key]), composed(key)
+    with HYDRA(), pytest.raises(ValueError, match="is not a key"):
+        check_additions(config, overrides, groups=lambda name: False)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +120,8 @@ def test_a_key_that_nothing_reads_is_refused_even_with_a_plus(key: str) -> None:
 )
 def test_a_key_that_something_reads_passes(key: str) -> None:
     config = composed(*([] if key.startswith("+hydra") else [key]))
-    check_additions(config, OverridesParser.create().parse_overrides([key]), groups=lambda name: False)
+    with HYDRA():
+        check_additions(config, OverridesParser.create().parse_overrides([key]), groups=lambda name: False)
 
 
 @pytest.mark.parametrize(
@@ -128,7 +134,7 @@ def test_a_key_that_something_reads_passes(key: str) -> None:
     ],
 )
 def test_an_unknown_key_gets_the_nearest_one(key: str, nearest: str) -> None:
-    assert unknown_key(key) == f"`{key}` is not a key. {nearest}"
+    assert unknown_key(key, folder=ROOT / "conf") == f"`{key}` is not a key. {nearest}"
 
 
 def test_the_configuration_is_found_from_the_package() -> None:

@@ -1,0 +1,1 @@
+"""What your_task is about, in a line."""

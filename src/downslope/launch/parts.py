@@ -1,0 +1,132 @@
+"""The parts of a run: checked while they are made, and made once."""
+
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from hydra.utils import get_object, instantiate
+from lightning import LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+
+Parts = TypeVar("Parts")
+_prepared: list[Any] = []  # what the gate has built, for the one run of this process
+
+
+def prepare(config: DictConfig, build: Callable[[DictConfig], Parts]) -> Parts:
+    """Builds the parts of a run that is about to begin, and keeps them for it."""
+    _prepared[:] = [build(config)]
+    parts: Parts = _prepared[0]
+    return parts
+
+
+def forget() -> None:
+    """Lets them go."""
+    _prepared.clear()
+
+
+def prepared(config: DictConfig, build: Callable[[DictConfig], Parts]) -> Parts:
+    """Returns the parts that were built before the run's folder was, or builds them: a sweep's job has none yet."""
+    parts: Parts = _prepared.pop() if _prepared else build(config)
+    return parts
+
+
+def check_optimizer(config: DictConfig) -> None:
+    """Refuses settings that the optimizer or its scheduler does not take, by making them for a parameter of their own.
+
+    Raises:
+        ValueError: What they say.
+    """
+    argument: Any = [torch.nn.Parameter(torch.zeros(1))]
+    for key in ("optimizer", "scheduler.scheduler"):
+        node = OmegaConf.select(config, key)
+        if not (isinstance(node, DictConfig) and node.get("_partial_")):
+            return
+        try:
+            argument = instantiate(node, _convert_="all")(argument)
+        except (TypeError, ValueError) as error:
+            raise ValueError(str(error) if "`" in str(error) else f"`{key}`: {error}") from error
+
+
+def check_device(config: DictConfig) -> None:
+    """Refuses a device that is not there, and several processes on the CPU that nobody asked for.
+
+    Raises:
+        ValueError: What was asked for, what is there, and the way out.
+    """
+    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    asked = config.trainer.get("accelerator", "auto")
+    there = available.get(asked, True) if asked != "gpu" else available["cuda"] or available["mps"]
+    if not there:
+        names = ", ".join(name for name, present in available.items() if present)
+        raise ValueError(
+            f"`device={asked}` must be a device that PyTorch {torch.__version__} finds on this machine ({names}), "
+            f"got none: device=auto takes the best there is."
+        )
+    devices, strategy = config.trainer.get("devices", 1), config.trainer.get("strategy", "auto")
+    on_cpu = asked == "cpu" or not (available["cuda"] or available["mps"])
+    if on_cpu and strategy == "auto" and isinstance(devices, int) and devices > 1:  # Lightning would, in silence
+        raise ValueError(
+            f"`trainer.devices` must be 1 on the CPU, got {devices}. Several processes that share each batch: "
+            f"trainer=ddp trainer.devices={devices}."
+        )
+
+
+def make_module(config: DictConfig, data: Any) -> LightningModule:
+    """Makes the module: of its constructor's arguments, those that `config.model` leaves out come from the data.
+
+    Raises:
+        ValueError: Nobody gives an argument that the module must have; or the data refuse to be read.
+    """
+    target = get_object(config.model["_target_"])
+    module: LightningModule = instantiate(config.model, **_from_data(config, target, data), _convert_="all")
+    return module
+
+
+def _from_data(config: DictConfig, target: Callable[..., Any], data: Any) -> dict[str, Any]:
+    given: dict[str, Any] = {}
+    for name, parameter in inspect.signature(target).parameters.items():
+        if name in config.model or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        if hasattr(type(data), name) or name in vars(data):
+            try:
+                given[name] = getattr(data, name)
+            except ValueError as error:  # the data are read here: their message names their own arguments
+                raise ValueError(re.sub(r"^`(\w+)`", r"`data.\1`", str(error))) from error
+        elif parameter.default is parameter.empty:
+            raise ValueError(
+                f"`model.{name}` must be given: {target.__name__} needs it, and {type(data).__name__} has no attribute "
+                f"of that name. Write it into the file in conf/model/, or type +model.{name}=…; or choose "
+                f"`model=` and `data=` of one task ({_choices()})."
+            )
+    return given
+
+
+def _choices() -> str:
+    from hydra.core.hydra_config import HydraConfig
+
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
+    return f"got data={choices.get('data')}, model={choices.get('model')}"
+
+
+def check_manual_optimization(config: DictConfig, module: LightningModule, trainer: Trainer) -> None:
+    """Refuses what Lightning does for automatic optimization alone.
+
+    Raises:
+        ValueError: The key, why, and the way out.
+    """
+    if module.automatic_optimization:
+        return
+    reason = f"This is because the training_step of {type(module).__name__} takes its steps by itself"
+    if trainer.gradient_clip_val is not None:
+        own = f"model.gradient_clip_val={trainer.gradient_clip_val}" if "gradient_clip_val" in config.model else ""
+        raise ValueError(
+            f"Cannot set `trainer.gradient_clip_val` with manual optimization. {reason}, and clips for itself: use "
+            f"{own or 'self.clip_gradients there'}."
+        )
+    if trainer.accumulate_grad_batches != 1:
+        raise ValueError(
+            f"Cannot set `trainer.accumulate_grad_batches` with manual optimization. {reason}: use larger batches, or "
+            "a model with automatic optimization."
+        )

@@ -1,0 +1,212 @@
+"""A run from its beginning to its end: its folder says how it ended, whatever happens."""
+
+import contextlib
+import logging
+import math
+import os
+import platform
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, runtime_checkable
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from omegaconf import DictConfig, OmegaConf
+
+from downslope.gradients.least_squares import HasLeastSquares
+from downslope.logs.hparams import write_hparams
+from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
+from downslope.runs.command_line import typed
+from downslope.runs.console import explain, print_header, print_interrupted, print_result
+from downslope.runs.excess_loss import training_loss
+from downslope.runs.log import begin_log
+from downslope.runs.result import Result
+from downslope.runs.resuming import checkpoint_of
+from downslope.runs.signals import Interrupted
+from downslope.runs.stored import passes
+
+log = logging.getLogger(__name__)
+
+DIVERGED_BEYOND = 1e6
+DIVERGED_WORDS = ("diverging", "too_large", "non_finite")
+PACKAGES = ("downslope", "lightning", "hydra-core", "numpy")
+
+
+@runtime_checkable
+class HasFindings(Protocol):
+    """A callback that has something to say in `result.json`."""
+
+    def add_to(self, result: Result) -> None:
+        """Fills in what it has found."""
+        ...
+
+
+class Run:
+    """Stands around a training: `with Run(config) as run`.
+
+    However the block is left, `result.json` says how the run ended, and the terminal where to look next; an exception
+    passes on.
+
+    Args:
+        config: As composed, without Hydra's own node.
+
+    Attributes:
+        folder: The run's.
+        result: What is known so far.
+        checkpoint: Where training goes on from; None for a new run.
+        has_test: Whether there is a test pass to be made.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        hydra = HydraConfig.get()
+        self.config = config
+        self.choices: dict[str, Any] = dict(hydra.runtime.choices)
+        self.folder = Path(hydra.runtime.output_dir)
+        self.checkpoint: Path | None = None
+        self.has_test = False
+        self.result = Result(
+            status="failed",
+            learning_rate=config.get("lr"),
+            monitor=config.get("monitor"),
+            mode=config.get("mode", "min"),
+            overrides=typed(hydra.overrides.task),
+            seed=config.get("seed"),
+            versions={
+                "python": platform.python_version(),
+                "torch": torch.__version__,
+                **{name: version(name) for name in PACKAGES},
+            },
+        )
+        self._trainer: Trainer | None = None
+
+    def __enter__(self) -> Self:
+        begin_log()
+        return self
+
+    def begin(self, data: LightningDataModule, module: LightningModule, trainer: Trainer) -> None:
+        """Prepares the fit of these parts: finds the checkpoint of a run that is resumed, and watches from outside.
+
+        Raises:
+            ValueError: The checkpoint is one of another model or of other data.
+        """
+        self._trainer, self._module, self._data = trainer, module, data
+        self.has_test = any(passes(data, module, trainer, ["test"]))
+        if self.config.get("resume"):
+            self.checkpoint, state = checkpoint_of(self.folder, data, module)
+            progress = state["progress"]
+            self.result.seconds, self.result.metrics = progress["seconds"], dict(progress["metrics"])
+            if trainer.is_global_zero:
+                rewind_event_files(self.folder, progress["event_files"])
+        write_text(trainer, "configuration", OmegaConf.to_yaml(self.config))
+        self._outside = Outside(self)
+        trainer.callbacks.insert(0, self._outside)  # type: ignore[attr-defined]
+        self._started = time.perf_counter()
+
+    def collect(self, trainer: Trainer) -> None:
+        """Takes what the module has logged in the pass that has just ended: metrics of the last weights."""
+        self.result.metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._stop_the_clock()
+            self._judge(trainer)
+            if trainer.enable_validation and self._outside.validated_at != trainer.global_step:
+                trainer.validate(self._module, datamodule=self._data, verbose=False)
+                self.collect(trainer)
+
+    def _judge(self, trainer: Trainer) -> None:
+        """Tells how the fit has ended: by the weights and the loss, and by what the callbacks have found."""
+        result = self.result
+        result.status = "diverged" if self._outside.has_diverged(self._module) else "completed"
+        if result.least_squares_loss is not None:
+            result.excess_loss = training_loss(trainer, self._module) - result.least_squares_loss
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, HasFindings):
+                callback.add_to(result)
+        if result.status == "diverged" and result.verdict not in DIVERGED_WORDS:
+            result.verdict = "diverging"  # between two judgements
+
+    def _stop_the_clock(self) -> None:
+        if self._trainer and self._trainer.state.fn == TrainerFn.FITTING:
+            self.result.seconds += time.perf_counter() - self._started
+            self.result.num_optimizer_steps = self._trainer.global_step
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        is_main = os.environ.get("LOCAL_RANK", "0") == "0"
+        if self._trainer:
+            close_loggers(self._trainer)
+        if error is None:
+            if is_main:
+                self._end()
+            return
+        self._stop_the_clock()
+        if isinstance(error, Interrupted) and is_main:
+            self.result.status = "interrupted"
+            self.result.write(self.folder)
+            print_interrupted(self.result, self.folder, error.saved)
+        elif isinstance(error, Exception):
+            self.result.status = "failed"
+            self.result.error = {"type": type(error).__name__, "message": explain(error)}
+            log.info("failed", exc_info=error)
+            with contextlib.suppress(OSError):  # a disk that is full must not hide the error
+                self.result.write(self.folder)
+
+    def _end(self) -> None:
+        result = self.result
+        result.objective = result.metrics.get(result.monitor or "")
+        if result.objective is None:
+            text = "`monitor` names %s, which was not logged, so that there is no objective. Logged: %s."
+            log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
+        try:
+            result.write(self.folder)
+            write_hparams(self.folder, self.config, self.choices, result)
+        finally:  # where the file cannot be written, the terminal is all there is
+            print_result(result, self.folder)
+
+
+class Outside(Callback):
+    """Sees what only the fit itself can show: the optimizer, the closed form, the first loss and the last."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.validated_at: int | None = None
+        self._first: float | None = None
+        self._last: Any = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        result = self.run.result
+        result.device = str(trainer.strategy.root_device)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [group.get("initial_lr", group.get("lr")) for group in groups]
+        result.learning_rate = next((float(rate) for rate in rates if rate is not None), None)
+        line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
+        if line is not None:
+            result.least_squares_loss, result.sharpness = line.loss, line.sharpness
+            result.largest_stable_learning_rate = line.largest_stable_learning_rate
+        if any(hasattr(callback, "diverged") for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self.on_train_batch_end = None  # type: ignore[assignment,method-assign]  # Lightning passes it over
+        if trainer.is_global_zero:
+            print_header(self.run.choices, self.run._data, pl_module, trainer, result)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        self._last = None if loss is None else loss.detach()
+        if self._first is None and loss is not None:
+            self._first = float(loss)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated_at = trainer.global_step
+
+    def has_diverged(self, module: LightningModule) -> bool:
+        """Tells whether a weight is not finite, or the loss is not or has grown out of all proportion."""
+        if not all(bool(parameter.isfinite().all()) for parameter in module.parameters() if parameter.requires_grad):
+            return True
+        if self._first is None or self._last is None:
+            return False
+        limit = DIVERGED_BEYOND * self._first if self._first > 0 else math.inf
+        return not (math.isfinite(self._last) and float(self._last) <= limit)

@@ -1,0 +1,122 @@
+"""A run that has ended, to be looked at: its configuration as data, and the weights of its best checkpoint."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf import DictConfig, open_dict
+from torch import Tensor
+
+from downslope.runs.checkpoints import BEST, LAST, load_checkpoint
+from downslope.runs.log import begin_log
+from downslope.runs.trust import check_local, names_in, read_untrusted
+
+log = logging.getLogger(__name__)
+
+QUIET = {
+    "callbacks": {},
+    "logger": {},
+    "device": {"accelerator": "auto", "devices": 1},
+    "trainer": {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False},
+}
+
+
+class StoredRun:
+    """Reads a run's folder, which may be a stranger's: nothing in it is executed.
+
+    Args:
+        config: `run` is the folder, `trust` what its configuration may name beside what this command's does; what
+            stands under `data` replaces the run's own.
+
+    Attributes:
+        config: The run's configuration, for looking alone: no callback, no logger, no bar, on the device that is here.
+        checkpoint: The best one; the last where no metric chose a best.
+
+    Raises:
+        ValueError: The folder is not a run's, has no checkpoint, or names what is not trusted.
+    """
+
+    def __init__(self, config: DictConfig) -> None:
+        begin_log()
+        check_local(config.run, "run")
+        run = Path(config.run)
+        file = run / ".hydra" / "config.yaml"
+        if not file.is_file():
+            raise ValueError(
+                f"`run` must be the folder of a run, outputs/runs/…, got {str(run)!r}: it has no {file.name}."
+            )
+        self.file = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
+        if self.file is None:
+            raise ValueError(f"`run` must be a run that has saved a checkpoint, got {str(run)!r}: it has no {BEST}.")
+        if self.file.name != Path(BEST).name:
+            log.warning("%s has no best checkpoint, since no metric chose one: this is of the last.", run)
+        stored = read_untrusted(file, [*config.trust, *names_in(config)])
+        asked = {key: value for key, value in config.get("data", {}).items() if value is not None}
+        with open_dict(stored):
+            stored.callbacks, stored.logger = {}, {}
+            stored.trainer.pop("strategy", None)
+        for change in (QUIET, {"data": asked}):
+            stored.merge_with(change)
+        self.config = stored
+        self.checkpoint = load_checkpoint(self.file)
+
+    def load(self, *parts: LightningDataModule | LightningModule) -> None:
+        """Gives the module its weights, and the data what they had kept for later.
+
+        Raises:
+            ValueError: The checkpoint is not one of this configuration.
+        """
+        with self._belonging():
+            for part in parts:
+                if isinstance(part, LightningModule):
+                    part.load_state_dict(self.checkpoint["state_dict"])
+                elif state := self.checkpoint.get(type(part).__qualname__):
+                    part.load_state_dict(state)
+
+    @contextlib.contextmanager
+    def _belonging(self) -> Iterator[None]:
+        try:
+            yield
+        except (AttributeError, LookupError, RuntimeError, TypeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            raise ValueError(f"{self.file} does not belong to the configuration of its run: {reason}") from error
+
+
+def passes(
+    data: LightningDataModule, module: LightningModule, trainer: Trainer, names: Iterable[str] = ("validation", "test")
+) -> Iterator[Callable[..., Any]]:
+    """Yields the Trainer's passes, `validate` and `test`, that the module and its data have steps and rows for."""
+    trainer_passes = {"validation": trainer.validate, "test": trainer.test}
+    loaders = {"validation": "val_dataloader", "test": "test_dataloader"}
+    for name in names:
+        served = any(is_overridden(loaders[name], each) for each in (data, module))
+        if served and is_overridden(f"{name}_step", module):
+            yield trainer_passes[name]
+
+
+def columns(outputs: Iterable[Any]) -> dict[str, list[Any]]:
+    """Returns what `predict_step` returned for all batches, as columns by name.
+
+    Args:
+        outputs: Of each batch a dictionary of columns, or one column, which is called `prediction`.
+
+    Raises:
+        ValueError: It is neither.
+
+    Example:
+        >>> columns([{"a": [1.0], "b": ["x"]}, {"a": [2.0], "b": ["y"]}])
+        {'a': [1.0, 2.0], 'b': ['x', 'y']}
+    """
+    table: dict[str, list[Any]] = {}
+    for output in outputs:
+        named = output if isinstance(output, Mapping) else {"prediction": output}
+        for name, values in named.items():
+            values = values.tolist() if isinstance(values, Tensor) or hasattr(values, "tolist") else values
+            if not isinstance(values, list):
+                raise ValueError(f"`predict_step` must return columns of values, got {type(values).__name__}.")
+            table.setdefault(str(name), []).extend(values)
+    return table

@@ -1,0 +1,1 @@
+"""Handwritten digits: a small network tells which of ten an image shows."""
