@@ -6,8 +6,8 @@ from hydra.utils import instantiate
 from lightning import LightningDataModule, LightningModule, Trainer, seed_everything
 from omegaconf import DictConfig
 
-from downslope.launch.parts import check_device, check_manual_optimization, make_module, prepared
-from downslope.logs.forgiving import forgiving
+from downslope.launch.parts import check_device, make_module, make_trainer, prepared
+from downslope.logs.non_raising import non_raising_logger
 from downslope.runs.run import Run
 
 
@@ -32,10 +32,8 @@ def build(config: DictConfig) -> Parts:
     data = instantiate(config.data, _convert_="all")
     seed_everything(config.seed, workers=True, verbose=False)
     module = make_module(config, data)
-    callbacks = [instantiate(node) for node in config.callbacks.values()]
-    loggers = [forgiving(instantiate(node)) for node in config.logger.values()]
-    trainer = instantiate(config.trainer, callbacks=callbacks, logger=loggers, _convert_="all")
-    check_manual_optimization(config, module, trainer)
+    loggers = [non_raising_logger(instantiate(node)) for node in config.logger.values()]
+    trainer = make_trainer(config, module, loggers)
     return Parts(data, module, trainer)
 
 

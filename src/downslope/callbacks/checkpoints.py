@@ -17,7 +17,6 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
-from downslope.logs.csv_table import CSVTable
 from downslope.logs.tensorboard import announce_restart, event_files, flush_step_writer
 from downslope.runs.checkpoints import SafeCheckpointIO, keep_previous
 from downslope.runs.resuming import check_same, fingerprint, name_of
@@ -111,8 +110,6 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._resumed = checkpoint.get("progress")
-        for table, num_rows in zip(_tables(trainer), (self._resumed or {}).get("table_rows", ()), strict=False):
-            table.num_rows = num_rows  # before the first is written
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed:
@@ -250,8 +247,6 @@ class Checkpoints(Checkpoint):
         if trainer.world_size > 1:
             processes = [{} for _ in range(trainer.world_size)]
             torch.distributed.all_gather_object(processes, mine)
-        for table in _tables(trainer):
-            table.save()
         checkpoint["progress"] = {
             "batch": self._batch,
             "processes": processes,
@@ -264,7 +259,6 @@ class Checkpoints(Checkpoint):
             "settings": [_settings(optimizer) for optimizer in trainer.optimizers],
             "event_files": event_files(trainer),
             "unlogged": _unlogged(trainer) if self._batch else None,
-            "table_rows": [table.num_rows for table in _tables(trainer)],
         }
 
 
@@ -277,10 +271,6 @@ def _unlogged(trainer: Trainer) -> tuple[dict[str, float], int] | None:
         return None
     step = int(values.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped))
     return {"epoch": trainer.current_epoch, **values}, step
-
-
-def _tables(trainer: Trainer) -> list[CSVTable]:
-    return [logger for logger in trainer.loggers if isinstance(logger, CSVTable)]
 
 
 def _has_diverged(trainer: Trainer) -> bool:

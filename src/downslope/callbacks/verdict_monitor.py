@@ -6,12 +6,11 @@ from typing import Any
 
 import torch
 from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 from downslope.gradients.least_squares import HasLeastSquares
-from downslope.logs.tensorboard import step_writer
+from downslope.logs.tensorboard import write_markdown
 from downslope.runs.result import Result
 from downslope.steps.optimizer_steps import (
     OptimizerStep,
@@ -151,13 +150,7 @@ class VerdictMonitor(Callback):
         if self.verdict.word == "diverging" and self.first_diverging_step is None:
             self.first_diverging_step = self._collector.step
         if last is None or last.word != self.verdict.word:
-            self._write(trainer, self._collector.step, self.verdict.sentence)
-
-    def _write(self, trainer: Trainer, step: int, sentence: str) -> None:
-        writer = step_writer(trainer)
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and writer.is_open:
-                writer.attempt(logger, lambda logger: logger.experiment.add_text("verdict", sentence, step))
+            write_markdown(trainer, "verdict", self.verdict.sentence, self._collector.step)
 
     def add_to(self, result: Result) -> None:
         """Fills in the verdict, in words and figures."""

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from hydra.utils import get_object, instantiate
 from lightning import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 Parts = TypeVar("Parts")
@@ -108,6 +110,25 @@ def _choices() -> str:
 
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     return f"got data={choices.get('data')}, model={choices.get('model')}"
+
+
+def make_trainer(config: DictConfig, module: LightningModule, loggers: list[Logger]) -> Trainer:
+    """Makes the Trainer with the callbacks of the configuration, less those that `trainer` turns off.
+
+    Where nobody keeps checkpoints, Lightning's own would be in the folder that one happens to stand in.
+
+    Raises:
+        ValueError: It cannot train this module.
+    """
+    callbacks = [instantiate(node) for node in config.callbacks.values()]
+    for key, kind in (("enable_checkpointing", Checkpoint), ("enable_progress_bar", ProgressBar)):
+        if config.trainer.get(key) is False:
+            callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
+    keeps = config.trainer.get("enable_checkpointing", any(isinstance(each, Checkpoint) for each in callbacks))
+    parts = {"callbacks": callbacks, "logger": loggers, "enable_checkpointing": keeps}
+    trainer: Trainer = instantiate(config.trainer, **parts, _convert_="all")
+    check_manual_optimization(config, module, trainer)
+    return trainer
 
 
 def check_manual_optimization(config: DictConfig, module: LightningModule, trainer: Trainer) -> None:

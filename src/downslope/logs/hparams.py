@@ -1,82 +1,51 @@
 """TensorBoard's HPARAMS tab: what a run was asked for, against what came of it."""
 
 import logging
-import shutil
+import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from omegaconf import DictConfig
-
-from downslope.logs.event_files import records
-from downslope.runs.result import Result
+from downslope.logs.event_files import EVENT_FILES, encoded
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
 log = logging.getLogger(__name__)
 
-PREFIX = b"_hparams_/"  # of the tags that the tab reads
-CHOICES = ("device", "model", "optimizer", "data")
 
+def write_hparams(folder: Path, asked: Mapping[str, Any], came: Mapping[str, float | None], step: int) -> None:
+    """Adds a run's line in HPARAMS to its event file: what was asked for against what came of it.
 
-def write_hparams(folder: Path, config: DictConfig, choices: dict[str, str], result: Result) -> None:
-    """Adds a run's line in HPARAMS to its event file: `lr` and choices against `val/loss` and `excess_loss`.
-
-    HPARAMS takes metrics that are numbers and, of a run, only the first line it finds. So the verdict, a word, stands
-    among the hyperparameters, and the line is written when the run has ended and its logger is closed; a run that was
-    resumed loses the line of its former end.
-    `val/loss` is the last weights', in float64, at the last step. A run without an event file has no line; what cannot
-    be written is warned of.
+    HPARAMS takes metrics that are numbers, and of a run the first line that it finds. So a verdict, a word, belongs to
+    what was asked for, and the line is written when the run has ended: after its last checkpoint, so that resuming
+    takes it out of the file (`rewind_event_files`), and the new end writes another.
+    A run without an event file has no line; what cannot be written is warned of.
 
     Args:
-        folder: The run's.
-        config: As composed.
-        choices: Hydra's option of each group.
-        result: How the run ended.
+        folder: The run's, whose loggers are closed.
+        asked: By name; None is left out.
+        came: By tag, what matters most first. The tab shows the last value of a tag's curve; where there is no curve a
+            value stands here, else None.
+        step: Optimizer steps taken.
     """
-    files = sorted(folder.glob("events.out.tfevents.*"), key=lambda file: file.stat().st_mtime)
-    if not files:
+    file = max(folder.glob(EVENT_FILES), key=lambda file: file.stat().st_mtime, default=None)
+    if not file:
         return
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.summary.writer.record_writer import RecordWriter
     from torch.utils.tensorboard.summary import hparams
 
-    asked = {"lr": float(config.lr), **{name: str(choices.get(name)) for name in CHOICES}}
-    metrics = {"val/loss": result.metrics.get("val/loss"), "excess_loss": result.excess_loss}
-    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items() if value is not None]
-    columns = {**asked, "verdict": result.verdict or result.status}
-    experiment, *session = hparams(columns, dict.fromkeys(metrics, 0.0))
+    line = {name: value for name, value in asked.items() if value is not None}
+    experiment, *session = hparams(line, dict.fromkeys(came, 0.0))
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in came.items() if value is not None]
     summaries = [_in_sight(experiment), *session, Summary(value=values)]
+    events = [Event(wall_time=time.time(), step=step, summary=each) for each in summaries]
     try:
-        for former in files[:-1]:
-            _forget_line(former)
-        with files[-1].open("ab") as stream:
-            writer = RecordWriter(stream)
-            for summary in summaries:
-                event = Event(wall_time=files[-1].stat().st_mtime, step=result.num_optimizer_steps, summary=summary)
-                writer.write(event.SerializeToString())
-            writer.flush()
+        with file.open("ab") as stream:
+            stream.write(encoded(events))
     except OSError as error:
         log.warning("Cannot write the run's line for HPARAMS: %s", error)
-
-
-def _forget_line(file: Path) -> None:
-    """Leaves a former end's line out of an event file."""
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    content = file.read_bytes()
-    if PREFIX not in content:
-        return
-    beside = file.with_name("events.tmp")  # not a name that TensorBoard reads
-    with beside.open("wb") as stream:
-        writer = RecordWriter(stream)
-        for record in records(content):
-            if PREFIX not in record:
-                writer.write(record)
-        writer.flush()
-    shutil.copystat(file, beside)
-    beside.replace(file)
 
 
 def _in_sight(experiment: "Summary") -> "Summary":

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from downslope.gradients.quadratic import Plane
-from downslope.pictures.style import GREEN, INK, QUIET, RED, new_figure, title
+from downslope.pictures.style import GREEN, INK, QUIET, RED, new_axes, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +41,7 @@ def draw_loss_surface(plane: Plane, labels: tuple[str, str], num_steps: int) -> 
     centre = (low + high) / 2
     low, high = centre - 0.62 * span, centre + 0.62 * span
 
-    figure, axes = new_figure()
+    figure, axes = new_axes()
     axes.grid(visible=False)
     x, y = np.meshgrid(*(np.linspace(low[i], high[i], NUM_CELLS) for i in range(2)))
     offset = np.stack([x, y], axis=-1) - optimum
@@ -62,8 +62,7 @@ def draw_loss_surface(plane: Plane, labels: tuple[str, str], num_steps: int) -> 
         if (low <= point).all() and (point <= high).all():
             axes.plot(*point, label=label, linestyle="none", **look)
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
-    axes.set_xlabel(labels[0], color=INK)
-    axes.set_ylabel(labels[1], color=INK)
+    axes.set(xlabel=labels[0], ylabel=labels[1])
     if left_at is None:
         title(axes, "The path of the descent", f"Darker is higher; the least loss is {plane.loss:.4g}")
     else:

@@ -6,7 +6,7 @@ import numpy as np
 
 from downslope.gradients.line_search import Profile
 from downslope.gradients.quadratic import Parabola
-from downslope.pictures.style import BLUE, GREEN, INK, ORANGE, RED, new_figure, title
+from downslope.pictures.style import BLUE, GREEN, INK, ORANGE, RED, new_axes, title
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -68,7 +68,7 @@ def draw_step_along_gradient(
     rates = np.unique(np.concatenate([np.linspace(left, right, num_points), valley]))
     losses = np.array([loss(rate) for rate in rates.tolist()])
     losses[~np.isfinite(losses)] = np.nan  # beyond the range of its numbers
-    figure, axes = new_figure()
+    figure, axes = new_axes()
     marker = "o" if sampled else ""  # what was evaluated
     axes.plot(rates, losses, color=BLUE, linewidth=2.2, label="loss", marker=marker, markersize=3)
     low, high = loss(best), float(np.nanmax(losses))
@@ -79,27 +79,17 @@ def draw_step_along_gradient(
     for rate, text, colour, height in marks:
         axes.axvline(rate, color=colour, linewidth=1.4, linestyle=(0, (4, 3)))
         axes.annotate(
-            f"{text} = {rate:.3g}",
-            (rate, low + height * drop),
-            xytext=(5 if has_room else -5, 0),
-            textcoords="offset points",
-            color=INK,
-            fontsize=9,
-            ha="left" if has_room else "right",
-            va="top",
-        )
+            f"{text} = {rate:.3g}", (rate, low + height * drop), xytext=(5 if has_room else -5, 0),
+            textcoords="offset points", color=INK, fontsize=9, ha="left" if has_room else "right", va="top",
+        )  # fmt: skip
     axes.axhline(loss(0.0), color=INK, linewidth=0.8, linestyle=":")
     axes.plot(0, loss(0.0), "o", color="white", markeredgecolor=INK, markersize=9)
-    axes.annotate(
-        "",
-        (learning_rate, loss(learning_rate)),
-        (0, loss(0.0)),
-        arrowprops={"arrowstyle": "-|>", "color": RED, "linewidth": 1.8, "shrinkA": 6, "shrinkB": 5},
-    )
+    arrow = {"arrowstyle": "-|>", "color": RED, "linewidth": 1.8, "shrinkA": 6, "shrinkB": 5}
+    axes.annotate("", (learning_rate, loss(learning_rate)), (0, loss(0.0)), arrowprops=arrow)
     axes.plot(learning_rate, loss(learning_rate), "o", color=RED, markeredgecolor=INK, markersize=9, label="taken")
     axes.set(xlim=(rates[0], right), ylim=(low - 0.08 * drop, low + 1.15 * drop))
-    axes.set_xlabel("learning rate: how far the step follows the gradient", color=INK)
-    axes.set_ylabel(f"{'loss of the batch' if sampled else 'training loss'} after the step", color=INK)
+    axes.set_xlabel("learning rate: how far the step follows the gradient")
+    axes.set_ylabel(f"{'loss of the batch' if sampled else 'training loss'} after the step")
     uphill = not loss(learning_rate) <= loss(0.0) if sampled else ratio > UPHILL
     name = name_step(ratio, learning_rate, largest_stable, uphill)
     below = f"It goes {learning_rate:.3g} × the gradient"

@@ -1,40 +1,70 @@
-"""One look for every picture of the project: colours that colour-blind readers tell apart, quiet axes, one size."""
+"""One look for every picture: colours that colour-blind readers tell apart, quiet axes, on paper or a dark screen."""
 
 import io
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito (2008), Color Universal Design.
-BLUE, ORANGE, GREEN, RED = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-INK, QUIET, GRID = "#222222", "#666666", "#E3E3E3"
-SIZE = (7.0, 5.0)  # inches: 1050 × 750 pixels
-DPI = 150
-# In shares of the picture. To let matplotlib find them takes as long as all the drawing.
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours; those of lines after Okabe and Ito (2008), Color Universal Design."""
+
+    paper: str
+    ink: str
+    quiet: str
+    grid: str
+    lines: tuple[str, ...]
+
+
+LIGHT = Theme(
+    "#ffffff", "#1f2328", "#656d76", "#e4e7ea",
+    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#7A3B9A"),
+)  # fmt: skip
+DARK = Theme(
+    "#161b22", "#e6edf3", "#9198a1", "#30363d",
+    ("#58A6FF", "#FF9E57", "#3FC99B", "#F29CC8", "#E8C547", "#8ED1F5", "#C297E8"),
+)  # fmt: skip
+BLUE, RED, GREEN, _, ORANGE = LIGHT.lines[:5]
+INK, QUIET = LIGHT.ink, LIGHT.quiet
+# In shares of a picture with one pair of axes. To let matplotlib find them takes as long as all the drawing.
 MARGINS = {"left": 0.14, "right": 0.97, "bottom": 0.165, "top": 0.87}
 
 
-def new_figure() -> "tuple[Figure, Axes]":
-    """Returns a figure with one pair of axes in the project's look; no display, no pyplot, no global state."""
+def new_figure(width: float, height: float, theme: Theme = LIGHT, **settings: Any) -> "Figure":
+    """Returns an empty figure, its size in inches; no display, no pyplot, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=SIZE, dpi=DPI, facecolor="white")
-    figure.subplots_adjust(**MARGINS)
+    figure = Figure(figsize=(width, height), dpi=150, facecolor=theme.paper, **settings)
     FigureCanvasAgg(figure)
+    return figure
+
+
+def new_axes() -> "tuple[Figure, Axes]":
+    """Returns a new figure of 1050 × 750 pixels, and its one pair of axes."""
+    figure = new_figure(7.0, 5.0)
+    figure.subplots_adjust(**MARGINS)
     axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("bottom", "left"):
-        axes.spines[side].set_color(QUIET)
-    axes.tick_params(colors=QUIET, labelsize=9)
+    paint(axes)
     for axis in (axes.xaxis, axes.yaxis):  # no "1e6" in a corner
         axis.set_major_formatter(lambda value, _: f"{value:,.7g}".replace("-", "−"))
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
     return figure, axes
+
+
+def paint(axes: "Axes", theme: Theme = LIGHT) -> None:
+    """Gives axes the project's look."""
+    axes.set_facecolor(theme.paper)
+    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.quiet)
+    axes.tick_params(which="both", colors=theme.quiet, labelsize=9)
+    axes.xaxis.label.set_color(theme.ink)
+    axes.yaxis.label.set_color(theme.ink)
 
 
 def title(axes: "Axes", text: str, below: str) -> None:
@@ -43,8 +73,8 @@ def title(axes: "Axes", text: str, below: str) -> None:
     axes.text(0, 1.02, below, transform=axes.transAxes, fontsize=9.5, color=QUIET, va="bottom")
 
 
-def png(figure: "Figure") -> bytes:
+def png(figure: "Figure", dpi: int = 150) -> bytes:
     """Returns the figure as a PNG file's content; packed quickly rather than tightly."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=DPI, pil_kwargs={"compress_level": 1})
+    figure.savefig(content, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
     return content.getvalue()

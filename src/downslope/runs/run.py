@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 DIVERGED_BEYOND = 1e6
 DIVERGED_WORDS = ("diverging", "too_large", "non_finite")
+CHOICES = ("device", "model", "optimizer", "data")  # that HPARAMS shows
 PACKAGES = ("downslope", "lightning", "hydra-core", "numpy")
 
 
@@ -164,7 +165,12 @@ class Run:
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
             result.write(self.folder)
-            write_hparams(self.folder, self.config, self.choices, result)
+            asked = {"lr": result.learning_rate, **{name: self.choices.get(name) for name in CHOICES}}
+            asked["verdict"] = result.verdict or result.status
+            came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
+            if result.excess_loss is not None:
+                came["excess_loss"] = result.excess_loss
+            write_hparams(self.folder, asked, came, result.num_optimizer_steps)
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
 

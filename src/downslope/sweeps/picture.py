@@ -2,10 +2,10 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from downslope.pictures.style import LIGHT, Theme, new_figure, paint, png
 from downslope.runs.whole_files import whole_file
 from downslope.sweeps.table import GRADIENT_NORMS, Job, curve_tags, judged_by, varied_keys
 
@@ -15,28 +15,8 @@ if TYPE_CHECKING:
 
 MOST_LINES = 7  # colours that the eye tells apart
 MOST_PANELS = 12
+LOSS, NORM = 0, 1  # rows of the small multiples
 SYMBOLS = {"diverged": "X", "failed": "s", "interrupted": "D", "not run": "o"}
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours on light paper or on a dark screen (Okabe and Ito's, which colour-blind people tell apart)."""
-
-    paper: str
-    ink: str
-    quiet: str
-    grid: str
-    lines: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#ffffff", "#1f2328", "#656d76", "#e4e7ea",
-    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#7A3B9A"),
-)  # fmt: skip
-DARK = Theme(
-    "#161b22", "#e6edf3", "#9198a1", "#30363d",
-    ("#58A6FF", "#FF9E57", "#3FC99B", "#F29CC8", "#E8C547", "#8ED1F5", "#C297E8"),
-)  # fmt: skip
 
 
 def suggested_rate(jobs: Sequence[Job]) -> float | None:
@@ -60,34 +40,43 @@ def _short(text: str, most: int = 24) -> str:
 
 
 def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
-    """Draws final and best validation loss against the learning rate; jobs without one stand at the top edge."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.6, 5.4), layout="constrained", facecolor=theme.paper)
+    """Draws the last and the best objective against the learning rate; jobs without one stand at the top edge."""
+    objective, _ = judged_by(jobs)
+    figure = new_figure(9.6, 5.4, theme, layout="constrained")
     axes = figure.add_subplot()
     lines = lines_of(jobs)
+    above = (
+        0.0 if all(job.objective >= 0 for job in jobs if math.isfinite(job.objective)) else -math.inf
+    )  # a likelihood may be negative, an R²
     if len(lines) <= MOST_LINES:
         for index, (label, line) in enumerate(lines.items()):
             edge = 1.0 + 0.03 * index  # so that no line hides the next one's
-            _draw_lines(axes, [line], label, color=theme.lines[index], edge=edge)
+            _draw_lines(axes, [line], label, above, color=theme.lines[index], edge=edge)
     else:
         others = ", ".join(key for key in varied_keys(jobs) if key != "lr")
-        _draw_lines(axes, [*lines.values()], f"{len(lines)} lines: {others}", color=theme.lines[0], alpha=0.35)
+        _draw_lines(axes, [*lines.values()], f"{len(lines)} lines: {others}", above, color=theme.lines[0], alpha=0.35)
     _draw_limits(axes, jobs, theme)
-    _draw_best(axes, jobs, theme)
-    axes.set(xlabel="learning rate", ylabel=judged_by(jobs)[0])
-    _finish(axes, theme)
+    _draw_best(axes, jobs, theme, above)
+    axes.set(xlabel="learning rate", ylabel=objective)
+    paint(axes, theme)
     _scale(axes, "x", bool(lines))
-    reached = [job.objective for line in lines.values() for job in line if math.isfinite(job.objective)]
-    _scale(axes, "y", bool(reached), logarithmic=min(reached, default=0) > 0)
-    axes.set_title(_headline(jobs), loc="left", pad=22, color=theme.ink, fontsize=13, fontweight="bold")
+    if above == 0.0:
+        _scale(axes, "y", any(_is_drawn(job.objective) for line in lines.values() for job in line))
+    axes.set_title(_headline(jobs, objective), loc="left", pad=22, color=theme.ink, fontsize=13, fontweight="bold")
     _legend(axes, theme, len(lines) > 1, jobs)
     return figure
 
 
-def _draw_lines(axes: "Axes", lines: Sequence[Sequence[Job]], label: str, edge: float = 1.0, **look: Any) -> None:
+def _is_drawn(value: float, above: float = 0.0) -> bool:
+    """Tells whether an axis has a place for the value, a logarithmic one unless said otherwise."""
+    return above < value < math.inf
+
+
+def _draw_lines(
+    axes: "Axes", lines: Sequence[Sequence[Job]], label: str, above: float, edge: float = 1.0, **look: Any
+) -> None:
     """Draws lines of one colour: as one, with gaps, as a thousand single ones take many seconds."""
-    done = [[job for job in line if math.isfinite(job.objective)] for line in lines]
+    done = [[job for job in line if _is_drawn(job.objective, above)] for line in lines]
     rates = _with_gaps([[job.learning_rate for job in line] for line in done])
     last = _with_gaps([[job.objective for job in line] for line in done])
     best = _with_gaps([[job.best_objective for job in line] for line in done])
@@ -120,9 +109,9 @@ def _draw_limits(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
     )  # fmt: skip
 
 
-def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
+def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme, above: float) -> None:
     best = jobs[0]
-    if best.learning_rate and math.isfinite(best.objective):
+    if best.learning_rate and _is_drawn(best.objective, above):
         axes.plot(best.learning_rate, best.objective, "o", markersize=15, markerfacecolor="none",
                   markeredgecolor=theme.ink, markeredgewidth=1.6, clip_on=False)  # fmt: skip
     if rate := suggested_rate(jobs):
@@ -131,15 +120,12 @@ def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
                       textcoords="offset points", color=theme.ink)  # fmt: skip
 
 
-def _headline(jobs: Sequence[Job]) -> str:
+def _headline(jobs: Sequence[Job], objective: str) -> str:
     best = jobs[0]
-    monitor, mode = judged_by(jobs)
     if not math.isfinite(best.objective):
-        return f"No job has a {monitor}"
+        return f"No job has a {objective}"
     what = ", ".join(f"{key}={_short(value)}" for key, value in best.overrides.items() if key in varied_keys(jobs))
-    return f"{'Greatest' if mode == 'max' else 'Least'} {monitor} {best.objective:.4g}" + (
-        f" at {what}" if what else ""
-    )
+    return f"Best {objective} {best.objective:.4g}" + (f" at {what}" if what else "")
 
 
 def _legend(axes: "Axes", theme: Theme, several: bool, jobs: Sequence[Job]) -> None:
@@ -163,26 +149,13 @@ def _legend(axes: "Axes", theme: Theme, several: bool, jobs: Sequence[Job]) -> N
     axes.figure.legend(handles, labels, loc="outside lower left", ncols=5, frameon=False, labelcolor=theme.ink)
 
 
-def _finish(axes: "Axes", theme: Theme) -> None:
-    axes.set_facecolor(theme.paper)
-    axes.grid(color=theme.grid, linewidth=0.7)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.quiet)
-    axes.tick_params(which="both", colors=theme.quiet)
-    axes.xaxis.label.set_color(theme.ink)
-    axes.yaxis.label.set_color(theme.ink)
-
-
-def _scale(axes: "Axes", name: str, has_values: bool, logarithmic: bool = True) -> None:
+def _scale(axes: "Axes", name: str, has_values: bool) -> None:
     """0.4, 0.5, 0.6 where a logarithmic axis spans less than a decade, and 0.01 rather than 10⁻²."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis = getattr(axes, f"{name}axis")
     if not has_values:  # which an axis must have to be logarithmic
         axis.set_ticks([])
-        return
-    if not logarithmic:
         return
     axes.set(**{f"{name}scale": "log"})
     low, high = axis.get_view_interval()
@@ -197,46 +170,42 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
 
     At most `MOST_PANELS` jobs, evenly over the learning rates, the best among them.
     """
-    from matplotlib.figure import Figure
-
     shown = _sample([job for job in jobs if job.folder.is_dir() and any(job.curves.values())])
     if not shown:
         return None
     columns = min(len(shown), 6)
     rows = 2 * math.ceil(len(shown) / columns)
-    size = (max(2.0 * columns, 5.0) + 0.8, 1.75 * rows + 0.4)
-    figure = Figure(figsize=size, layout="constrained", facecolor=theme.paper)
+    figure = new_figure(max(2.0 * columns, 5.0) + 0.8, 1.75 * rows + 0.4, theme, layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for index, axes in enumerate(grid.flat):
-        if index // columns // 2 * columns + index % columns >= len(shown):
-            axes.set_axis_off()
-    monitor, _ = judged_by(jobs)
-    objectives = curve_tags(monitor)
-    for kind, tags in enumerate((objectives, GRADIENT_NORMS[:1])):
+    for axes in grid.flat:
+        axes.set_axis_off()
+    objective, _ = judged_by(jobs)
+    objectives = curve_tags(objective)
+    for kind, tags in ((LOSS, objectives), (NORM, GRADIENT_NORMS[:1])):
         _share_scale(grid[kind::2].flat, shown, tags)
     for index, job in enumerate(shown):
-        loss, norm = (grid[2 * (index // columns) + kind][index % columns] for kind in (0, 1))
+        row, column = divmod(index, columns)
+        loss, norm = grid[2 * row + LOSS][column], grid[2 * row + NORM][column]
+        loss.set_title(_panel_title(job, jobs), fontsize=9, color=theme.ink)
+        norm.set_xlabel("step", fontsize=8)
         for tag, color in zip(objectives, theme.lines, strict=False):
             _draw_curve(loss, job.curves.get(tag, {}), color, tag)
         _draw_curve(norm, job.curves.get(GRADIENT_NORMS[0], {}), theme.lines[2], "gradient norm")
-        words = _short(job.name) if not job.learning_rate else _panel_title(job, jobs)
-        loss.set_xlim(0, max((step for curve in job.curves.values() for step in curve), default=1) or 1)
-        norm.set_xlim(loss.get_xlim())
-        loss.set_title(words, fontsize=9, color=theme.ink)
-        for axes in (loss, norm):
-            axes.minorticks_off()  # half the time of drawing
-            _finish(axes, theme)
-            axes.tick_params(labelsize=7)
-            axes.tick_params(labelleft=index % columns == 0)
-        norm.set_xlabel("step", fontsize=8)
-        if index % columns == 0:
-            loss.set_ylabel(monitor.rpartition("/")[2], fontsize=9)
-            norm.set_ylabel("gradient norm", fontsize=9)
+        for axes, label in ((loss, objective.rpartition("/")[2]), (norm, "gradient norm")):
+            _finish_panel(axes, job, theme, label if column == 0 else "")
     handles, labels = grid[0][0].get_legend_handles_labels()
-    legend = figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8)
-    for text in legend.get_texts():
-        text.set_color(theme.ink)
+    figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=theme.ink)
     return figure
+
+
+def _finish_panel(axes: "Axes", job: Job, theme: Theme, label: str) -> None:
+    """Only the first of a row has a label and numbers: the scale is that of all."""
+    axes.set_axis_on()
+    axes.set_xlim(0, max((step for curve in job.curves.values() for step in curve), default=1) or 1)
+    axes.set_ylabel(label, fontsize=9)
+    axes.minorticks_off()  # half the time of drawing
+    paint(axes, theme)
+    axes.tick_params(labelsize=7, labelleft=bool(label))
 
 
 def _sample(jobs: Sequence[Job]) -> list[Job]:
@@ -251,6 +220,8 @@ def _sample(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _panel_title(job: Job, jobs: Sequence[Job]) -> str:
+    if not job.learning_rate:
+        return _short(job.name)
     varied = [f"{key.rpartition('.')[2]}={_short(job.overrides.get(key, ''), 14)}" for key in varied_keys(jobs)]
     mark = "" if job.status == "completed" else f" ({job.status})"
     return "\n".join(varied or [f"lr={job.learning_rate:g}"]) + mark
@@ -258,16 +229,15 @@ def _panel_title(job: Job, jobs: Sequence[Job]) -> str:
 
 def _share_scale(panels: Any, jobs: Sequence[Job], tags: Sequence[str]) -> None:
     """One scale for all panels: the eye compares heights. A job that blew up does not squeeze the others flat."""
-    values = sorted(
-        value for job in jobs for each in tags for value in job.curves.get(each, {}).values() if 0 < value < math.inf
-    )
+    curves = [job.curves.get(tag, {}) for job in jobs for tag in tags]
+    values = sorted(value for curve in curves for value in curve.values() if _is_drawn(value))
     for axes in panels if values else ():  # an axis without values cannot be logarithmic
         axes.set_yscale("log")
         axes.set_ylim(values[0] / 1.3, min(values[-1] * 1.3, values[len(values) // 2] * 100))
 
 
 def _draw_curve(axes: "Axes", curve: Mapping[int, float], color: str, label: str) -> None:
-    steps = sorted(step for step, value in curve.items() if math.isfinite(value) and value > 0)
+    steps = sorted(step for step, value in curve.items() if _is_drawn(value))
     axes.plot(steps, [curve[step] for step in steps], color=color, linewidth=1.4, label=label,
               marker="." if len(steps) < 3 else None)  # fmt: skip
 
@@ -275,4 +245,4 @@ def _draw_curve(axes: "Axes", curve: Mapping[int, float], color: str, label: str
 def save(figure: "Figure", file: Path) -> None:
     """Writes a picture, whole or not at all."""
     with whole_file(file) as stream:
-        figure.savefig(stream, format="png", dpi=120)
+        stream.write(png(figure))

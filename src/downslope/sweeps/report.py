@@ -1,22 +1,20 @@
 """A sweep's report: the table, the picture, the page, and a summary in the terminal."""
 
 import base64
-import io
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from downslope.pictures.style import DARK, LIGHT, png
 from downslope.runs.console import one_line
 from downslope.runs.whole_files import whole_file
-from downslope.sweeps.picture import DARK, LIGHT, MOST_PANELS, draw_curves, draw_learning_rate, save, suggested_rate
+from downslope.sweeps.picture import MOST_PANELS, draw_curves, draw_learning_rate, save, suggested_rate
 from downslope.sweeps.table import Job, judged_by, read_jobs, rows, varied_keys, write_table
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
+DPI = 110
 MOST_ROWS = 30  # in the terminal
 MOST_COLUMNS, MOST_ERRORS = 60, 5  # of the page
 LONG = ("job", "error")
@@ -120,22 +118,16 @@ def _write_page(report: Report, title: str) -> None:
 def _pictures(jobs: Sequence[Job], monitor: str, learning_rate: bytes) -> list[tuple[str, str, str, str]]:
     """Title, description, and the picture for light and for dark surroundings."""
     rate, curves = f"{monitor} against the learning rate", f"{monitor} and gradient norm against steps, a column a job"
-    pictures = [("Learning rate", rate, _data_uri(learning_rate), _data_uri(_png(draw_learning_rate(jobs, DARK))))]
+    pictures = [("Learning rate", rate, _data_uri(learning_rate), _data_uri(png(draw_learning_rate(jobs, DARK), DPI)))]
     figures = [figure for theme in (LIGHT, DARK) if (figure := draw_curves(jobs, theme))]
     if figures:
-        light, dark = (_data_uri(_png(figure)) for figure in figures)
+        light, dark = (_data_uri(png(figure, DPI)) for figure in figures)
         pictures.append(("Curves", curves, light, dark))
     return pictures
 
 
-def _png(figure: "Figure") -> bytes:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=110)
-    return picture.getvalue()
-
-
-def _data_uri(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode()}"
+def _data_uri(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
 
 
 def _text(value: Any) -> str:

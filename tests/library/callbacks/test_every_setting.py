@@ -745,7 +745,7 @@ def test_a_full_disk_is_warned_of_once_and_training_goes_on(
     def full(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(logger.experiment.file_writer, "add_summary", full)
+    monkeypatch.setattr(logger.experiment.file_writer.event_writer._general_file_writer, "write", full)
     watched = fit(Net, observers(), logger)
     alone = fit(Net, [], False)
     said = [message for message in caplog.messages if "training goes on" in message]

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -5,32 +6,60 @@ from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from downslope.logs.event_files import EVENT_FILES
 from downslope.logs.hparams import write_hparams
+from downslope.logs.tensorboard import rewind_event_files
 from downslope.runs.result import Result
-from tests.conftest import scalars
+from tests.conftest import Outcome, read_json, scalars
 from tests.library.sweeps.conftest import write_curves
 
 CONFIG = OmegaConf.create({"lr": 0.1})
-CHOICES = {"device": "cpu", "model": "manual", "optimizer": "sgd", "data": "diabetes", "hydra/launcher": "basic"}
-RESULT = Result(status="completed", metrics={"val/loss": 0.25}, excess_loss=0.5, num_optimizer_steps=7)
+CHOICES = {"device": "cpu", "model": "digits", "optimizer": "sgd", "data": "digits", "hydra/launcher": "basic"}
+METRICS = {"train/loss": 0.5, "val/accuracy": 0.25}
 
 
-def session(run: Path) -> dict[str, object]:
-    """The run's line as the plugin finds it."""
+def result(**values: object) -> Result:
+    return Result(**{"status": "completed", "metrics": METRICS, "num_optimizer_steps": 7, **values})  # type: ignore[arg-type]
+
+
+def plugin_data(run: Path, tag: str) -> HParamsPluginData:
+    """What the plugin finds in a run."""
     events = EventAccumulator(str(run))
     events.Reload()
-    content = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
-    hparams = HParamsPluginData.FromString(content).session_start_info.hparams
+    return HParamsPluginData.FromString(events.PluginTagToContent("hparams")[f"_hparams_/{tag}"])
+
+
+def line(run: Path) -> dict[str, object]:
+    hparams = plugin_data(run, "session_start_info").session_start_info.hparams
     return {name: getattr(value, value.WhichOneof("kind")) for name, value in hparams.items()}
 
 
-def test_the_line_holds_rate_choices_metrics_and_the_verdict(tmp_path: Path) -> None:
-    write_curves(tmp_path, {"val/loss": {7: 0.75}})
-    write_hparams(tmp_path, CONFIG, CHOICES, RESULT)
-    line = {"lr": 0.1, "device": "cpu", "model": "manual", "optimizer": "sgd", "data": "diabetes"}
-    assert session(tmp_path) == {**line, "verdict": "completed"}
-    assert scalars(tmp_path, "val/loss")[-1] == (7, 0.25)
+def columns(run: Path) -> list[str]:
+    return [info.name.tag for info in plugin_data(run, "experiment").experiment.metric_infos]
+
+
+def test_the_line_holds_rate_choices_and_the_verdict_against_what_was_logged(tmp_path: Path) -> None:
+    write_curves(tmp_path, {"train/loss": {7: 0.5}, "val/accuracy": {5: 0.75}})
+    write_hparams(tmp_path, CONFIG, CHOICES, result(verdict="too_slow"), monitor="val/accuracy")
+    asked = {"lr": 0.1, "device": "cpu", "model": "digits", "optimizer": "sgd", "data": "digits"}
+    assert line(tmp_path) == {**asked, "verdict": "too_slow"}
+    assert columns(tmp_path) == ["val/accuracy", "train/loss"]
+    assert scalars(tmp_path, "val/accuracy") == [(5, 0.75), (7, 0.25)]
+    assert scalars(tmp_path, "train/loss") == [(7, 0.5)]
+
+
+def test_the_excess_loss_is_there_where_there_is_one(tmp_path: Path) -> None:
+    write_curves(tmp_path, {})
+    write_hparams(tmp_path, CONFIG, CHOICES, result(excess_loss=0.5), monitor="val/accuracy")
+    assert columns(tmp_path) == ["val/accuracy", "excess_loss", "train/loss"]
     assert scalars(tmp_path, "excess_loss") == [(7, 0.5)]
+
+
+def test_without_a_rate_a_verdict_or_the_objective_the_rest_is_there(tmp_path: Path) -> None:
+    write_curves(tmp_path, {})
+    write_hparams(tmp_path, OmegaConf.create({}), {"model": "mine"}, result(status="diverged"), monitor="val/loss")
+    assert line(tmp_path) == {"model": "mine", "verdict": "diverged"}
+    assert columns(tmp_path) == list(METRICS)
 
 
 def test_a_resumed_run_shows_its_last_verdict_alone_and_keeps_its_curves(
@@ -39,20 +68,34 @@ def test_a_resumed_run_shows_its_last_verdict_alone_and_keeps_its_curves(
     for second, (step, verdict) in enumerate({7: "too_slow", 9: "converged"}.items()):
         monkeypatch.setattr("time.time", lambda now=1_700_000_000 + second: now)
         write_curves(tmp_path, {"train/loss": {step: 1.0}})
-        write_hparams(tmp_path, CONFIG, CHOICES, Result(**{**vars(RESULT), "verdict": verdict}))
-    assert session(tmp_path)["verdict"] == "converged"
+        lengths = {file.name: file.stat().st_size for file in tmp_path.iterdir()}  # as the last checkpoint knows them
+        write_hparams(tmp_path, CONFIG, CHOICES, result(verdict=verdict), monitor="train/loss")
+        if second == 0:
+            assert line(tmp_path)["verdict"] == "too_slow"
+            rewind_event_files(tmp_path, lengths)
+    assert line(tmp_path)["verdict"] == "converged"
     content = b"".join(file.read_bytes() for file in tmp_path.iterdir())
     assert content.count(b"_hparams_/session_start_info") == 1
-    assert [step for step, _ in scalars(tmp_path, "train/loss")] == [7, 9]
+    assert [step for step, _ in scalars(tmp_path, "train/loss")] == [7, 9, 7]  # the line repeats the last one
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def test_a_run_that_has_ended_and_is_resumed_has_one_line(script: Callable[..., Outcome], tmp_path: Path) -> None:
+    quick = ("device=cpu", "callbacks=checkpoints")
+    assert script("train", "trainer.max_epochs=1", "hydra.run.dir=run", *quick).code == 0
+    assert script("train", "resume=run", "resume_override=[trainer.max_epochs]", "trainer.max_epochs=2").code == 0
+    run = tmp_path / "run"
+    assert b"".join(file.read_bytes() for file in run.glob(EVENT_FILES)).count(b"_hparams_/session_start_info") == 1
+    step, loss = scalars(run, "val/loss")[-1]
+    assert (step, loss) == (read_json(run)["num_optimizer_steps"], pytest.approx(read_json(run)["metrics"]["val/loss"]))
+
+
 def test_a_run_without_an_event_file_gets_none(tmp_path: Path) -> None:
-    write_hparams(tmp_path, CONFIG, CHOICES, RESULT)
+    write_hparams(tmp_path, CONFIG, CHOICES, result(), monitor="train/loss")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_what_cannot_be_written_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "events.out.tfevents.1.a.b.0").mkdir()
-    write_hparams(tmp_path, CONFIG, CHOICES, RESULT)
+    write_hparams(tmp_path, CONFIG, CHOICES, result(), monitor="train/loss")
     assert "Cannot write the run's line for HPARAMS" in caplog.text

@@ -1,6 +1,7 @@
 """The event file as TensorBoard itself reads it."""
 
 import math
+import re
 import struct
 import time
 from pathlib import Path
@@ -11,9 +12,8 @@ from lightning import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary
 
-from downslope.logs.tensorboard import Measurement, StepWriter, _event, close_step_writer, step_writer
+from downslope.logs.tensorboard import LAYOUT, Measurement, StepWriter, TensorBoard, close_step_writer, step_writer
 
 VALUES = [0.1, -1e-40, math.inf, -math.inf, math.nan, 3.5]
 
@@ -45,20 +45,16 @@ def test_all_histograms_of_a_step_are_one_event(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("step", [0, 127, 128, 300, 2**40])
-def test_an_event_is_that_of_protocol_buffers(step: int) -> None:
-    tags = ["loss", "gradient_norm/ä.weight", "x" * 200, "a", "b", "c"]
-    summary = Summary(
-        value=[Summary.Value(tag=tag, simple_value=value) for tag, value in zip(tags, VALUES, strict=True)]
-    )
-    ours = Event.FromString(_event(1234.5, step, Measurement(tags, lambda row: row).summary(VALUES)))
-    assert (ours.wall_time, ours.step) == (1234.5, step)
-    assert ours.summary.SerializeToString() == summary.SerializeToString()
-
-
-def test_a_value_beyond_float32_is_infinite() -> None:
-    summary = Summary.FromString(Measurement(["a", "b"], lambda row: row).summary([1e300, -1e300]))
-    assert [value.simple_value for value in summary.value] == [math.inf, -math.inf]
+def test_what_is_no_number_or_beyond_float32_is_written_as_the_format_has_it(tmp_path: Path) -> None:
+    tags, values = ["ä.weight", *"abcde", "large"], [*VALUES, -1e300]
+    writer, _ = writer_and_folder(tmp_path)
+    writer.add(2**40, Measurement(tags, lambda row: row), values)
+    writer.flush()
+    event = events(tmp_path)[-1]
+    assert (event.step, [each.tag for each in event.summary.value]) == (2**40, tags)
+    written = torch.tensor([each.simple_value for each in event.summary.value], dtype=torch.float64)
+    expected = [0.10000000149011612, -9.99994610111476e-41, math.inf, -math.inf, math.nan, 3.5, -math.inf]
+    assert written.tolist() == pytest.approx(expected, rel=1e-15, abs=0, nan_ok=True)
 
 
 def test_all_measurements_of_a_step_are_one_event_and_the_order_is_kept(tmp_path: Path) -> None:
@@ -105,3 +101,29 @@ def test_closing_writes_what_waits(tmp_path: Path) -> None:
     step_writer(trainer).add(7, Measurement(["a"], lambda row: row), [1.0])
     close_step_writer(trainer)
     assert events(tmp_path)[-1].step == 7
+
+
+def test_the_values_of_a_call_are_one_event(tmp_path: Path) -> None:
+    logger = TensorBoard(str(tmp_path))
+    logger.log_metrics({"train/loss": torch.tensor(0.5), "epoch": 3}, step=7)
+    event = events(tmp_path)[-1]
+    assert event.step == 7
+    assert {each.tag: each.simple_value for each in event.summary.value} == {"train/loss": 0.5, "epoch": 3.0}
+
+
+def charts(tag: str) -> set[str]:
+    """The charts of Custom Scalars that show a tag, by the plugin's own rule: a pattern matches from its beginning."""
+    return {
+        name
+        for category in LAYOUT.values()
+        for name, (_, patterns) in category.items()
+        if any(re.match(pattern, tag) for pattern in patterns)
+    }
+
+
+def test_custom_scalars_show_a_tasks_own_names() -> None:
+    assert charts("train/loss") == charts("val/loss") == charts("g_loss") == {"loss"}
+    assert charts("val/accuracy") == charts("test/mae") == {"other metrics"}
+    assert charts("learning_rate/SGD") == charts("learning_rate_effect/critical") == {"learning rate"}
+    assert charts("learning_rate_effect/critical_ratio") == {"learning rate ÷ critical"}
+    assert charts("epoch") == set()

@@ -45,7 +45,7 @@ def test_a_line_a_device_with_what_diverged_and_failed_at_the_top_edge(four_jobs
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert isinstance(axes.figure, Figure)
     assert legend(axes.figure) == ["device=cpu", "device=gpu", "last", "best on its way", "diverged", "failed"]
-    assert axes.get_title(loc="left") == "Least val/loss 0.4 at lr=0.2, device=cpu"
+    assert axes.get_title(loc="left") == "Best val/loss 0.4 at lr=0.2, device=cpu"
 
 
 def test_the_limit_and_the_suggested_rate_stand_where_they_are(four_jobs: Path) -> None:
@@ -60,6 +60,19 @@ def test_without_a_suggestion_or_a_limit_nothing_is_marked(make_job: MakeJob, sw
     axes = drawn(sweep)
     assert marked(axes, "^") == []
     assert list(axes.texts) == []
+
+
+def test_an_objective_that_may_be_negative_stands_on_a_linear_axis_under_its_name(
+    make_job: MakeJob, sweep: Path
+) -> None:
+    for rate, objective in ((0.1, -2.5), (0.2, 0.5)):
+        make_job(f"lr={rate}", lr=rate, status="completed", objective=objective, monitor="val/log_likelihood")
+    make_job("lr=0.4", lr=0.4, status="failed")
+    (axes,) = draw_learning_rate(read_jobs(sweep)).axes
+    assert points(axes.lines[0]) == [(0.1, -2.5), (0.2, 0.5)]
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
+    assert axes.get_ylabel() == "val/log_likelihood"
+    assert axes.get_title(loc="left") == "Best val/log_likelihood -2.5 at lr=0.1"
 
 
 def test_one_job_all_failed_and_no_job_with_a_rate_are_drawn_too(make_job: MakeJob, sweep: Path) -> None:

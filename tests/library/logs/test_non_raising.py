@@ -12,12 +12,92 @@ from typing import Any
 
 import pytest
 import torch
+from lightning import Trainer
+from lightning.pytorch.loggers import Logger
 
-from tests.conftest import ROOT, Outcome, read_json
+from downslope.logs.non_raising import non_raising_logger
+from downslope.logs.tensorboard import TensorBoard, write_scalars
+from tests.conftest import ROOT, Outcome, read_json, scalars
 
 TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]
 WITH_PICTURES = ("hydra.run.dir=run", "trainer.max_epochs=20", "callbacks.gradient_monitor.every_n_steps=1")
 SHORT = (*WITH_PICTURES, "~callbacks.pictures")
+
+
+class Memory(Logger):
+    """Keeps values that are numbers; another service's client has errors of its own."""
+
+    name = version = None
+
+    def __init__(self, error: type[Exception] = RuntimeError, is_down: bool = False) -> None:
+        super().__init__()
+        self.error, self.is_down = error, is_down
+        self.values: list[tuple[str, float, int | None]] = []
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        if self.is_down:
+            raise self.error("the service is down")
+        for tag, value in metrics.items():
+            if isinstance(value, str):
+                raise self.error(f"{value} is no number")
+            self.values.append((tag, value, step))
+
+    def log_hyperparams(self, *arguments: Any, **named: Any) -> None:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("error", [TypeError, ValueError, OverflowError, RuntimeError])
+def test_a_value_that_cannot_be_written_costs_itself_and_is_warned_of_once(
+    caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
+    logger = non_raising_logger(memory := Memory(error))
+    for step in (1, 2):
+        logger.log_metrics({"word": "three", "loss": 0.5}, step)
+    assert {("loss", 0.5, 1), ("loss", 0.5, 2)} == set(memory.values)
+    assert caplog.messages == ["Memory cannot write `word`, which is left out: three is no number"]
+
+
+def test_a_value_on_its_own_costs_itself(caplog: pytest.LogCaptureFixture) -> None:
+    logger = non_raising_logger(memory := Memory(ValueError))
+    logger.log_metrics({"word": "three"}, 1)
+    logger.log_metrics({"loss": 0.5}, 1)
+    assert memory.values == [("loss", 0.5, 1)]
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("values", [{"loss": 0.5}, {"loss": 0.5, "accuracy": 0.5}])
+@pytest.mark.parametrize("error", [RuntimeError, OSError])
+def test_a_logger_that_fails_is_warned_of_once_and_left_alone(
+    caplog: pytest.LogCaptureFixture, error: type[Exception], values: dict[str, float]
+) -> None:
+    logger = non_raising_logger(memory := Memory(error, is_down=True))
+    for step in (1, 2):
+        logger.log_metrics(values, step)
+    memory.is_down = False
+    logger.log_metrics(values, 3)
+    logger.log_hyperparams({})
+    assert memory.values == []
+    assert caplog.messages == ["Cannot write to Memory any more, training goes on: the service is down"]
+
+
+def test_a_logger_that_fails_costs_no_other_one(tmp_path: Path) -> None:
+    loggers = [Memory(is_down=True), TensorBoard(str(tmp_path)), memory := Memory()]
+    trainer = Trainer(logger=loggers, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False)
+    write_scalars(trainer, {"loss": 0.5}, 7)
+    assert memory.values == [("loss", 0.5, 7)]
+    assert scalars(tmp_path, "loss") == [(7, 0.5)]
+
+
+def test_importing_the_loggers_changes_nothing_outside_them() -> None:
+    code = """
+import logging, threading
+from tensorboard.summary.writer import record_writer
+import lightning.pytorch.loggers
+before = record_writer.masked_crc32c, threading.excepthook, logging.root.handlers[:], logging.root.level
+import downslope.logs.hparams, downslope.logs.non_raising, downslope.logs.tensorboard
+assert before == (record_writer.masked_crc32c, threading.excepthook, logging.root.handlers, logging.root.level)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def train(folder: Path, *overrides: str, **how: Any) -> subprocess.CompletedProcess[str]:
