@@ -12,15 +12,10 @@ class MissingJobs(BasicSweeper):
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        from downslope.runs.console import say
-        from downslope.sweeps.missing import missing_jobs
+        from downslope.sweeps.grid import batches
 
         assert self.config is not None
-        jobs = missing_jobs(self.config)
-        (grid,) = BasicSweeper.split_arguments(overrides, None)
-        if kept := len(grid) - len(jobs):
-            say(f"kept {kept:,} of {len(grid):,} jobs, which have ended already")
-        return [list(batch) for batch in self.split_overrides_to_chunks(jobs, max_batch_size)] if jobs else []
+        return batches(self.config, max_batch_size)
 
     def validate_batch_is_legal(self, batch: Sequence[Sequence[str]]) -> None:
         """Composes nothing: the gate has composed each value once, and the launcher composes each job."""

@@ -22,7 +22,7 @@ def test_the_page_opens_from_disk_and_shows_the_rates(browser: "Chrome", sweep: 
     assert browser.title == "Sweep rates"
     assert sorted(column(browser, "lr")) == list(RATES)
     assert dict(zip(column(browser, "lr"), column(browser, "status"), strict=True))["0.4"] == "diverged"
-    assert "python scripts/train.py lr=0.1 data.batch_size=1000" in " ".join(column(browser, "again"))
+    assert "scripts/train.py lr=0.1 data.batch_size=1000" in " ".join(column(browser, "again"))
     widths = [browser.execute_script("return arguments[0].naturalWidth", each)  # type: ignore[no-untyped-call]
               for each in browser.find_elements("css selector", "img")]  # fmt: skip
     assert len(widths) == 2

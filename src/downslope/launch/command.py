@@ -18,21 +18,9 @@ from downslope.sweeps.job import run_job
 def run(config: DictConfig, train: str) -> Any:
     """Runs the training function of this full name: torch is imported only then, so that `--help` answers at once."""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
-        return run_job(config, lambda config: _as_if_alone(config, train))
+        return run_job(config, lambda config: get_method(train)(config))
     os.environ[console.FULL_ERROR] = str(int(console.SHOW_TRACEBACK))  # what was borrowed: other processes inherit it
     with console.refusing("train"):
-        return get_method(train)(config)
-
-
-def _as_if_alone(config: DictConfig, train: str) -> Any:
-    """Trains a job of a sweep: in this process, or in several of its own."""
-    from downslope.sweeps.process import distributed, train_in_process
-
-    if distributed(config):
-        return train_in_process(config)
-    from downslope.sweeps.isolation import isolated
-
-    with isolated():
         return get_method(train)(config)
 
 

@@ -15,24 +15,21 @@ from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from downslope.launch.checks import check_additions, check_nodes, check_values
+from downslope.runs.command_line import typed
 from downslope.runs.console import explain, refusing, say
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.result import EXIT_CODES, read_result
 from downslope.runs.resuming import adopt, checkpoint_of, keep_changes
-from downslope.sweeps.ending import Ending
-from downslope.sweeps.job import SOURCES
-from downslope.sweeps.missing import missing_jobs, sources_digest
-from downslope.sweeps.name import job_name
-from downslope.sweeps.stopping import BASIC
+from downslope.sweeps.ending import BASIC, Ending
+from downslope.sweeps.grid import MISSING, missing_jobs, typed_overrides, values
+from downslope.sweeps.job import job_name
 
-GRID = "hydra_plugins.downslope_sweeper.MissingJobs"
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
 
 
@@ -42,8 +39,14 @@ def run_name() -> str:
     return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{letters}"
 
 
+def name_of_the_job(*, _root_: DictConfig) -> str:
+    """Returns the name of a job's folder, by its overrides as typed: an interpolation in one has no value before it."""
+    hydra: Any = OmegaConf.to_container(_root_.hydra.job, resolve=False)
+    return job_name(hydra["override_dirname"])
+
+
 OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
-OmegaConf.register_new_resolver("job_name", job_name, replace=True)
+OmegaConf.register_new_resolver("job_name", name_of_the_job, replace=True)
 
 
 class Gate(Callback):
@@ -86,18 +89,14 @@ class Gate(Callback):
                 )
             folder = Path(config.hydra.sweep.dir).absolute()
             check_folder(folder, "hydra.sweep.dir")
-            anything_to_run = config.hydra.sweeper._target_ != GRID or missing_jobs(config)
+            anything_to_run = config.hydra.sweeper._target_ != MISSING or missing_jobs(config)
             if anything_to_run:
                 check_sweep(config, config_name, folder, self.build)
                 forget_early_log()
         with open_dict(config), read_write(config):
-            # A job writes its own, once it knows that the folder is its own.
-            config.hydra.overrides.hydra.append("hydra.output_subdir=null")
-            config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{SOURCES}={sources_digest(config)}")
-            os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray leaves out what several jobs say alike: their results
             Gate.sweep = Ending(config)
             if anything_to_run and config.hydra.launcher._target_ != BASIC:
-                Gate.sweep.stop.listen(config)
+                Gate.sweep.listen(config)
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Lets go of the job's configuration: the launcher keeps what a job returns until the sweep ends."""
@@ -136,7 +135,7 @@ def check(config: DictConfig, folder: Path, build: str, devices: bool = True) ->
         devices: Whether a device that is not there counts; a sweep goes on without the jobs that need it.
     """
     check_values(config)
-    overrides = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
+    overrides = OverridesParser.create().parse_overrides(typed(config.hydra.overrides.task))
     loader = GlobalHydra.instance().config_loader()
     check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
     with read_write(config), open_dict(config):
@@ -203,10 +202,9 @@ def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig,
         config: As Hydra's multirun has it: the swept keys still at their defaults.
         config_name: The primary configuration's name.
     """
-    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.get("params") or {}).items()]
     parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
-    overrides = parser.parse_overrides([*config.hydra.overrides.task, *swept])
-    choices = [_choices(override) for override in overrides]
+    overrides = typed_overrides(config)
+    choices = [values(override) for override in overrides]
     first = [each[0] for each in choices]
     base = compose(config_name, first, return_hydra_config=True)
     yield base.copy(), " ".join(override.input_line or "" for override in overrides)
@@ -221,15 +219,3 @@ def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig,
                 value = parser.parse_override(choice).value()
                 OmegaConf.update(variant, override.key_or_group, value, merge=False, force_add=True)
             yield variant, override.input_line or ""
-
-
-def _choices(override: Override) -> list[str]:
-    """Every value of a swept override, as overrides; of an interval that a sweeper samples from, its two ends."""
-    if override.is_interval_sweep():
-        interval = override.value()
-        assert isinstance(interval, IntervalSweep)
-        return [f"{override.get_key_element()}={end}" for end in (interval.start, interval.end)]
-    if not override.is_discrete_sweep():
-        assert override.input_line is not None
-        return [override.input_line]
-    return [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]

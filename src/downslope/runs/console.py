@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from downslope.runs.command_line import command_line
 from downslope.runs.result import Result
 from downslope.runs.signals import exit_on_signals
 
@@ -193,9 +194,9 @@ def _again(result: Result) -> str:
     """The command that follows the suggestion, where the sentence makes one."""
     if "Try lr=" not in result.evidence.get("sentence", ""):
         return ""
-    others = [each for each in sys.argv[1:] if not each.startswith("lr=")]  # flags such as --config-dir included
+    others = [each for each in result.overrides if not each.startswith("lr=")]
     rate = f"lr={result.suggested_learning_rate:.3g}"
-    return f"        again   {shlex.join(['python', sys.argv[0], *others, rate])}"
+    return f"        again   {shlex.join([*command_line(), *others, rate])}"
 
 
 def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:

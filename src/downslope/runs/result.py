@@ -2,10 +2,13 @@
 
 import json
 import math
+import types
+import typing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from downslope.runs.plain_files import printable, read_bytes
 from downslope.runs.whole_files import whole_file
 
 FILE_NAME = "result.json"
@@ -78,9 +81,56 @@ class Result:
 
 
 def read_result(folder: Path) -> Result | None:
-    """Reads a run's result, None where it has none (yet)."""
-    file = folder / FILE_NAME
-    return Result(**json.loads(file.read_text())) if file.is_file() else None
+    """Reads a run's result, None where it has none (yet).
+
+    Raises:
+        ValueError: The file holds what no run writes; the message names it.
+        OSError: It cannot be read.
+    """
+    content = read_bytes(folder / FILE_NAME)
+    return None if content is None else _parse(content)
+
+
+def _parse(content: bytes) -> Result:
+    """Checks every field against its annotation, so that nobody else has to."""
+    try:
+        values = printable(json.loads(content))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{FILE_NAME} is no JSON: {error}") from error
+    kinds = typing.get_type_hints(Result)
+    if not isinstance(values, dict) or "status" not in values:
+        raise ValueError(f"{FILE_NAME} must have a status.")
+    if isinstance(values.get("metrics"), dict):  # null stands for what was not finite
+        values["metrics"] = {tag: value for tag, value in values["metrics"].items() if value is not None}
+    for name, value in values.items():
+        if name not in kinds or not _is(value, kinds[name]):
+            raise ValueError(f"{FILE_NAME} has a `{name}` that no run writes.")
+    return Result(**values)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Tells whether a value from JSON is what an annotation says; numbers must be finite and have at most 64 bits."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin is Literal:
+        return isinstance(value, str) and value in inner
+    if origin is types.UnionType:
+        return any(_is(value, each) for each in inner)
+    if origin is dict:
+        return isinstance(value, dict) and all(_is(each, inner[1]) for each in value.values())
+    if origin is list:
+        return isinstance(value, list) and all(_is(each, inner[0]) for each in value)
+    if kind is float and type(value) is float:
+        return math.isfinite(value)
+    if kind in (int, float):
+        return type(value) is int and -(2**63) <= value < 2**63
+    return kind is Any or type(value) is kind
+
+
+def objective_of(result: Result | None, mode: str = "min") -> float:
+    """Returns what a sweeper seeks the least or the most of: the worst there is for a run that has not completed."""
+    if result and result.status == "completed" and result.objective is not None:
+        return result.objective
+    return -math.inf if mode == "max" else math.inf
 
 
 def _finite(value: Any) -> Any:

@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 from downslope.gradients.least_squares import HasLeastSquares
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
+from downslope.runs.command_line import typed
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
 from downslope.runs.excess_loss import training_loss
 from downslope.runs.log import begin_log
@@ -74,7 +75,7 @@ class Run:
             learning_rate=config.get("lr"),
             monitor=config.get("monitor"),
             mode=config.get("mode", "min"),
-            overrides=list(hydra.overrides.task),
+            overrides=typed(hydra.overrides.task),
             seed=config.get("seed"),
             versions={
                 "python": platform.python_version(),

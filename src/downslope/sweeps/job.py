@@ -1,26 +1,53 @@
-"""One job of a sweep: kept, gone on with or run, once, in a folder that no other process touches meanwhile."""
+"""One job of a sweep: kept, resumed or run, once, in a folder of its own that no other process touches meanwhile."""
 
 import difflib
 import hashlib
-import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
 
-from downslope.runs.console import explain, say
-from downslope.runs.result import Result, read_result
+from downslope.runs.command_line import typed
+from downslope.runs.console import explain, one_line, say
+from downslope.runs.plain_files import LOADER, check_regular, read_yaml
+from downslope.runs.result import Result, objective_of, read_result
 from downslope.runs.signals import STOP_FILE, leave_interrupts_to_the_sweep, signal_from_the_sweep
 
+LONGEST_NAME = 100
+ODD = re.compile(r"[^\w.,=+\-@~]+")
 LOCK = ".lock"  # the system lets go of it when its process dies, by kill -9 too
 ENDED = ("completed", "diverged")
-OWN_KEYS = ("hydra", "resume", "resume_override", "trust")  # how a job is run, not which one it is
-KEY = ".hydra/key"  # a digest of what the job was composed from: sweeps/missing.py
-SOURCES = "DOWNSLOPE_SOURCES"  # how the gate tells the jobs, wherever they run, what theirs is made of
+HOW_IT_IS_RUN = ("hydra", "resume", "resume_override", "trust")  # keys that do not say which job it is
+KEY = ".hydra/key"  # a digest of what the job was composed from: grid.py
+SOURCES = "DOWNSLOPE_SOURCES"  # how a sweep tells its jobs, wherever they run, what theirs is made of
+
+
+def job_name(overrides: str) -> str:
+    """Returns overrides as a folder's name; where they are long or odd, what is readable of them and a hash.
+
+    Example:
+        >>> job_name("device=cpu,lr=0.01")
+        'device=cpu,lr=0.01'
+        >>> job_name("data.path=tables/houses.csv")
+        'data.path=tables-houses.csv@7dc9c5923e'
+    """
+    plain = ODD.sub("-", overrides)
+    if plain == overrides and 0 < len(plain) <= LONGEST_NAME and plain.strip(".") and "@" not in plain:
+        return plain
+    digest = hashlib.sha256(overrides.encode()).hexdigest()[:10]
+    return f"{plain[: LONGEST_NAME - 11] or 'defaults'}@{digest}"
+
+
+def job_key(sources: str, overrides: Sequence[str]) -> str:
+    """Returns a digest of all that a job is composed from: where it is equal, so is the composed configuration."""
+    return hashlib.sha256("\n".join([sources, *overrides]).encode()).hexdigest()
 
 
 def run_job(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
@@ -33,28 +60,29 @@ def run_job(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
         train: Trains as configured.
 
     Returns:
-        The validation loss, what a sweeper minimises; infinity where there is none.
+        The objective as logged, which a sweeper minimises or maximises; the worst there is where it has none.
 
     Raises:
-        ValueError: The folder holds the same job with another configuration.
+        ValueError: The folder holds the same job with another configuration, or something that is no job.
     """
-    folder = Path(HydraConfig.get().runtime.output_dir)
+    folder, mode = Path(HydraConfig.get().runtime.output_dir), config.get("mode", "min")
     leave_interrupts_to_the_sweep()
     if signal_from_the_sweep():
-        return math.inf
+        return objective_of(None, mode)
+    check_regular(folder)
     try:
         with FileLock(folder / LOCK, blocking=False):
             check_identity(config, folder)
-            result = read_result(folder)
+            result = result_of(folder)
             if result is None or result.status not in ENDED:
                 prepare(config, folder, result)
                 result = _run(config, folder, train)
             else:
                 say(f"kept {folder.name}: {result.status}")
-            return objective(result)
+            return objective_of(result, mode)
     except Timeout:
         say(f"left {folder.name} to the process that runs it")
-        return math.inf
+        return objective_of(None, mode)
 
 
 def is_running(folder: Path) -> bool:
@@ -66,37 +94,34 @@ def is_running(folder: Path) -> bool:
         return True
 
 
-def objective(result: Result | None) -> float:
-    """Returns what a sweeper minimises: the validation loss, infinity where the job has not completed."""
-    loss = result.metrics.get("val/loss") if result and result.status == "completed" else None
-    return math.inf if loss is None else loss
+def result_of(folder: Path) -> Result | None:
+    """Reads a job's result: one that cannot be read is a failed job's."""
+    try:
+        return read_result(folder)
+    except (OSError, ValueError) as error:
+        return _failure(error)
+
+
+def _failure(error: Exception, **known: Any) -> Result:
+    return Result(status="failed", error={"type": type(error).__name__, "message": explain(error)}, **known)
 
 
 def _run(config: DictConfig, folder: Path, train: Callable[[DictConfig], float]) -> Result | None:
+    from downslope.sweeps.process import train_as_if_alone
+
     say(f"\n{folder.name}")
     try:
-        train(config)
+        train_as_if_alone(config, train)
     except SystemExit:  # told to stop, it has saved
         if STOP_FILE not in os.environ:
             raise  # the sweep runs in this process
     except Exception as error:
-        result = read_result(folder)
+        result = result_of(folder)
         if result is None or result.status != "failed":
-            Result(
-                status="failed",
-                learning_rate=config.get("lr"),
-                overrides=list(HydraConfig.get().overrides.task),
-                seed=config.get("seed"),
-                error={"type": type(error).__name__, "message": explain(error)},
-            ).write(folder)
-        say(f"  failed    {explain(error)}")
-    return read_result(folder)
-
-
-def identity(config: DictConfig) -> str:
-    """Returns what makes a job the one it is: its composed configuration."""
-    keys = [str(key) for key in config if key not in OWN_KEYS]
-    return OmegaConf.to_yaml(OmegaConf.masked_copy(config, keys))
+            overrides = typed(HydraConfig.get().overrides.task)
+            _failure(error, learning_rate=config.get("lr"), overrides=overrides, seed=config.get("seed")).write(folder)
+        say(f"  failed    {one_line(explain(error))}")
+    return result_of(folder)
 
 
 def check_identity(config: DictConfig, folder: Path) -> None:
@@ -105,12 +130,10 @@ def check_identity(config: DictConfig, folder: Path) -> None:
     Raises:
         ValueError: The lines that differ, and the way out.
     """
-    file = folder / ".hydra" / "config.yaml"
-    if not file.is_file():
+    before = read_yaml(folder / ".hydra" / "config.yaml")
+    if before is None:
         return
-    before = OmegaConf.load(file)
-    assert isinstance(before, DictConfig)
-    old, new = identity(before).splitlines(), identity(config).splitlines()
+    old, new = _identity(before), _identity(yaml.load(OmegaConf.to_yaml(config), LOADER))
     if old != new:
         changes = [
             line for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")
@@ -122,27 +145,39 @@ def check_identity(config: DictConfig, folder: Path) -> None:
         )
 
 
+def _identity(config: Any) -> list[str]:
+    """What makes a job the one it is, its composed configuration, in lines."""
+    if isinstance(config, dict):
+        config = {key: value for key, value in config.items() if key not in HOW_IT_IS_RUN}
+    return str(yaml.safe_dump(config, sort_keys=False, allow_unicode=True)).splitlines()
+
+
 def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
-    """Makes the folder ready: to go on where a job was stopped, else empty; and writes the job's identity there."""
+    """Makes the folder ready: to be resumed where a job was stopped, else empty; and writes the job's identity there.
+
+    Raises:
+        ValueError: It holds files and is no job's: they are not ours to delete.
+    """
     stopped = result is None or result.status == "interrupted"
     if stopped and _has_whole_checkpoint(folder):
         config.resume = str(folder)
         return
-    for leftover in folder.iterdir():
-        if leftover.name == LOCK:
-            continue
-        if leftover.is_dir() and not leftover.is_symlink():
+    target, partial, hydra = folder / ".hydra", folder / ".hydra.partial", HydraConfig.get()
+    leftovers = [each for each in folder.iterdir() if each.name != LOCK]
+    if not target.is_dir() and (others := [each for each in leftovers if each != partial and each.suffix != ".log"]):
+        raise ValueError(f"`hydra.sweep.dir` must have no other use, got {folder}, which holds {others[0].name}.")
+    for leftover in leftovers:
+        if leftover.is_dir():
             shutil.rmtree(leftover)
         else:
             leftover.unlink()
-    hydra = OmegaConf.create({"hydra": HydraConfig.get()})
-    target, partial = folder / ".hydra", folder / ".hydra.partial"
     partial.mkdir()
-    with open_dict(hydra):
-        for name, content in {"config": config, "hydra": hydra, "overrides": HydraConfig.get().overrides.task}.items():
-            OmegaConf.save(content, partial / f"{name}.yaml")
-    if sources := HydraConfig.get().job.env_set.get(SOURCES):
-        (partial / Path(KEY).name).write_text(job_key(sources, HydraConfig.get().overrides.task))
+    overrides = typed(hydra.overrides.task)
+    contents = {"config": config, "hydra": OmegaConf.create({"hydra": hydra}), "overrides": OmegaConf.create(overrides)}
+    for name, content in contents.items():
+        OmegaConf.save(content, partial / f"{name}.yaml")
+    if sources := hydra.job.env_set.get(SOURCES):
+        (partial / Path(KEY).name).write_text(job_key(sources, overrides))
     partial.replace(target)
 
 
@@ -155,8 +190,3 @@ def _has_whole_checkpoint(folder: Path) -> bool:
         return bool(newest_checkpoint(folder))
     except ValueError:
         return False
-
-
-def job_key(sources: str, overrides: Sequence[str]) -> str:
-    """Returns a digest of all that a job is composed from: where it is equal, so is the composed configuration."""
-    return hashlib.sha256("\n".join([sources, *overrides]).encode()).hexdigest()

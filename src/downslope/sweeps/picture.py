@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from downslope.pictures.style import LIGHT, Theme, new_figure, paint, png
 from downslope.runs.whole_files import whole_file
-from downslope.sweeps.table import GRADIENT_NORMS, LOSSES, Job, varied_keys
+from downslope.sweeps.table import GRADIENT_NORMS, Job, curve_tags, judged_by, varied_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,12 +39,15 @@ def _short(text: str, most: int = 24) -> str:
     return (text if len(text) <= most else f"{text[: most - 1]}…").replace("$", r"\$")
 
 
-def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT, objective: str = "validation loss") -> "Figure":
+def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
     """Draws the last and the best objective against the learning rate; jobs without one stand at the top edge."""
+    objective, _ = judged_by(jobs)
     figure = new_figure(9.6, 5.4, theme, layout="constrained")
     axes = figure.add_subplot()
     lines = lines_of(jobs)
-    above = 0.0 if all(job.objective >= 0 for job in jobs) else -math.inf  # a likelihood may be negative, an R²
+    above = (
+        0.0 if all(job.objective >= 0 for job in jobs if math.isfinite(job.objective)) else -math.inf
+    )  # a likelihood may be negative, an R²
     if len(lines) <= MOST_LINES:
         for index, (label, line) in enumerate(lines.items()):
             edge = 1.0 + 0.03 * index  # so that no line hides the next one's
@@ -76,7 +79,7 @@ def _draw_lines(
     done = [[job for job in line if _is_drawn(job.objective, above)] for line in lines]
     rates = _with_gaps([[job.learning_rate for job in line] for line in done])
     last = _with_gaps([[job.objective for job in line] for line in done])
-    best = _with_gaps([[job.best_loss for job in line] for line in done])
+    best = _with_gaps([[job.best_objective for job in line] for line in done])
     axes.plot(rates, last, label=label, marker="o", markersize=6, linewidth=2, clip_on=False, **look)
     axes.plot(rates, best, marker="_", markersize=9, linestyle=":", linewidth=1.3, clip_on=False, **look)
     for status, symbol in SYMBOLS.items():
@@ -176,17 +179,19 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat:
         axes.set_axis_off()
-    for kind, tags in ((LOSS, LOSSES), (NORM, GRADIENT_NORMS[:1])):
+    objective, _ = judged_by(jobs)
+    objectives = curve_tags(objective)
+    for kind, tags in ((LOSS, objectives), (NORM, GRADIENT_NORMS[:1])):
         _share_scale(grid[kind::2].flat, shown, tags)
     for index, job in enumerate(shown):
         row, column = divmod(index, columns)
         loss, norm = grid[2 * row + LOSS][column], grid[2 * row + NORM][column]
         loss.set_title(_panel_title(job, jobs), fontsize=9, color=theme.ink)
         norm.set_xlabel("step", fontsize=8)
-        for tag, color in zip(LOSSES, theme.lines, strict=False):
+        for tag, color in zip(objectives, theme.lines, strict=False):
             _draw_curve(loss, job.curves.get(tag, {}), color, tag)
         _draw_curve(norm, job.curves.get(GRADIENT_NORMS[0], {}), theme.lines[2], "gradient norm")
-        for axes, label in ((loss, "loss"), (norm, "gradient norm")):
+        for axes, label in ((loss, objective.rpartition("/")[2]), (norm, "gradient norm")):
             _finish_panel(axes, job, theme, label if column == 0 else "")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=theme.ink)

@@ -1,26 +1,68 @@
-"""A job in a process of its own: what several processes train together must be able to die without the sweep."""
+"""A job as if alone: this process is put back after it, and one that has several processes has them to itself."""
 
+import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
-from downslope.runs.configuration import own_folders
+from downslope.runs.command_line import command_line, typed
 from downslope.runs.console import FULL_ERROR, SHOW_TRACEBACK
-from downslope.runs.result import read_result
-from downslope.sweeps.job import objective
+from downslope.runs.result import objective_of, read_result
+from downslope.steps.random_state import random_state
 
 
-def distributed(config: DictConfig) -> bool:
-    """Tells whether Lightning would start the job's other processes by the command line, here the whole sweep's."""
-    return bool(config.trainer.get("strategy", "auto") != "auto")
+def train_as_if_alone(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
+    """Trains in this process, or in several of their own, which must be able to die without the sweep.
+
+    Lightning starts a job's other processes by the command line, which here is the whole sweep's. Relative paths are
+    those of whoever typed them, also with `hydra.job.chdir`.
+    """
+    if OmegaConf.select(config, "trainer.strategy", default="auto") != "auto":
+        return train_in_processes(config)
+    with isolated():
+        os.chdir(HydraConfig.get().runtime.cwd)
+        return train(config)
 
 
-def train_in_process(config: DictConfig) -> float:
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Puts back what a job may have changed for the whole process: the next finds it as the first one did."""
+    environment, folder, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
+    dtype = torch.get_default_dtype()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+    anomaly, gradients = torch.is_anomaly_enabled(), torch.is_grad_enabled()
+    try:
+        with random_state(), warnings.catch_warnings():
+            try:
+                yield
+            finally:
+                logging.captureWarnings(False)  # or logging believes that it still does, and the next job's show
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+        os.chdir(folder)
+        torch.set_num_threads(threads)
+        torch.set_default_dtype(dtype)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        torch.backends.cudnn.benchmark = benchmark
+        torch.set_float32_matmul_precision(precision)
+        torch.autograd.set_detect_anomaly(anomaly)
+        torch.set_grad_enabled(gradients)
+
+
+def train_in_processes(config: DictConfig) -> float:
     """Trains by a command that says this job alone: Lightning starts the other ranks by the same one.
 
     Raises:
@@ -29,33 +71,50 @@ def train_in_process(config: DictConfig) -> float:
     """
     hydra = HydraConfig.get()
     folder = Path(hydra.runtime.output_dir)
-    command = [sys.executable, sys.argv[0], *_arguments(config, folder)]
     environment = {**os.environ, FULL_ERROR: str(int(SHOW_TRACEBACK))}  # without what this process has borrowed
-    process = subprocess.Popen(command, cwd=hydra.runtime.cwd, env=environment)
-    try:
-        code = process.wait()
-    except (SystemExit, KeyboardInterrupt) as stop:
-        process.send_signal(signal.SIGTERM if getattr(stop, "code", 130) == 143 else signal.SIGINT)
-        process.wait()
-        raise
-    result = read_result(folder)
+    with _handed_over(config) as file:
+        flags = ["--config-path", str(file.parent), "--config-name", file.stem]
+        process = subprocess.Popen([*_script(), *flags], cwd=hydra.runtime.cwd, env=environment)
+        try:
+            code = process.wait()
+        except (SystemExit, KeyboardInterrupt) as stop:
+            process.send_signal(signal.SIGTERM if getattr(stop, "code", 130) == 143 else signal.SIGINT)
+            process.wait()
+            raise
     if code in (128 + signal.SIGINT, 128 + signal.SIGTERM):
         raise SystemExit(code)
+    result = read_result(folder)
     if result is None or result.status == "failed" or code < 0:
-        died = f"one of the job's processes died (exit code {code}): see {folder.name}/train.log"
+        died = f"one of the job's processes died (exit code {code}): see {folder.name}/{hydra.job.name}.log"
         raise ValueError(result.error["message"] if result and result.error else died)
-    result.overrides = list(hydra.overrides.task)
+    result.overrides = typed(hydra.overrides.task)
     result.write(folder)
-    return objective(result)
+    return objective_of(result, result.mode)
 
 
-def _arguments(config: DictConfig, folder: Path) -> list[str]:
-    choices = HydraConfig.get().runtime.choices
-    resume = [f"resume='{config.resume}'"] if config.get("resume") else []
-    return [
-        *("--config-path", str(folder / ".hydra"), "--config-name", "config", "--config-dir", str(own_folders()[0])),
-        *(f"++hydra.runtime.choices.{group}={choices[group]}" for group in ("model", "optimizer", "data", "device")),
-        *("hydra/job_logging=downslope", "hydra/hydra_logging=none", "hydra.output_subdir=null"),
-        f'hydra.run.dir="{folder}"',
-        *resume,
-    ]
+def _script() -> list[str]:
+    """The command that this process, or its sweep, was started by, less its arguments."""
+    _, *rest = command_line()
+    return [sys.executable, *rest[: 2 if rest[0] == "-m" else 1]]
+
+
+@contextlib.contextmanager
+def _handed_over(config: DictConfig) -> Iterator[Path]:
+    """Writes what this process has composed, and checked, to where nobody else can read or write.
+
+    The run's folder may be a stranger's: nothing of it says what the other processes do. Nor do they compose anything.
+    """
+    hydra = HydraConfig.get()
+    own = {
+        "run": {"dir": hydra.runtime.output_dir},
+        "output_subdir": None,
+        "job": {"name": hydra.job.name},
+        "runtime": {"choices": hydra.runtime.choices},
+        "job_logging": hydra.job_logging,
+    }
+    defaults = [{f"override hydra/{name}": "none"} for name in ("job_logging", "hydra_logging")]
+    with tempfile.TemporaryDirectory(prefix="job-") as private:
+        file = Path(private) / "job.yaml"
+        file.touch(mode=0o600)
+        OmegaConf.save(OmegaConf.merge({"defaults": [*defaults, "_self_"], "hydra": own}, config), file)
+        yield file

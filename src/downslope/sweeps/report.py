@@ -1,15 +1,24 @@
 """A sweep's report: the table, the picture, the page, and a summary in the terminal."""
 
-from collections.abc import Sequence
+import base64
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from downslope.sweeps.page import write_page
-from downslope.sweeps.picture import draw_learning_rate, save
-from downslope.sweeps.table import Job, read_jobs, row, varied_keys, write_table
+from downslope.pictures.style import DARK, LIGHT, png
+from downslope.runs.console import one_line
+from downslope.runs.whole_files import whole_file
+from downslope.sweeps.picture import MOST_PANELS, draw_curves, draw_learning_rate, save, suggested_rate
+from downslope.sweeps.table import Job, judged_by, read_jobs, rows, varied_keys, write_table
 
-MOST_ROWS = 30
-COLUMNS = ("status", "verdict", "val/loss", "best val/loss", "excess_loss", "2/λ", "steps", "seconds")
+DPI = 110
+MOST_ROWS = 30  # in the terminal
+MOST_COLUMNS, MOST_ERRORS = 60, 5  # of the page
+LONG = ("job", "error")
+EXTREMES = {"min": "least", "max": "greatest"}
 
 
 @dataclass(frozen=True)
@@ -17,7 +26,7 @@ class Report:
     """What was made.
 
     Attributes:
-        jobs: The least validation loss first.
+        jobs: The best objective first.
         table: `sweep.csv`.
         picture: `learning_rate.png`.
         page: `report.html`.
@@ -39,12 +48,12 @@ def make_report(sweep: Path) -> Report:
     report = Report(jobs, sweep / "sweep.csv", sweep / "learning_rate.png", sweep / "report.html")
     write_table(jobs, report.table)
     save(draw_learning_rate(jobs), report.picture)
-    write_page(jobs, report.page, title=sweep.resolve().name, picture=report.picture)
+    _write_page(report, title=sweep.resolve().name)
     return report
 
 
 def print_report(report: Report) -> None:
-    """Prints the jobs, the least validation loss first, and where to look."""
+    """Prints the jobs, the best objective first, and where to look."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -52,22 +61,83 @@ def print_report(report: Report) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file has no edge
-    keys = varied_keys(report.jobs)
-    rows = [row(job, keys) for job in report.jobs]
-    names = [*keys, *(name for name in COLUMNS if any(cells[name] is not None for cells in rows))] or ["job", "status"]
+    lines = rows(report.jobs, varied_keys(report.jobs))
+    names = _columns(report.jobs, lines)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for name in names:
-        table.add_column(Text(name), justify="right" if name in COLUMNS[2:] else "left", overflow="fold")
-    for cells in rows[:MOST_ROWS]:
-        table.add_row(*(Text(_text(cells[name])) for name in names))
+        is_number = all(isinstance(line[name], int | float | None) for line in lines)
+        table.add_column(Text(one_line(name)), justify="right" if is_number else "left", overflow="fold")
+    for line in lines[:MOST_ROWS]:
+        table.add_row(*(Text(one_line(_text(line[name]))) for name in names))
     console.print(table)
-    if len(rows) > MOST_ROWS:
-        console.print(f"… and {len(rows) - MOST_ROWS} more")
+    if len(lines) > MOST_ROWS:
+        console.print(f"… and {len(lines) - MOST_ROWS} more")
     for name, file in (("table", report.table), ("picture", report.picture), ("page", report.page)):
-        console.print(Text(f"  {name:<10}{file}"), soft_wrap=True)
+        console.print(Text(f"  {name:<10}{one_line(str(file))}"), soft_wrap=True)
 
 
-def _text(value: object) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _columns(jobs: Sequence[Job], table: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What is looked at first: what was varied, how it ended, and the figures that any job has."""
+    keys, (monitor, _) = varied_keys(jobs), judged_by(jobs)
+    figures = ["verdict", monitor, f"best {monitor}", "excess_loss", "2/λ", "steps", "seconds"]
+    shown = [name for name in figures if any(row.get(name) is not None for row in table)]
+    return [*(keys or ["job"]), "status", *shown]
+
+
+def _write_page(report: Report, title: str) -> None:
+    """Writes a page that opens from disk: pictures for light and dark, a row a job and the command that runs it."""
+    from jinja2 import Environment, PackageLoader
+
+    jobs, (monitor, mode) = report.jobs, judged_by(report.jobs)
+    table = rows(jobs, varied_keys(jobs))
+    first = _columns(jobs, table)
+    others = [
+        name for name in table[0] if name not in (*first, *LONG) and not (name == "learning_rate" and "lr" in first)
+    ]
+    said = [name for name in (*others, *LONG) if name not in first and any(row[name] for row in table)]
+    columns = [*first, *said][:MOST_COLUMNS]
+    page = Environment(loader=PackageLoader("downslope.sweeps", "."), autoescape=True).get_template("page.html")
+    html = page.render(
+        title=title,
+        jobs=jobs,
+        counts=Counter(job.status for job in jobs),
+        errors=Counter(job.error for job in jobs if job.error).most_common(MOST_ERRORS),
+        best=jobs[0] if math.isfinite(jobs[0].objective) else None,
+        extreme=EXTREMES.get(mode),
+        monitor=monitor,
+        suggested=suggested_rate(jobs),
+        pictures=_pictures(jobs, monitor, report.picture.read_bytes()),
+        most_panels=MOST_PANELS,
+        columns=columns,
+        rows=[(job, [_cell(name, row[name]) for name in columns]) for job, row in zip(jobs, table, strict=True)],
+    )
+    with whole_file(report.page) as stream:
+        stream.write(html.encode(errors="replace"))
+
+
+def _pictures(jobs: Sequence[Job], monitor: str, learning_rate: bytes) -> list[tuple[str, str, str, str]]:
+    """Title, description, and the picture for light and for dark surroundings."""
+    rate, curves = f"{monitor} against the learning rate", f"{monitor} and gradient norm against steps, a column a job"
+    pictures = [("Learning rate", rate, _data_uri(learning_rate), _data_uri(png(draw_learning_rate(jobs, DARK), DPI)))]
+    figures = [figure for theme in (LIGHT, DARK) if (figure := draw_curves(jobs, theme))]
+    if figures:
+        light, dark = (_data_uri(png(figure, DPI)) for figure in figures)
+        pictures.append(("Curves", curves, light, dark))
+    return pictures
+
+
+def _data_uri(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _cell(name: str, value: Any) -> tuple[Any, str, str]:
+    """What a cell sorts by, what it shows, and its kind."""
+    try:
+        return float(value), _text(value), "number"
+    except (OverflowError, TypeError, ValueError):
+        text = _text(value)
+        return text, text, "words" if name in LONG else text if name == "status" else ""

@@ -1,26 +1,31 @@
 """A sweep as a table: a row a job, whatever became of it."""
 
 import csv
-import functools
 import io
-import json
 import math
 import os
 import shlex
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
+from tensorboard.compat.proto.event_pb2 import Event
 
-from downslope.runs.result import EXIT_CODES, FILE_NAME, Result, read_result
+from downslope.logs.event_files import records
+from downslope.runs.command_line import COMMAND
+from downslope.runs.console import explain, one_line
+from downslope.runs.plain_files import printable, read_bytes, read_yaml
+from downslope.runs.result import FILE_NAME, Result, objective_of, read_result
 from downslope.runs.whole_files import whole_file
-from downslope.sweeps.curves import Curve, read_curves
 
-LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast where libyaml is there
-LOSSES = ("val/loss", "train/loss")
+Curve = dict[int, float]
 GRADIENT_NORMS = ("gradient_norm/total", "gradient_norm/applied")
+PARTS = ("val", "train", "test")  # the order of their metrics
+OPTIONAL = ("excess_loss", "2/λ")  # columns that only a task with a closed form has
+FALLBACK = ("python", "scripts/train.py")
+MOST_EVENT_BYTES = 2**28
+MOST_COLUMNS = 200  # of metrics, and of overrides: a folder of evil jobs could announce millions
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,9 @@ class Job:
         overrides: What distinguishes it, value by key, as typed.
         result: What it left behind; None where it has not ended, or has never run.
         default_learning_rate: What its configuration says, for a job without a result.
-        problem: Why its files cannot be read.
+        curves: The objective, the same of the training rows, and the gradient's norms, by step.
+        problem: Why some of its files cannot be read.
+        started_by: The sweep's command, less its overrides.
     """
 
     name: str
@@ -41,14 +48,14 @@ class Job:
     overrides: Mapping[str, str]
     result: Result | None = None
     default_learning_rate: float | None = None
-    problem: str | None = None
+    curves: Mapping[str, Curve] = field(default_factory=dict)
+    problem: str = ""
+    started_by: Sequence[str] = FALLBACK
 
     @property
     def status(self) -> str:
-        """How it ended; `not run` without a result, `failed` if that cannot be read."""
-        if self.problem:
-            return "failed"
-        return self.result.status if self.result else "not run"
+        """How it ended; without a result `not run`, or `failed` if that cannot be read."""
+        return self.result.status if self.result else "failed" if self.problem else "not run"
 
     @property
     def learning_rate(self) -> float | None:
@@ -62,38 +69,36 @@ class Job:
 
     @property
     def objective(self) -> float:
-        """Validation loss of the last weights, infinity where there is none: what the table is sorted by."""
-        loss = self.result.metrics.get("val/loss") if self.result and self.status == "completed" else None
-        return loss if isinstance(loss, int | float) and math.isfinite(loss) else math.inf
+        """Of the last weights, what the table is sorted by; infinity on the bad side where there is none."""
+        return objective_of(self.result, self.result.mode if self.result else "min")
+
+    @property
+    def best_objective(self) -> float | None:
+        """The best value on its way."""
+        if not (self.result and self.result.monitor):
+            return None
+        seen = [*self.curves.get(self.result.monitor, {}).values(), self.objective]
+        best = max if self.result.mode == "max" else min
+        return best((value for value in seen if math.isfinite(value)), default=None)
 
     @property
     def error(self) -> str:
-        """Why it failed, in a line; empty if it did not."""
-        if self.problem or not (self.result and self.result.error):
-            return self.problem or ""
-        return f"{self.result.error.get('type', 'Error')}: {self.result.error.get('message', '')}"
+        """Why it failed, or cannot be read, in a line; empty if neither."""
+        error = self.result and self.result.error
+        failed = f"{error.get('type', 'Error')}: {error.get('message', '')}" if error else ""
+        return " · ".join(filter(None, (failed, self.problem)))
 
     @property
     def command(self) -> str:
-        """Runs it once more, alone."""
+        """Runs it once more, alone, where the sweep's command was given."""
         overrides = [f"{key}={value}" if value else key for key, value in self.overrides.items()]
-        return shlex.join(["python", "scripts/train.py", *overrides])
-
-    @functools.cached_property
-    def curves(self) -> Mapping[str, Curve]:
-        """Losses and gradient norms by step."""
-        return read_curves(self.folder, frozenset(LOSSES + GRADIENT_NORMS))
-
-    @property
-    def best_loss(self) -> float | None:
-        """The least validation loss on its way."""
-        losses = [loss for loss in self.curves.get("val/loss", {}).values() if math.isfinite(loss)]
-        losses += [self.objective] if math.isfinite(self.objective) else []
-        return min(losses, default=None)
+        return shlex.join([*self.started_by, *overrides])
 
 
 def read_jobs(sweep: Path) -> list[Job]:
-    """Returns the sweep's jobs, the least validation loss first, those without one by name.
+    """Returns the sweep's jobs, the best objective first, those without one by name, those not run last.
+
+    What cannot be read of a job is its `problem`; everything else is there.
 
     Raises:
         ValueError: It is not a sweep's folder.
@@ -102,42 +107,98 @@ def read_jobs(sweep: Path) -> list[Job]:
         raise ValueError(
             f"A sweep's folder must be given, such as outputs/sweeps/…, got {str(sweep)!r}: no such folder."
         )
-    folders = [Path(path) for path, names, files in os.walk(sweep) if ".hydra" in names or FILE_NAME in files]
-    jobs = [_read_job(sweep, folder) for folder in folders if folder != sweep]
-    jobs += _never_started(sweep, jobs)
+    jobs = [_read_job(sweep, folder) for folder in _folders(sweep)]
+    announced, problem = _attempt(lambda: printable(read_yaml(sweep / "multirun.yaml")))
+    unreadable = [Job("multirun.yaml", sweep / "-", {}, problem=problem)] if problem else []
+    jobs += unreadable or _never_started(sweep, announced, jobs)
     if not jobs:
         raise ValueError(f"A sweep's folder must hold a folder for each job, got {str(sweep)!r}: no job in it.")
-    return sorted(jobs, key=lambda job: (job.objective, job.status, job.learning_rate or 0.0, job.name))
+    monitor, mode = judged_by(jobs)
+    tags = frozenset((*curve_tags(monitor), *GRADIENT_NORMS))
+    command, _ = _attempt(lambda: shlex.split(_at(announced, "hydra", "job", "env_set", COMMAND) or ""))
+    jobs = [replace(_with_curves(job, tags), started_by=command or FALLBACK) for job in jobs]
+
+    def rank(job: Job) -> Any:
+        good = job.objective if mode == "min" else -job.objective
+        rate = job.learning_rate or 0.0
+        return (not math.isfinite(good), good if math.isfinite(good) else 0.0, job.status, rate, job.name)
+
+    return sorted(jobs, key=rank)
+
+
+def _folders(sweep: Path) -> list[Path]:
+    """Every job's folder, and every link in the place of one."""
+    found = []
+    for path, names, files in os.walk(sweep):
+        folder = Path(path)
+        if folder != sweep and (".hydra" in names or FILE_NAME in files):
+            found.append(folder)
+            names.clear()
+        found += [folder / name for name in names if (folder / name).is_symlink()]
+        names[:] = [name for name in names if not name.startswith(".")]
+    return found
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+    """What can be read, or why it cannot."""
+    try:
+        return read(), ""
+    except Exception as error:  # whatever a stranger has thought of
+        return None, one_line(f"Cannot read its files: {explain(error)}")
 
 
 def _read_job(sweep: Path, folder: Path) -> Job:
-    job = Job(name=str(folder.relative_to(sweep)), folder=folder, overrides={})
-    try:
-        result = _checked(read_result(folder))
-        typed = _read_yaml(folder / ".hydra" / "overrides.yaml") or (result.overrides if result else [])
-        rate = (_read_yaml(folder / ".hydra" / "config.yaml") or {}).get("lr")
-        rate = float(rate) if isinstance(rate, int | float) else None
-        return replace(job, overrides=by_key(typed), result=result, default_learning_rate=rate)
-    except (AttributeError, OSError, TypeError, ValueError, json.JSONDecodeError, yaml.YAMLError) as error:
-        return replace(job, problem=f"Cannot read its files: {type(error).__name__}: {error}")
+    name = printable(str(folder.relative_to(sweep)))
+    if folder.is_symlink():
+        return Job(name, folder, {}, problem="Cannot read its files: the folder is a link.")
+    result, problem = _attempt(lambda: read_result(folder))
+    typed, other = _attempt(lambda: printable(read_yaml(folder / ".hydra" / "overrides.yaml")))
+    if not (isinstance(typed, list) and all(isinstance(each, str) for each in typed)):
+        typed = result.overrides if result else []
+    config, _ = _attempt(lambda: None if result else read_yaml(folder / ".hydra" / "config.yaml"))
+    return Job(name, folder, by_key(typed), result, _number(_at(config, "lr")), problem=problem or other)
 
 
-def _checked(result: Result | None) -> Result | None:
-    """Raises for what no run writes, so that one file that somebody edited does not cost the whole report."""
-    if result:
-        figures = (
-            result.learning_rate, result.largest_stable_learning_rate, result.suggested_learning_rate,
-            result.excess_loss, result.num_optimizer_steps, result.seconds, *result.metrics.values(),
-        )  # fmt: skip
-        if result.status not in EXIT_CODES or not all(isinstance(each, int | float | None) for each in figures):
-            raise ValueError(f"{FILE_NAME} has a status that is none, or a figure that is not a number")
-        if not isinstance(result.error, dict | None):
-            raise ValueError(f"the error in {FILE_NAME} has no type and message")
-    return result
+def _with_curves(job: Job, tags: frozenset[str]) -> Job:
+    if job.folder.is_symlink():
+        return job
+    curves, problem = _attempt(lambda: read_curves(job.folder, tags))
+    return replace(job, curves=curves or {}, problem=job.problem or problem)
 
 
-def _read_yaml(file: Path) -> Any:
-    return yaml.load(file.read_text(), Loader=LOADER) if file.is_file() else None
+def read_curves(run: Path, tags: frozenset[str]) -> Mapping[str, Curve]:
+    """Returns value by step for each tag that the run has.
+
+    Args:
+        run: The run's folder.
+        tags: Which scalars; of a step written twice the later one counts.
+
+    Raises:
+        ValueError: An event file is no regular file.
+        DecodeError: It holds a record that is none.
+    """
+    curves: dict[str, Curve] = {}
+    for file in sorted(run.glob("events.out.tfevents.*")):
+        for record in records(read_bytes(file, MOST_EVENT_BYTES) or b""):
+            event = Event.FromString(record)
+            for value in event.summary.value:
+                if value.tag in tags and value.HasField("simple_value"):
+                    curves.setdefault(value.tag, {})[event.step] = value.simple_value
+    return curves
+
+
+def _never_started(sweep: Path, announced: Any, started: Sequence[Job]) -> list[Job]:
+    """The jobs that Hydra's `multirun.yaml` announces and that have no folder: a sweep was killed before them."""
+    from downslope.sweeps.grid import announced_jobs
+
+    hydra = _at(announced, "hydra")
+    planned, _ = _attempt(lambda: announced_jobs(_at(hydra, "sweeper") or {}, _at(hydra, "overrides", "task") or []))
+    known = {frozenset(job.overrides.items()) for job in started}
+    return [
+        Job(",".join(job), sweep / "-", by_key(job), None, _number(by_key(job).get("lr")))
+        for job in planned or ()
+        if frozenset(by_key(job).items()) not in known
+    ]
 
 
 def by_key(overrides: Sequence[str]) -> dict[str, str]:
@@ -147,64 +208,86 @@ def by_key(overrides: Sequence[str]) -> dict[str, str]:
         >>> by_key(["lr=0.1", "data.path='a=b.csv'", "~scheduler"])
         {'lr': '0.1', 'data.path': "'a=b.csv'", '~scheduler': ''}
     """
-    pairs = (str(override).partition("=") for override in overrides)
+    pairs = (override.partition("=") for override in overrides)
     return {key: value for key, _, value in pairs}
 
 
-def _never_started(sweep: Path, started: Sequence[Job]) -> list[Job]:
-    """The jobs that Hydra's `multirun.yaml` announces and that have no folder: a sweep was killed before them."""
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+def _at(values: Any, *keys: str) -> Any:
+    """What stands at a place in a file of whatever shape, None where nothing does."""
+    for key in keys:
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
 
-    hydra = ((_read_yaml(sweep / "multirun.yaml") or {}).get("hydra")) or {}
-    sweeper = hydra.get("sweeper") or {}
-    if not str(sweeper.get("_target_", "")).endswith("BasicSweeper"):
-        return []  # another sweeper decides as it goes
-    typed = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
-    typed += (hydra.get("overrides") or {}).get("task") or []
+
+def _number(value: Any) -> float | None:
     try:
-        batches = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(typed), None)
-    except HydraException:  # an interval has no list of values
-        return []
-    known = {frozenset(job.overrides.items()) for job in started}
-    planned = [by_key(overrides) for batch in batches for overrides in batch]
-    return [
-        Job(
-            name=",".join(f"{key}={value}" for key, value in overrides.items()),
-            folder=sweep / "-",
-            overrides=overrides,
-            default_learning_rate=_number(overrides.get("lr", "")),
-        )
-        for overrides in planned
-        if frozenset(overrides.items()) not in known
-    ]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (OverflowError, TypeError, ValueError):
         return None
+    return number if math.isfinite(number) else None
+
+
+def judged_by(jobs: Sequence[Job]) -> tuple[str, str]:
+    """Returns monitor and mode of the sweep, as the first job that has them says."""
+    said = ((job.result.monitor, job.result.mode) for job in jobs if job.result and job.result.monitor)
+    return next(said, ("val/loss", "min"))
+
+
+def curve_tags(monitor: str) -> tuple[str, ...]:
+    """Returns the objective's tag, and that of the same metric over the training rows.
+
+    Example:
+        >>> curve_tags("val/accuracy")
+        ('val/accuracy', 'train/accuracy')
+    """
+    return tuple(dict.fromkeys((monitor, monitor.replace("val", "train", 1))))
 
 
 def varied_keys(jobs: Sequence[Job]) -> list[str]:
     """Returns the overrides that are not the same in all jobs, the learning rate first."""
-    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
-    varied = [key for key in keys if len({job.overrides.get(key) for job in jobs}) > 1]
+    varied = [key for key in _keys(jobs) if len({job.overrides.get(key) for job in jobs}) > 1]
     return sorted(varied, key=lambda key: key != "lr")
 
 
-def row(job: Job, keys: Sequence[str]) -> dict[str, Any]:
-    """Returns what the table says of a job, by column; None where there is nothing to say."""
+def _keys(jobs: Sequence[Job]) -> list[str]:
+    return list(dict.fromkeys(key for job in jobs for key in job.overrides))[:MOST_COLUMNS]
+
+
+def _metrics(jobs: Sequence[Job], monitor: str) -> list[str]:
+    """The tag of every metric that any job logged: the objective, then those of validation, training and test."""
+    tags = {monitor, *(tag for job in jobs if job.result for tag in job.result.metrics)}
+    order = {part: place for place, part in enumerate(PARTS)}
+
+    def rank(tag: str) -> Any:
+        return (tag != monitor, order.get(tag.partition("/")[0], len(PARTS)), tag)
+
+    return sorted(tags, key=rank)[:MOST_COLUMNS]
+
+
+def rows(jobs: Sequence[Job], keys: Sequence[str] | None = None) -> list[dict[str, Any]]:
+    """Returns what the table says of each job, by column; None where there is nothing to say.
+
+    Args:
+        jobs: In the order of the rows.
+        keys: Which overrides have a column; all of them if None.
+    """
+    monitor, _ = judged_by(jobs)
+    metrics = _metrics(jobs, monitor)
+    table = [_row(job, _keys(jobs) if keys is None else keys, metrics, monitor) for job in jobs]
+    absent = [name for name in OPTIONAL if all(row[name] is None for row in table)]
+    return [{name: value for name, value in row.items() if name not in absent} for row in table]
+
+
+def _row(job: Job, keys: Sequence[str], metrics: Sequence[str], monitor: str) -> dict[str, Any]:
     result = job.result or Result(status="failed")
+    logged = {monitor: result.objective, **result.metrics}
     return {
         "job": job.name,
         **{key: job.overrides.get(key) for key in keys},
         "status": job.status,
         "verdict": result.verdict,
-        **{name: result.metrics.get(name) for name in ("val/loss", "train/loss", "test/loss")},
-        "best val/loss": job.best_loss,
+        **{tag: logged.get(tag) for tag in metrics},
+        f"best {monitor}": job.best_objective,
         "excess_loss": result.excess_loss,
         "learning_rate": job.learning_rate,
         "2/λ": job.limit,
@@ -215,13 +298,22 @@ def row(job: Job, keys: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def csv_cell(value: Any) -> Any:
+    """Returns a value as a table program shows it: a text that it would take for a formula gets an apostrophe.
+
+    Example:
+        >>> csv_cell("=HYPERLINK(1)"), csv_cell("-0.5"), csv_cell(-0.5)
+        ("'=HYPERLINK(1)", '-0.5', -0.5)
+    """
+    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) and _number(value) is None
+    return f"'{value}" if formula else value
+
+
 def write_table(jobs: Sequence[Job], file: Path) -> None:
     """Writes `sweep.csv`: a column an override, figures to the last digit, in the order of `read_jobs`."""
-    keys = list(dict.fromkeys(key for job in jobs for key in job.overrides))
-    rows = [row(job, keys) for job in jobs]
     table = io.StringIO(newline="")
-    writer = csv.DictWriter(table, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows)
+    lines = rows(jobs)
+    for line in (lines[0], *(line.values() for line in lines)):
+        csv.writer(table).writerow(map(csv_cell, line))
     with whole_file(file) as stream:
         stream.write(table.getvalue().encode())

@@ -44,7 +44,8 @@ def make_job(sweep: Path) -> MakeJob:
         loss = result.pop("loss", None)
         if result:
             metrics = {} if loss is None else {"val/loss": loss, "train/loss": loss / 2}
-            Result(**{"learning_rate": lr, "metrics": metrics, **result}).write(folder)
+            judged = {"monitor": "val/loss", "objective": loss}
+            Result(**{"learning_rate": lr, "metrics": metrics, **judged, **result}).write(folder)
         return folder
 
     return make

@@ -45,7 +45,7 @@ def test_a_line_a_device_with_what_diverged_and_failed_at_the_top_edge(four_jobs
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert isinstance(axes.figure, Figure)
     assert legend(axes.figure) == ["device=cpu", "device=gpu", "last", "best on its way", "diverged", "failed"]
-    assert axes.get_title(loc="left") == "Best validation loss 0.4 at lr=0.2, device=cpu"
+    assert axes.get_title(loc="left") == "Best val/loss 0.4 at lr=0.2, device=cpu"
 
 
 def test_the_limit_and_the_suggested_rate_stand_where_they_are(four_jobs: Path) -> None:
@@ -66,9 +66,9 @@ def test_an_objective_that_may_be_negative_stands_on_a_linear_axis_under_its_nam
     make_job: MakeJob, sweep: Path
 ) -> None:
     for rate, objective in ((0.1, -2.5), (0.2, 0.5)):
-        make_job(f"lr={rate}", lr=rate, status="completed", loss=objective)
+        make_job(f"lr={rate}", lr=rate, status="completed", objective=objective, monitor="val/log_likelihood")
     make_job("lr=0.4", lr=0.4, status="failed")
-    (axes,) = draw_learning_rate(read_jobs(sweep), objective="val/log_likelihood").axes
+    (axes,) = draw_learning_rate(read_jobs(sweep)).axes
     assert points(axes.lines[0]) == [(0.1, -2.5), (0.2, 0.5)]
     assert (axes.get_xscale(), axes.get_yscale()) == ("log", "linear")
     assert axes.get_ylabel() == "val/log_likelihood"
@@ -77,7 +77,7 @@ def test_an_objective_that_may_be_negative_stands_on_a_linear_axis_under_its_nam
 
 def test_one_job_all_failed_and_no_job_with_a_rate_are_drawn_too(make_job: MakeJob, sweep: Path) -> None:
     failed = make_job("lr=0.1", status="failed", error={"type": "E", "message": ""})
-    assert drawn(sweep).get_title(loc="left") == "No job has a validation loss"
+    assert drawn(sweep).get_title(loc="left") == "No job has a val/loss"
     (failed / "result.json").write_text("{")
     (failed / ".hydra" / "config.yaml").unlink()
     assert marked(drawn(sweep), "s") == []

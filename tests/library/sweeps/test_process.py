@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,10 +15,11 @@ import pytest
 from tests.conftest import ROOT, Outcome, read_json, run_process
 
 
+@pytest.mark.slow
 def test_each_job_of_one_or_two_processes_runs_once(tmp_path: Path) -> None:
     outcome = run_process(
         tmp_path, "train", "-m", "trainer=ddp", "trainer.devices=1,2,1", "lr=0.01", "device=cpu", "seed=4",
-        "trainer.max_epochs=2", "hydra.sweep.dir=s",
+        "trainer.max_epochs=2", "callbacks=none", "hydra.sweep.dir=s",
     )  # fmt: skip
     assert outcome.returncode == 0, outcome.stdout + outcome.stderr
     results = [read_json(file.parent) for file in tmp_path.glob("s/*/result.json")]
@@ -27,6 +29,68 @@ def test_each_job_of_one_or_two_processes_runs_once(tmp_path: Path) -> None:
         assert len(list(job.glob("events*"))) == 1
 
 
+PROJECT = {
+    "main.py": """
+        import json, os, sys
+        from pathlib import Path
+        import hydra
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf import OmegaConf
+        from downslope.runs.result import Result
+        from downslope.sweeps.job import run_job
+
+        @hydra.main(version_base="1.3", config_path="settings", config_name="base")
+        def main(config):
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                return run_job(config, train)
+            return train(config)
+
+        def train(config):
+            folder = Path(HydraConfig.get().runtime.output_dir)
+            flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+            handed = Path(flags["--config-path"], flags["--config-name"] + ".yaml")
+            evidence = {"config": OmegaConf.to_container(config, resolve=True), "file": str(handed), "cwd": os.getcwd(),
+                        "modes": [oct(each.stat().st_mode & 0o777) for each in (handed, handed.parent)],
+                        "callbacks": list(HydraConfig.get().callbacks or {})}
+            Result("completed", monitor="score", mode="max", objective=config.rate, evidence=evidence).write(folder)
+            return config.rate
+
+        main()
+    """,
+    "settings/base.yaml": """
+        mode: max
+        rate: 1.0
+        twice: ${rate}
+        where: ${hydra:runtime.output_dir}
+        trainer: {strategy: ddp}
+        hydra:
+          sweep: {dir: sweep, subdir: "${hydra.job.num}"}
+          callbacks: {mine: {_target_: hydra.experimental.callback.Callback}}
+    """,
+}
+
+
+def test_a_childs_configuration_comes_from_its_parent_in_a_private_file_whatever_the_project(tmp_path: Path) -> None:
+    (tmp_path / "settings").mkdir()
+    for name, content in PROJECT.items():
+        (tmp_path / name).write_text(textwrap.dedent(content))
+    command = [sys.executable, "main.py", "-m", "rate=2,3", "+twice_more=${twice}"]
+    ended = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    for number, rate in enumerate((2, 3)):
+        result = read_json(tmp_path / "sweep" / str(number))
+        told = result["evidence"]
+        assert (told["config"]["rate"], told["config"]["twice"], told["config"]["twice_more"]) == (rate, rate, rate)
+        assert told["config"]["where"] == str(tmp_path / "sweep" / str(number))
+        assert told["modes"] == ["0o600", "0o700"]
+        assert not Path(told["file"]).is_relative_to(tmp_path)
+        assert not Path(told["file"]).parent.exists()
+        assert told["callbacks"] == []
+        assert told["cwd"] == str(tmp_path)
+        assert result["overrides"][0] == f"rate={rate}"
+
+
 def test_five_processes_on_the_cpu_are_refused_unless_asked_for(script: Callable[..., Outcome], tmp_path: Path) -> None:
     outcome = script("train", "device=cpu", "trainer.devices=5")
     assert outcome.code == 1
@@ -34,6 +98,7 @@ def test_five_processes_on_the_cpu_are_refused_unless_asked_for(script: Callable
     assert not (tmp_path / "outputs").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds the ranks in /proc, which Linux alone has")
 def test_a_rank_that_dies_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> None:
     command = [
