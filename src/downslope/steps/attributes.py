@@ -1,6 +1,7 @@
 """A module's plain attributes, which are neither parameters nor buffers: kept, compared and put back."""
 
 from collections import deque
+from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
@@ -13,6 +14,8 @@ INTERNAL = frozenset(vars(nn.Module())) - MEMBERS - {"training"}  # hooks, mostl
 KEPT_BYTES = 64 * 2**20  # of a tensor: a larger one, such as a whole data set, is not copied
 KEPT_ELEMENTS = 1000  # of a container, to look into
 CONTAINERS = (list, dict, set, deque)
+KEPT = (Tensor, *CONTAINERS)
+Where = tuple[nn.Module, str, str]  # a part, its place, and the attribute's name
 _ABSENT = object()
 
 
@@ -22,41 +25,42 @@ class Attributes:
     Objects of other classes are not looked into.
 
     Args:
-        module: Whose.
+        parts: Of the module, as `named_modules` gives them.
 
     Example:
         >>> module = nn.Module()
         >>> module.losses = [1.0]
-        >>> attributes = Attributes(module)
+        >>> attributes = Attributes(module.named_modules())
         >>> module.losses.append(2.0)
         >>> attributes.put_back(), module.losses
         (['losses'], [1.0])
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, parts: Iterable[tuple[str, nn.Module]]) -> None:
         self._held: list[tuple[str, nn.Module, dict[str, Any]]] = []
-        self._contents: dict[int, tuple[str, Any, Any]] = {}  # by the object: its name, itself, a copy of what it holds
-        for place, part in module.named_modules():
+        self._contents: dict[int, tuple[Where, Any, Any]] = {}  # by an object: itself, and a copy of what it holds
+        for place, part in parts:
             held = {name: value for name, value in vars(part).items() if name not in INTERNAL}
             prefix = f"{place}." if place else ""
             self._held.append((prefix, part, held))
             for name, value in held.items():
-                self._keep("" if isinstance(part, Metric) else prefix + name, value, look=name not in MEMBERS)
+                if isinstance(value, KEPT):
+                    self._keep((part, prefix, name), value)
 
-    def _keep(self, name: str, value: Any, look: bool = True) -> None:
+    def _keep(self, where: Where, value: Any) -> None:
         if id(value) in self._contents:
             return
         if isinstance(value, Tensor):
             if value.grad_fn is None and value.nbytes <= KEPT_BYTES and not value.is_inference():
-                self._contents[id(value)] = (name, value, (value._version, value.detach().clone()))
+                self._contents[id(value)] = (where, value, (value._version, value.detach().clone()))
         elif isinstance(value, CONTAINERS):
-            self._contents[id(value)] = (name, value, value.copy())
-            if look and len(value) <= KEPT_ELEMENTS:
+            self._contents[id(value)] = (where, value, value.copy())
+            if where[-1] not in MEMBERS and len(value) <= KEPT_ELEMENTS:
                 for each in value.values() if isinstance(value, dict) else value:
-                    self._keep(name, each)
+                    self._keep(where, each)
 
     def put_back(self) -> list[str]:
-        """Makes all as it was, and returns the names of what was not: torchmetrics' own states left out."""
+        """Makes all as it was, and returns the names of what was not, without those that no loss depends on."""
         changed: dict[str, None] = {}
         for prefix, part, held in self._held:
             now = vars(part)
@@ -64,17 +68,22 @@ class Attributes:
                 before, after = held.get(name, _ABSENT), now.get(name, _ABSENT)
                 if before is after:
                     continue
-                if not (_is_alike(before, after) or isinstance(part, Metric) or _is_cached(part, name)):
+                if not (_is_alike(before, after) or _is_silent(part, name)):
                     changed[prefix + name] = None
                 now.pop(name) if before is _ABSENT else now.update({name: before})
-        for name, value, contents in self._contents.values():
-            if _restore(value, contents) and name:
-                changed[name] = None
+        for (part, prefix, name), value, contents in self._contents.values():
+            if _restore(value, contents) and not _is_silent(part, name):
+                changed[prefix + name] = None
         return list(changed)
 
 
-def _is_cached(part: nn.Module, name: str) -> bool:
-    return isinstance(getattr(type(part), name, None), cached_property)
+def _is_silent(part: nn.Module, name: str) -> bool:
+    """Whether an attribute may change: a metric's state, a cached property, or torch's list of an RNN's weights."""
+    return (
+        isinstance(part, Metric)
+        or (isinstance(part, nn.RNNBase) and name.startswith("_flat_weight"))  # until the next forward
+        or isinstance(getattr(type(part), name, None), cached_property)
+    )
 
 
 def _is_alike(one: Any, other: Any) -> bool:

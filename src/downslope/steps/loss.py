@@ -129,24 +129,27 @@ class BatchLoss:
         self._dtype = dtype
         self._precise = precise
         self._batch = copied(batch, dtype)
-        self._start = RandomState(*own_generators(module))
+        self._parts = list(module.named_modules())
+        self._generators = own_generators(part for _, part in self._parts)
+        self._start = RandomState(*self._generators)
+        self._own = dict(module.named_parameters())
+        self._names = {id(parameter): name for name, parameter in self._own.items()}
         self._is_open = False
 
     @property
     def parameters(self) -> Parameters:
         """Copies of the module's parameters as they are now."""
-        return self._copies(dict(self._module.named_parameters()))
+        return self._copies(self._own)
 
     @property
     def trainable(self) -> list[str]:
         """Names of the parameters that have a gradient."""
-        return [name for name, parameter in self._module.named_parameters() if parameter.requires_grad]
+        return [name for name, parameter in self._own.items() if parameter.requires_grad]
 
     def leaves(self, parameters: Mapping[str, Tensor]) -> Parameters:
         """Returns copies that autograd takes for parameters: an evaluation may edit them in place."""
-        own = dict(self._module.named_parameters())
-        copies = zip(parameters, clones(list(parameters.values())), strict=True)
-        return {name: nn.Parameter(tensor, requires_grad=own[name].requires_grad) for name, tensor in copies}
+        copies = self._copies(parameters)
+        return {name: nn.Parameter(tensor, self._own[name].requires_grad) for name, tensor in copies.items()}
 
     def pieces(self, parameters: Sequence[Tensor], vector: Tensor) -> Parameters:
         """Returns the parts of a vector, which holds these parameters in a row, by the parameters' names.
@@ -154,11 +157,10 @@ class BatchLoss:
         Raises:
             ValueError: One is no parameter of the module.
         """
-        names = {id(parameter): name for name, parameter in self._module.named_parameters()}
-        if any(id(parameter) not in names for parameter in parameters):
+        if any(id(parameter) not in self._names for parameter in parameters):
             raise ValueError("the optimizer holds a tensor that is no parameter of the module")
         rows = zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True)
-        return {names[id(parameter)]: row.view_as(parameter).to(parameter) for parameter, row in rows}
+        return {self._names[id(parameter)]: row.view_as(parameter).to(parameter) for parameter, row in rows}
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -167,12 +169,11 @@ class BatchLoss:
         Raises:
             ValueError: At the end: an attribute had changed.
         """
-        attributes = Attributes(self._module)
+        attributes = Attributes(self._parts)
         self._is_open = True
-        self._buffers = dict(self._module.named_buffers())
-        self._slots = _slots(self._module)
+        self._find_slots()
         try:
-            with ExitStack() as contexts, random_state(generators=own_generators(self._module)):
+            with ExitStack() as contexts, random_state(self._generators):
                 for context in self._contexts():
                     contexts.enter_context(context)
                 yield
@@ -181,8 +182,8 @@ class BatchLoss:
             changed = attributes.put_back()
         if changed:
             raise ValueError(
-                f"`{self._name}` of {type(self._module).__name__} changes `{'`, `'.join(changed)}`, which was put back: "
-                "it must change nothing but buffers"
+                f"`{self._name}` of {type(self._module).__name__} must change nothing but buffers, and changes "
+                f"`{'`, `'.join(changed)}`: that was put back"
             )
 
     def _contexts(self) -> Iterator[Any]:
@@ -190,13 +191,30 @@ class BatchLoss:
         if trainer is not None:
             yield silent(trainer)
             yield trainer.precision_plugin.train_step_context()  # its autocast; 16-true makes tensors in 16 bits
-        yield _mute(self._module)
+        yield _mute([part for _, part in self._parts if isinstance(part, LightningModule)])
         yield _default_dtype(self._dtype)
         yield torch.compiler.set_stance("force_eager")
         if self._precise:
             yield sdpa_kernel(SDPBackend.MATH)
-            device = next(self._module.parameters(), torch.empty(0)).device
+            device = next(iter(self._own.values()), torch.empty(0)).device
             yield torch.autocast(device.type, enabled=False)
+
+    def _find_slots(self) -> None:
+        """Finds each place that a parameter or buffer stands in, with the one name by which a tied one goes.
+
+        `functional_call` would tie them itself, and leave its copies in a part that stands under two names.
+        """
+        self._buffers: Parameters = {}
+        self._slots: dict[str, str] = {}
+        for place, part in self._parts:
+            prefix = f"{place}." if place else ""
+            for name, parameter in part._parameters.items():
+                if parameter is not None:
+                    self._slots[f"module.{prefix}{name}"] = self._names[id(parameter)]
+            for name, buffer in part._buffers.items():
+                if buffer is not None:
+                    self._buffers[prefix + name] = buffer
+                    self._slots[f"module.{prefix}{name}"] = prefix + name
 
     def __call__(self, parameters: Mapping[str, Tensor]) -> Tensor:
         """Returns the loss, with its graph.
@@ -212,7 +230,7 @@ class BatchLoss:
                 return self(parameters)
         self._start.restore()
         tensors = {**self._copies(self._buffers), **parameters}
-        placed = {f"module.{slot}": tensors[name] for slot, name in self._slots.items()}
+        placed = {slot: tensors[name] for slot, name in self._slots.items()}
         with torch.enable_grad():
             value = functional_call(self._function, placed, (copied(self._batch),), tie_weights=False)
         if not isinstance(value, Tensor) or value.numel() != 1:
@@ -231,7 +249,7 @@ class BatchLoss:
 
         def loss(length: float) -> Tensor:
             moved = torch._foreach_add(origin, arrow, alpha=length) if length else origin
-            place = {**self.parameters, **start, **dict(zip(direction, moved, strict=True))}
+            place = {**self._own, **start, **dict(zip(direction, moved, strict=True))}
             return self(self.leaves(place)).detach()
 
         return loss
@@ -274,21 +292,6 @@ class _Function(nn.Module):
         return output.get("loss") if isinstance(output, Mapping) else output
 
 
-def _slots(module: nn.Module) -> dict[str, str]:
-    """Every place that a parameter or buffer stands in, with the one name that `named_parameters` gives a tied one.
-
-    `functional_call` would tie them itself, and leave its copies in a part that stands under two names.
-    """
-    names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
-    return {
-        f"{place}.{name}" if place else name: names[id(tensor)]
-        for place, part in module.named_modules()
-        for members in (part._parameters, part._buffers)
-        for name, tensor in members.items()
-        if tensor is not None
-    }
-
-
 def attached_trainer(module: nn.Module) -> Trainer | None:
     """Returns the trainer of a LightningModule that has one by now."""
     try:
@@ -313,8 +316,7 @@ def _say_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 @contextmanager
-def _mute(module: nn.Module) -> Iterator[None]:
-    speakers = [part for part in module.modules() if isinstance(part, LightningModule)]
+def _mute(speakers: Sequence[nn.Module]) -> Iterator[None]:
     for part in speakers:
         vars(part).update(log=_say_nothing, log_dict=_say_nothing)
     try:
@@ -340,7 +342,8 @@ def copied(batch: Any, dtype: torch.dtype | None = None) -> Any:
     if isinstance(batch, Tensor):
         is_real = batch.is_floating_point() or batch.is_complex()
         precision = torch.promote_types(batch.dtype, dtype) if dtype and is_real else batch.dtype
-        return batch.detach().to(precision, copy=True).requires_grad_(batch.requires_grad)
+        twin = batch.detach().to(precision, copy=True)
+        return twin.requires_grad_() if batch.requires_grad else twin
     if isinstance(batch, MutableMapping):
         mapping = copy.copy(batch)
         mapping.update({key: copied(value, dtype) for key, value in batch.items()})

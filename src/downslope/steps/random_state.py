@@ -3,7 +3,7 @@
 import contextlib
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -61,12 +61,12 @@ class RandomState:
             _set_state(generator, state)
 
 
-def own_generators(module: nn.Module) -> list[Any]:
-    """Returns the generators, of torch, Python and NumPy, that a module and its parts keep as attributes."""
-    kinds: tuple[type, ...] = (torch.Generator, random.Random)
+def own_generators(parts: Iterable[nn.Module]) -> list[Any]:
+    """Returns the generators, of torch, Python and NumPy, that modules keep as attributes."""
+    kinds = {torch.Generator, random.Random}
     if "numpy" in sys.modules:
-        kinds += (sys.modules["numpy"].random.Generator,)
-    return [value for part in module.modules() for value in vars(part).values() if isinstance(value, kinds)]
+        kinds.add(sys.modules["numpy"].random.Generator)
+    return [value for part in parts for value in vars(part).values() if type(value) in kinds]
 
 
 def _state(generator: Any) -> Any:
