@@ -216,11 +216,17 @@ class Network(LightningModule):
         self.masks: list[Tensor] = []
         self.places: list[Tensor] = []
 
-    def training_step(self, batch: Any) -> Tensor:
+    def loss(self, batch: Any) -> Tensor:
+        return self.loss_and_features(batch)[0]
+
+    def loss_and_features(self, batch: Any) -> "tuple[Tensor, Tensor]":
         features = self.dropout(batch[0])
+        return (self.line(features).squeeze(-1) - batch[1]).square().mean(), features
+
+    def training_step(self, batch: Any) -> Tensor:
+        loss, features = self.loss_and_features(batch)
         self.masks.append(features.detach().clone())
         self.places.append(torch.cat([p.detach().flatten() for p in self.parameters()]))
-        loss = (self.line(features).squeeze(-1) - batch[1]).square().mean()
         self.log("loss", loss)
         if not self.automatic_optimization:
             self.optimizers().zero_grad()
@@ -232,11 +238,17 @@ class Network(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit_network(*callbacks: Any, manual: bool = False, zero: bool = False, accumulate: int = 1) -> Network:
+class Foreign(Network):
+    loss = None
+
+
+def fit_network(
+    *callbacks: Any, kind: type[Network] = Network, manual: bool = False, zero: bool = False, accumulate: int = 1
+) -> Network:
     torch.manual_seed(0)
     features = torch.randn(32, 6)
     rows = (features, 0 * features[:, 0] if zero else features.sum(1) + 1)
-    module = Network(rows, manual)
+    module = kind(rows, manual)
     if zero:
         nn.init.zeros_(module.line.weight)
         nn.init.zeros_(module.line.bias)
@@ -258,9 +270,10 @@ def fit_network(*callbacks: Any, manual: bool = False, zero: bool = False, accum
 class TestOfSomebodyElsesModule:
     """No closed form: the loss of the batch, evaluated along its gradient."""
 
-    def test_the_step_is_drawn_on_the_loss_that_it_was_taken_on(self, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("manual", [False, True])
+    def test_the_step_is_drawn_on_the_loss_that_it_was_taken_on(self, tmp_path: Path, manual: bool) -> None:
         pictures = Kept(str(tmp_path))
-        module = fit_network(pictures)
+        module = fit_network(pictures, manual=manual)
         axes = pictures.axes("step_along_gradient")
         # By hand, of the last of six batches: the dropped features are those of its own forward.
         design = np.column_stack([module.masks[5].double().numpy(), np.ones(16)])
@@ -288,7 +301,7 @@ class TestOfSomebodyElsesModule:
     @pytest.mark.parametrize(
         ("setting", "reason"),
         [
-            ({"manual": True}, "under manual optimization `training_step` takes a step"),
+            ({"kind": Foreign}, "Foreign has no method `loss(batch)`: add one, or give the callback `loss=`"),
             ({"accumulate": 2}, "gradients are accumulated"),
             ({"zero": True}, "the gradient is zero"),
         ],

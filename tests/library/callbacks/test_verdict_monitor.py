@@ -174,8 +174,11 @@ class Network(LightningModule):
         self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
         self.learning_rate = learning_rate
 
-    def training_step(self, batch: Any) -> Tensor:
+    def loss(self, batch: Any) -> Tensor:
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self.loss(batch)
 
     def configure_optimizers(self) -> Optimizer:
         return SGD(self.parameters(), lr=self.learning_rate)
