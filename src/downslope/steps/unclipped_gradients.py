@@ -1,14 +1,12 @@
 """The gradient that arrives at an optimizer step, before anybody clips it."""
 
-from collections.abc import Sequence
-
-import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from downslope.gradients.vectors import clones
 from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps
 
 
@@ -113,10 +111,3 @@ def may_be_clipped(trainer: Trainer, module: LightningModule) -> bool:
         or any(not look.__module__.startswith("downslope.") for look in looks)
         or any(not type(each).__module__.startswith("torch.optim.") for each in trainer.optimizers)
     )
-
-
-def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies tensors, in one fused call unless one is sparse."""
-    if not tensors or any(tensor.is_sparse for tensor in tensors):
-        return [tensor.clone() for tensor in tensors]
-    return list(torch._foreach_clone(list(tensors)))

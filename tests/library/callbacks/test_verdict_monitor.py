@@ -228,7 +228,7 @@ def test_a_fault_of_its_own_turns_it_off_and_training_goes_on(
     ("settings", "message"),
     [
         ({"every_n_steps": 0}, "`every_n_steps` must"),
-        ({"window": 2}, "`window` must be at least 3"),
+        ({"window": 2}, "`window` must be a whole number of at least 3"),
         ({"thresholds": {"tolerence": 1.0}}, "`thresholds` must be of tolerance"),
         ({"thresholds": {"growth": 0.5}}, "`growth` must"),
     ],
