@@ -28,7 +28,8 @@ class VerdictMonitor(Observer):
     """Judges the run every so many steps, by what it has seen: `downslope.verdict`.
 
     The word stands in `Progress`; the sentence goes to TensorBoard's texts as `verdict` whenever the word changes. λ is
-    taken from a `SharpnessMonitor` beside it, what stopped the run from a `FlightRecorder`, and a line that knows its closed form (`least_squares`) is asked for it.
+    taken from a `SharpnessMonitor` beside it, what stopped the run from a `FlightRecorder`, and a line that knows its
+    closed form (`least_squares`) is asked for it.
     Training is the same to the bit: only what is there already is read. Of several optimizers the first is judged;
     under DDP the first process judges, by the loss of its own batches.
 

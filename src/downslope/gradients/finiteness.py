@@ -4,13 +4,14 @@ import math
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from downslope.gradients.norms import dense, norms
+from downslope.gradients.vectors import real
 
 
-def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_tensors"]:
+def wide_norms(tensors: Sequence[Inexact[Tensor, "..."]]) -> Float[Tensor, " num_tensors"]:
     """Returns the L2 norm of each tensor; it is finite if and only if every element is.
 
     ‖x‖ = √(Σᵢ xᵢ²), a sum without 1/N. In float32 squares overflow from 1.8e19 on, and a norm of inf would tell nothing
@@ -36,4 +37,4 @@ def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_t
         if math.isfinite(quick.sum().item()):
             return quick
     wide = torch.float32 if device == "mps" else torch.float64
-    return torch.stack(torch._foreach_norm([dense(tensor) for tensor in tensors], dtype=wide))
+    return torch.stack(torch._foreach_norm([real(dense(tensor)) for tensor in tensors], dtype=wide))

@@ -107,7 +107,12 @@ def may_be_clipped(trainer: Trainer, module: LightningModule) -> bool:
         not module.automatic_optimization
         or getattr(trainer.precision_plugin, "scaler", None) is not None
         or trainer.gradient_clip_val is not None
-        or any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)
+        or overrides(module, *hooks)
         or any(not look.__module__.startswith("downslope.") for look in looks)
         or any(not type(each).__module__.startswith("torch.optim.") for each in trainer.optimizers)
     )
+
+
+def overrides(module: LightningModule, *hooks: str) -> bool:
+    """Tells whether a module has any of Lightning's hooks of its own."""
+    return any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)

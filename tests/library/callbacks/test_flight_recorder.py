@@ -13,6 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder
+from downslope.gradients import vectors
 from downslope.gradients.finiteness import wide_norms
 from downslope.steps import measured_step
 
@@ -392,13 +393,14 @@ class Witness(Callback):
         self.steps.append((float(outputs["loss"]), norms, trainer.optimizers[0].param_groups[0]["lr"]))
 
 
-@pytest.fixture(params=["cpu", "as on a GPU"])
+@pytest.fixture(params=["cpu", "as on a GPU", "by what torch documents"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU norms stay tensors until they are read, and no shortcut is taken: so it is done here, on the CPU."""
-    if request.param != "cpu":
-        monkeypatch.setattr(measured_step, "TINY", 0)
-        monkeypatch.setattr(measured_step, "SMALL", 0)
+    """On a GPU norms stay tensors until they are read: so it is done here, on the CPU."""
+    if request.param == "as on a GPU":
         monkeypatch.setattr(measured_step, "_norms", wide_norms)
+    if request.param == "by what torch documents":
+        monkeypatch.setattr(vectors, "_flatten", None)
+        monkeypatch.setattr(vectors, "_copy", None)
 
 
 @pytest.mark.usefixtures("place")
@@ -439,14 +441,17 @@ class Summed(LightningModule):
 
 
 class DoubleNorms(Callback):
-    """Looks for itself: the norms of gradients and parameters after a step, in float64, added up one by one."""
+    """Looks for itself: the norms of gradients and of the parameters that moved, in float64, added up one by one."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[list[float], list[float]]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         held = list(pl_module.parameters())
-        tensors = [each.grad.to_dense() for each in held if each.grad is not None], [each.detach() for each in held]
+        tensors = (
+            [each.grad.to_dense() for each in held if each.grad is not None],
+            [each.detach() for each in held if each.grad is not None],
+        )
         norms = [[math.sqrt(math.fsum(each.double().square().flatten().tolist())) for each in kind] for kind in tensors]
         self.steps.append((norms[0], norms[1]))
 
