@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from downslope.gradients.norms import part_norms, total_norm
-from downslope.gradients.vectors import flat
+from downslope.gradients.vectors import flat, num_elements
 from downslope.logs.tensorboard import Measurement, step_writer
 from downslope.steps.due import check_count, is_due
 from downslope.steps.hooks import STEP_HOOKS, disable, enable
@@ -37,7 +37,7 @@ class GradientMonitor(Observer):
         every_n_steps: Optimizer steps between two measurements.
         histogram_every_n_steps: The same for histograms, which are dearer; a multiple of `every_n_steps`.
         parameters: Names, with * and ?, of those that get tags of their own; the total is always that of all.
-        norm_type: 2, or infinity for the largest element.
+        norm_type: 2, or infinity for the largest element; of complex ones both parts are elements.
         max_scalar_elements: Parameters of at most so many elements are also written element by element.
 
     Raises:
@@ -117,7 +117,7 @@ class GradientMonitor(Observer):
             self._writer.add_histograms(step.step, vectors[0], plan.histograms)
 
     def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
-        names, sizes = self._names.of(parameters), [each.numel() for each in parameters]
+        names, sizes = self._names.of(parameters), [num_elements(each) for each in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
         kept = {id(each) for each in self._small}
         small = [parameters[index] for index in shown if id(parameters[index]) in kept]
@@ -151,11 +151,14 @@ class Plan:
 
 def _columns(chosen: Sequence[Parameter], parameters: Sequence[Parameter]) -> Tensor:
     """Where the elements of some parameters stand in a vector of them all."""
-    wanted, starts = {id(each) for each in chosen}, accumulate((each.numel() for each in parameters), initial=0)
-    ranges = [range(at, at + each.numel()) for at, each in zip(starts, parameters, strict=False) if id(each) in wanted]
+    wanted, starts = {id(each) for each in chosen}, accumulate(map(num_elements, parameters), initial=0)
+    ranges = [
+        range(at, at + num_elements(each)) for at, each in zip(starts, parameters, strict=False) if id(each) in wanted
+    ]
     return torch.tensor(list(chain.from_iterable(ranges)), dtype=torch.long)
 
 
 def _places(tensor: Tensor) -> list[str]:
-    """The indices of each element, [0,3]; of a scalar []."""
-    return [f"[{','.join(map(str, index))}]" for index in product(*map(range, tensor.shape))]
+    """The indices of each element, [0,3]; of a scalar []; of a complex one, those of both its parts."""
+    places = [f"[{','.join(map(str, index))}]" for index in product(*map(range, tensor.shape))]
+    return [f"{place}.{part}" for place in places for part in ("real", "imag")] if tensor.is_complex() else places

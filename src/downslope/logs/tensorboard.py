@@ -138,6 +138,7 @@ class StepWriter:
         self._derived: list[tuple[list[int], Measurement, Tensor]] = []
         self._vectors: list[tuple[int, Tensor, Mapping[str, slice]]] = []
         self._has_warned = False
+        self._failed: set[Measurement] = set()
         for logger in tuple(self._loggers):
             if isinstance(logger, TensorBoardLogger):
                 self.attempt(logger, lambda logger: logger.experiment.add_custom_scalars(LAYOUT))
@@ -184,8 +185,17 @@ class StepWriter:
         rows, self._rows, self._num_elements = self._rows, [], 0
         for measurement in dict.fromkeys(measurement for _, measurement, _ in rows):
             taken = [(step, row) for step, each, row in rows if each is measurement]
-            parts = [_stack(part) for part in zip(*(row for _, row in taken), strict=True)]
-            self._derived.append(([step for step, _ in taken], measurement, measurement.derive(*parts)))
+            try:
+                parts = [_stack(part) for part in zip(*(row for _, row in taken), strict=True)]
+                values = measurement.derive(*parts)
+                if values.shape != (len(taken), len(measurement.tags)):
+                    raise ValueError(f"there are {len(measurement.tags)} values a step, not {list(values.shape[1:])}")
+            except Exception as error:  # it costs these values, and not the logger
+                if measurement not in self._failed:
+                    self._failed.add(measurement)
+                    log.warning("Cannot write %s at step %d: %s", measurement.tags[0], taken[0][0], error)
+                continue
+            self._derived.append(([step for step, _ in taken], measurement, values))
 
     def flush(self) -> None:
         """Writes everything that waits."""

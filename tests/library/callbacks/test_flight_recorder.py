@@ -296,6 +296,77 @@ def test_a_finite_gradient_that_overflows_the_weight_is_taken_back(tmp_path: Pat
     assert (record["reason"], record["parameter"], record["step"]) == ("parameter", "weight", 0)
 
 
+class Masked(Foreign):
+    """A mask kept as a frozen parameter, and one that learns nothing: infinite from the beginning, and harmless."""
+
+    def __init__(self, mode: str = "automatic") -> None:
+        super().__init__(mode)
+        self.mask = nn.Parameter(torch.tensor([0.0, -math.inf]), requires_grad=False)
+        self.other_mask = nn.Parameter(torch.tensor([0.0, -math.inf]))
+
+    def training_step(self, batch: Any) -> Tensor:
+        features = batch["x"] * torch.softmax(self.other_mask, 0)[0]
+        return super().training_step({**batch, "x": features})
+
+
+class Mending(Foreign):
+    """Deals with gradients that are not finite itself, in the hook that is made for it."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for parameter in self.parameters():
+            assert parameter.grad is not None
+            parameter.grad.nan_to_num_(0.0)
+
+
+class Weighed(Foreign):
+    """A loss whose weight is warmed up from almost nothing."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        return super().training_step(batch) * min(1.0, 1e-9 + self.num_batches / 20)
+
+
+class PassesOver(Foreign):
+    """By hand: a batch whose loss is not finite is left out."""
+
+    def __init__(self, mode: str = "wrapper") -> None:
+        super().__init__(mode)
+
+    def training_step(self, batch: Any) -> Tensor:
+        return super().training_step(batch) if self.num_batches != 3 else self._left_out()
+
+    def _left_out(self) -> Tensor:
+        self.num_batches += 1
+        return torch.tensor(math.nan)
+
+
+@pytest.mark.parametrize("kind", [Masked, Mending, Weighed, PassesOver])
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+@pytest.mark.usefixtures("place")
+def test_what_is_sound_is_not_ended(tmp_path: Path, kind: type[Foreign], every_n_steps: int) -> None:
+    modules = []
+    for observers in ([], [FlightRecorder(folder=str(tmp_path), every_n_steps=every_n_steps)]):
+        seed_everything(0, verbose=False)
+        module = kind()
+        module.spoil = nan_loss if kind is Mending else None
+        fit(module, *observers)
+        modules.append(module)
+        assert module.num_batches == 12
+    states = [module.state_dict() for module in modules]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_breaks_after_a_warm_up_is_ended(tmp_path: Path) -> None:
+    class Breaks(Weighed):
+        def training_step(self, batch: Any) -> Tensor:
+            return super().training_step(batch) * (1e9 if self.num_batches == 9 else 1.0)
+
+    seed_everything(0, verbose=False)
+    stopped(tmp_path, Breaks())
+    record = read(tmp_path)
+    assert (record["reason"], record["step"]) == ("growth", 8)
+
+
 @pytest.mark.parametrize("growth", [10.0, 1e6])
 def test_the_loss_may_grow_by_a_setting(tmp_path: Path, growth: float) -> None:
     recorder = FlightRecorder(folder=str(tmp_path), diverged_beyond=growth)
