@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import accumulate, chain, product
 from math import inf
+from typing import Any
 
 import torch
 from lightning import LightningModule, Trainer
@@ -72,19 +73,26 @@ class GradientMonitor(Observer):
         self._held: list[Parameter] = []
         self._small: list[Parameter] = []
         steps = self.follow(trainer, self._before, self._after, self.every_n_steps)
-        self._unclipped = unclipped = UnclippedGradients(trainer, module, steps)
+        self._unclipped = unclipped = UnclippedGradients(trainer, module, steps, self.guarded)
         if unclipped.are_applied:
             return
-        if not module.automatic_optimization:
-            enable(self, "on_after_backward", when=trainer.world_size > 1)
-            return
-        enable(self, "on_before_optimizer_step")
-        steps.on_next = self.guarded(lambda: enable(self, "on_before_optimizer_step", when=steps.are_due()))
+        is_automatic = module.automatic_optimization
+        enable(self, "on_after_backward", when=not is_automatic and trainer.world_size > 1)
+
+        def prepare() -> None:
+            enable(self, "on_before_optimizer_step" if is_automatic else "on_train_batch_start", when=steps.are_due())
+            unclipped.watch()
+
+        steps.on_next = self.guarded(prepare)
+        prepare()
 
     def detach(self) -> None:
         if hasattr(self, "_unclipped"):
             self._unclipped.detach()
         self._writer.flush()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._unclipped.watch()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unclipped.on_after_backward()
@@ -116,7 +124,7 @@ class GradientMonitor(Observer):
         if is_due(step.count, self.histogram_every_n_steps):
             self._writer.add_histograms(step.step, vectors[0], plan.histograms)
 
-    def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
+    def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> "Plan":
         names, sizes = self._names.of(parameters), [num_elements(each) for each in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
         kept = {id(each) for each in self._small}

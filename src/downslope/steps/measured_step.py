@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from downslope.gradients.finiteness import wide_norms
+from downslope.gradients.finiteness import RowNorms, wide_norms
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 from downslope.verdict.flight_record import StepRecord
 
@@ -89,7 +89,7 @@ class StepNorms:
 
     def __init__(self, names: ParameterNames, optimizers: Iterable[Optimizer]) -> None:
         self._names = names
-        self._moved: dict[str, tuple[object, list[int], list[Tensor], list[str]]] = {}
+        self._layouts: dict[str, _Layout] = {}
         held = [each for optimizer in optimizers for each in _held(optimizer)]
         finite = wide_norms(held).isfinite().tolist() if held else []
         self._left_out = {id(each) for each, is_finite in zip(held, finite, strict=True) if not is_finite}
@@ -102,21 +102,32 @@ class StepNorms:
 
     def measure(self, step: OptimizerStep, measured: MeasuredStep, arrived: tuple[list[str], Norms] | None) -> None:
         """Looks at what moved after the step, and at the gradients where nobody looked as they arrived."""
-        moved, places, parameters, names = self._moved.get(step.name) or (None, [], [], [])
-        if moved is not step.moved:
-            places = [place for place, each in enumerate(step.moved) if id(each) not in self._left_out]
-            parameters = [step.moved[place] for place in places]
-            names = self._names.of(parameters)
-            self._moved[step.name] = (step.moved, places, parameters, names)
-        gradients = step.gradients if len(places) == len(step.gradients) else [step.gradients[each] for each in places]
-        measured.gradient_names, measured.parameter_names = names, names
+        layout = self._layouts.get(step.name)
+        if layout is None or layout.moved is not step.moved:
+            layout = self._layouts[step.name] = _Layout(step, self._names, self._left_out)
+        gradients, parameters = layout.chosen(step.gradients), layout.parameters
+        measured.gradient_names = measured.parameter_names = layout.names
         if not arrived:
-            measured.norms = _norms([*gradients, *parameters])
+            measured.norms = layout.norms.of([*gradients, *parameters])
             return
         measured.gradient_names, norms = arrived
         measured.looked_twice = True
         is_good = isinstance(norms, list) and isfinite(sum(norms))  # nobody makes it worse
         measured.norms = _joined(norms, _norms(parameters if is_good else [*parameters, *gradients]))
+
+
+class _Layout:
+    """What an optimizer's steps move, as long as it is the same."""
+
+    def __init__(self, step: OptimizerStep, names: ParameterNames, left_out: set[int]) -> None:
+        self.moved = step.moved
+        self._places = [place for place, each in enumerate(step.moved) if id(each) not in left_out]
+        self.parameters = self.chosen(step.moved)
+        self.names = names.of(self.parameters)
+        self.norms = RowNorms([*self.chosen(step.gradients), *self.parameters])
+
+    def chosen(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors if len(tensors) == len(self._places) else [tensors[place] for place in self._places]
 
 
 def _held(optimizer: Optimizer) -> list[Tensor]:

@@ -74,8 +74,9 @@ class Observer(Callback):
         ahead: int = 0,
     ) -> OptimizerSteps:
         """Returns the steps of the trainer's optimizers, whose functions are guarded, and which end with the run."""
-        guarded = [self.guarded(function) if function else None for function in (before, after)]
-        steps = OptimizerSteps(trainer, *guarded, every_n_steps, ahead)
+        steps = OptimizerSteps(
+            trainer, before and self.guarded(before), after and self.guarded(after), every_n_steps, ahead
+        )
         self._followed = (*self._followed, steps)
         return steps
 

@@ -16,9 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from downslope.gradients.norms import HALF
-from downslope.gradients.vectors import flat
+from downslope.gradients.vectors import flat as flat
 from downslope.steps.due import check_count, is_due
-from downslope.steps.hooks import STEP_HOOKS, enable
+from downslope.steps.hooks import STEP_HOOKS as STEP_HOOKS
+from downslope.steps.hooks import enable
 
 
 @dataclass

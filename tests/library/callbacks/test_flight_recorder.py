@@ -13,7 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder
-from downslope.gradients import vectors
+from downslope.gradients import finiteness, vectors
 from downslope.gradients.finiteness import wide_norms
 from downslope.steps import measured_step
 
@@ -469,6 +469,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     """On a GPU norms stay tensors until they are read: so it is done here, on the CPU."""
     if request.param == "as on a GPU":
         monkeypatch.setattr(measured_step, "_norms", wide_norms)
+        monkeypatch.setattr(finiteness.RowNorms, "of", lambda _, tensors: wide_norms(tensors))
     if request.param == "by what torch documents":
         monkeypatch.setattr(vectors, "_flatten", None)
         monkeypatch.setattr(vectors, "_copy", None)

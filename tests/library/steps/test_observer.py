@@ -358,7 +358,28 @@ class Half(Net):
         return super().training_step([each.bfloat16() for each in batch], batch_idx)
 
 
+def by_hand(kind: type[Net]) -> type[Net]:
+    """The same module with manual optimization."""
+
+    class Manual(kind):  # type: ignore[misc, valid-type]
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            loss: Tensor = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            optimizer.step()
+            return loss
+
+    Manual.__name__ = f"Manual{kind.__name__}"
+    return Manual
+
+
 FOREIGN = [
+    *map(by_hand, (TwoHeads, Outside, Grows, Complex, WithDeeper)),
     TwoHeads,
     Outside,
     Grows,
