@@ -24,6 +24,7 @@ from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam, RMSprop
 from downslope.gradients.least_squares import LeastSquares
 from downslope.gradients.norms import norms
 from downslope.gradients.outlook import Outlook, best_learning_rate, outlook
+from downslope.gradients.vectors import num_elements, real
 from downslope.verdict.judgement import Evidence, Method
 
 FIRST_JUDGEMENTS = (8, 16, 32)  # at 10 × the limit float32 overflows after some 30 steps
@@ -297,7 +298,7 @@ class EvidenceCollector:
         """The largest element that each parameter's gradient had in the window."""
         if not self._products:
             return []
-        parts = self._most.split([parameter.numel() for parameter in self._moved])
+        parts = self._most.split([num_elements(parameter) for parameter in self._moved])
         return torch.stack([part.max() if part.numel() else part.new_zeros(()) for part in parts]).tolist()
 
     def _of_the_parameters(self, largest: Sequence[float], frozen: Mapping[str, int]) -> dict[str, Any]:
@@ -414,7 +415,7 @@ class EvidenceCollector:
 @torch.no_grad()
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
     """All elements as one vector of its own, in float32."""
-    parts = [tensor.to_dense().reshape(-1) if tensor.is_sparse else tensor.reshape(-1) for tensor in tensors]
+    parts = [real(tensor.to_dense()).reshape(-1) for tensor in tensors]
     return torch.cat(parts).float()
 
 
