@@ -228,11 +228,12 @@ class BatchLoss:
         if not self._is_open:
             with self.measuring():
                 return self(parameters)
-        self._start.restore()
         tensors = {**self._copies(self._buffers), **parameters}
         placed = {slot: tensors[name] for slot, name in self._slots.items()}
+        batch = copied(self._batch)
+        self._start.restore()
         with torch.enable_grad():
-            value = functional_call(self._function, placed, (copied(self._batch),), tie_weights=False)
+            value = functional_call(self._function, placed, (batch,), tie_weights=False)
         if not isinstance(value, Tensor) or value.numel() != 1:
             got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
             raise ValueError(f"`{self._name}` must return the loss, one number, got {got}")

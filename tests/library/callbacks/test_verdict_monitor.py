@@ -309,7 +309,7 @@ def test_the_console_and_the_result_say_it(script: Any, tmp_path: Path) -> None:
     assert result["evidence"]["condition_number"] > 100
     assert "s1 − s2" in result["evidence"]["sentence"]
     again = (
-        f"again   python scripts/train.py data.batch_size=1000 trainer.max_epochs=60 model=manual lr={suggested:.3g}"
+        f"scripts/train.py data.batch_size=1000 trainer.max_epochs=60 model=manual lr={suggested:.3g}"
     )
     assert again in outcome.out
     after = script("train", "data.batch_size=1000", f"lr={suggested:.3g}", "trainer.max_epochs=60", "model=manual")
