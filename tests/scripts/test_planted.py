@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from downslope.verdict.judgement import Thresholds
+from downslope.verdict import Thresholds
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts" / "laboratory"))
@@ -44,7 +44,7 @@ def test_a_judge_without_thresholds_to_speak_of_would_be_noticed(runs, monkeypat
 
 
 def judge_badly(evidence):
-    from downslope.verdict.judgement import judge
+    from downslope.verdict import judge
 
     return judge(evidence, Thresholds(tolerance=0.5, slow_factor=1e9, bouncing=-0.999999))
 

@@ -20,8 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.gradients.least_squares import LeastSquares, least_squares
 from downslope.tables.synthetic import synthetic_table
-from downslope.verdict.evidence import EvidenceCollector
-from downslope.verdict.judgement import Evidence, Thresholds, Verdict, Word, judge
+from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, Word, judge
 
 NUM_ROWS = 64
 TOLERANCE = Thresholds().tolerance

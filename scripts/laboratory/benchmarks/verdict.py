@@ -19,7 +19,7 @@ from benchmarks.planted import (
     train,
 )
 from benchmarks.report import print_report, show_progress
-from downslope.verdict.judgement import WORDS, Word
+from downslope.verdict import WORDS, Word
 
 JUDGING_SEED = 11_000_000  # thresholds were chosen on seeds from 1,000,000 on
 UNSTABLE: tuple[Word, ...] = ("diverging", "non_finite")

@@ -19,8 +19,7 @@ from downslope.steps.optimizer_steps import (
     num_steps,
     parameter_names,
 )
-from downslope.verdict.evidence import EvidenceCollector
-from downslope.verdict.judgement import Thresholds, Verdict, judge
+from downslope.verdict import EvidenceCollector, Thresholds, Verdict, judge
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +36,7 @@ class VerdictMonitor(Callback):
         every_n_steps: Optimizer steps between two judgements; the first come after 8, 16 and 32 steps, because at ten
             times the limit float32 lasts for thirty, and one comes at the end.
         window: Steps before each judgement that are watched closely. They cost some vector products each.
-        thresholds: Where one word ends and the next begins: any of `downslope.verdict.judgement.Thresholds` by name.
+        thresholds: Where one word ends and the next begins: any of `downslope.verdict.Thresholds` by name.
 
     Attributes:
         verdict: The last one; None before the first.

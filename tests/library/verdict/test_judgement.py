@@ -8,8 +8,7 @@ from torch.optim import SGD, Adam
 
 from downslope.gradients.least_squares import least_squares
 from downslope.gradients.outlook import best_learning_rate, outlook
-from downslope.verdict.evidence import EvidenceCollector
-from downslope.verdict.judgement import WORDS, Evidence, Thresholds, judge, num_steps_left, suggest
+from downslope.verdict import WORDS, Evidence, EvidenceCollector, Thresholds, judge, num_steps_left, suggest
 
 SOUND = Evidence(
     step=100,
