@@ -17,6 +17,7 @@ from benchmarks.planted import (
     mini_batch,
     planted,
     train,
+    truth_without_closed_form,
 )
 from benchmarks.report import print_report, show_progress
 from downslope.verdict import WORDS, Word
@@ -44,7 +45,8 @@ def verdict(num_runs: int) -> None:
     for closed_form in (True, False):
         judged = []
         for run, word in runs:
-            judged.append((run, word, train(run, closed_form=closed_form)))
+            expected = word if closed_form else truth_without_closed_form(run, word)
+            judged.append((run, expected, train(run, closed_form=closed_form)))
             show_progress(f"judged run {len(judged)} of {num_runs}, {_knowing(closed_form)}")
         show_progress("")
         _print_matrix(judged, closed_form, redrawn)

@@ -101,19 +101,15 @@ class VerdictMonitor(Callback):
             self._collector.set_line(line, list(pl_module.parameters()), self.thresholds.tolerance, _names(trainer))
         self._losses: list[Tensor] = []
         self._taken = trainer.global_step
-        self._begins_step = True
         self._steps = OptimizerSteps(trainer, after=self._after)
 
     def _after(self, step: OptimizerStep) -> None:
         if self._collector and step.optimizer is self._collector.optimizer:
             self._attempt(self._collector.add_step)
-            self._begins_step = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._collector and self._begins_step:
-            self._begins_step = False
-            if self._collector.is_watching:
-                self._attempt(self._collector.add_leftover)
+        if self._collector and self._collector.is_watching:
+            self._attempt(self._collector.add_leftover)
 
     def _attempt(self, look: Callable[[], None]) -> None:
         """Looks; whatever a foreign module meets there, watching never ends a training."""

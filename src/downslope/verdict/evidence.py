@@ -10,7 +10,7 @@ for batch in batches:
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
@@ -79,8 +79,9 @@ class Evidence:
 
     without_gradient: tuple[str, ...] = ()  # parameters that an optimizer holds and no gradient reached
     zero_gradient: tuple[str, ...] = ()  # … whose gradient was exactly zero throughout the window
-    frozen: tuple[str, ...] = ()  # parameters that require no gradient, or that no optimizer holds
-    share_moving: float = 1.0  # of all the module's elements, those whose gradient is not zero
+    frozen: tuple[str, ...] = ()  # parameters that require no gradient, or that no optimizer holds: on purpose
+    forgotten: tuple[str, ...] = ()  # … that get a gradient, though no optimizer holds them
+    share_moving: float = 1.0  # of all elements that are trained, those whose gradient is not zero
     leftover_gradient: bool = False  # whether `backward` found the last step's gradient still there
 
     @property
@@ -164,6 +165,7 @@ class EvidenceCollector:
         self._glances: list[Glance] = []
         self._rate = _rate(optimizer)
         self._leftover: Tensor | None = None
+        self._least_found: Tensor | None = None  # since the last step
         self._lasting: dict[str, float] = {"time": 0.0}  # what one judgement finds and later ones need
 
     def state_dict(self) -> dict[str, Any]:
@@ -174,7 +176,7 @@ class EvidenceCollector:
             "glances": [list(glance) for glance in self._glances],
             "recent": self._recent,
             "window": self._window.state_dict(self._held),
-            "leftover": self._leftover,
+            "leftover": [self._leftover, self._least_found],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -184,7 +186,7 @@ class EvidenceCollector:
         self._glances = [Glance(*glance) for glance in state["glances"]]
         self._recent = [loss.to(self._held[0].device) for loss in state["recent"]]
         self._window.load_state_dict(state["window"], self._held)
-        self._leftover = state["leftover"]
+        self._leftover, self._least_found = state["leftover"]
 
     def set_line(
         self, line: LeastSquares, parameters: Sequence[Tensor], tolerance: float, names: Sequence[str] = ()
@@ -224,10 +226,13 @@ class EvidenceCollector:
         self._recent.append(loss.detach())
 
     def add_leftover(self) -> None:
-        """Takes the gradients that `backward` finds when it begins a new step: they should be gone, or zero."""
+        """Takes what is in `.grad` before a `backward`, each one: before one of a step's it should be gone, or zero.
+
+        Not before all: micro-batches add up, and another loss, a discriminator's, finds the gradient of this one.
+        """
         left = [parameter.grad for parameter in self._held if parameter.grad is not None]
-        if left:
-            self._leftover = norms(left).sum()
+        found = norms(left).sum() if left else self._held[0].new_zeros(())
+        self._least_found = found if self._least_found is None else torch.minimum(self._least_found, found)
 
     def add_step(self) -> None:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied."""
@@ -235,6 +240,7 @@ class EvidenceCollector:
         self.step += 1
         self._rate = _rate(self.optimizer)  # a schedule may change it before anybody asks
         self._lasting["time"] += self._rate
+        self._leftover, self._least_found = self._least_found, None
         if watching:
             self._window.add(self._held)
 
@@ -242,17 +248,21 @@ class EvidenceCollector:
     def _held(self) -> list[Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def evidence(self, frozen: Mapping[str, int] | None = None, sharpness: float | None = None) -> Evidence:
+    def evidence(
+        self, frozen: Iterable[str] = (), sharpness: float | None = None, forgotten: Iterable[str] = ()
+    ) -> Evidence:
         """Returns what was seen, and begins a new window.
 
         Args:
-            frozen: Parameters of the module that no optimizer can move, and their sizes.
+            frozen: Parameters of the module that are not to move.
             sharpness: λ, where somebody has measured it.
+            forgotten: Parameters that get a gradient, though no optimizer holds them.
         """
         losses = torch.stack(self._recent).cpu().double().tolist() if self._recent else []
         rows, largest = self._window.rows(), self._window.largest()
         num_non_finite = sum(not math.isfinite(value) for value in [*losses, *largest])
-        seen = self._of_the_run(sharpness) | self._of_the_parameters(largest, frozen or {})
+        seen = self._of_the_run(sharpness) | self._of_the_parameters(largest)
+        seen |= {"frozen": tuple(frozen), "forgotten": tuple(forgotten)}
         if not num_non_finite:
             seen |= self._losses.add(losses, self._window_size)
             seen |= self._of_the_gradients(rows, losses, seen.get("loss_trend", 0.0))
@@ -282,20 +292,19 @@ class EvidenceCollector:
             seen["sharpness"] = self._line.sharpness
         return seen | {name: self._lasting.get(name) for name in ("first_excess", "best_learning_rate")}
 
-    def _of_the_parameters(self, largest: Sequence[float], frozen: Mapping[str, int]) -> dict[str, Any]:
+    def _of_the_parameters(self, largest: Sequence[float]) -> dict[str, Any]:
         """Which have a gradient, and one that is not zero."""
         if not self._window.num_steps:
-            return {"frozen": tuple(frozen)}
+            return {}
         still = [parameter for parameter, most in zip(self._window.moved, largest, strict=True) if most == 0]
-        moving = sum(parameter.numel() for parameter in self._window.moved) - sum(each.numel() for each in still)
-        count = sum(parameter.numel() for parameter in self._held) + sum(frozen.values())
         moved = {*map(id, self._window.moved)}
+        without = [each for each in self._held if each.requires_grad and id(each) not in moved]
+        moving = sum(map(torch.numel, self._window.moved)) - sum(map(torch.numel, still))
         return {
-            "frozen": tuple(frozen),
-            "without_gradient": self._names_of([each for each in self._held if id(each) not in moved]),
+            "without_gradient": self._names_of(without),
             "zero_gradient": self._names_of([each for each in still if each.numel()]),
             "leftover_gradient": self._leftover is not None and bool(self._leftover > 0),
-            "share_moving": moving / max(count, 1),
+            "share_moving": moving / max(moving + sum(map(torch.numel, [*still, *without])), 1),
         }
 
     def _names_of(self, parameters: Sequence[Parameter]) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 
 from downslope.verdict.evidence import Evidence
-from downslope.verdict.hints import hints
+from downslope.verdict.hints import hints, listed
 from downslope.verdict.suggestion import Suggestion, suggest
 from downslope.verdict.thresholds import Thresholds, Word
 
@@ -47,6 +47,8 @@ def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
     word, why = _word(evidence, limits)
     suggestion = suggest(evidence, word, limits)
     sentence = f"{word}: {why}."
+    if evidence.frozen and evidence.line is None:
+        sentence += f" Frozen: {listed(evidence.frozen)}."
     for hint in named:
         sentence += f" {hint[0].upper()}{hint[1:]}" + "." * (not hint.endswith("?"))
     if _is_worth_saying(evidence, word, suggestion, limits):
@@ -81,6 +83,9 @@ def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:
         arrived = seen.loss is not None and abs(seen.loss) <= limits.tolerance * abs(seen.first_loss or 0.0)
     if seen.line is not None:
         arrived = seen.first_excess is not None and seen.line.excess <= limits.tolerance * seen.first_excess
+    if seen.line is not None and seen.frozen and not arrived and _have_done_what_they_can(seen, limits):
+        excess = seen.line.excess / (seen.first_excess or seen.line.excess)
+        return f"what is trained has done what it can, and {excess:.0%} of the excess loss is left to what is frozen"
     if seen.gradient_norm == 0 and not arrived:
         return "the gradient is exactly zero"
     if seen.update_ratio == 0 and seen.gradient_norm > 0 and not arrived:
@@ -88,6 +93,13 @@ def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:
     if seen.share_moving < 0.5 and seen.loss_trend > -limits.trend_certainty:
         return f"{1 - seen.share_moving:.0%} of the weights get no gradient, and the others have done what they can"
     return None
+
+
+def _have_done_what_they_can(seen: Evidence, limits: Thresholds) -> bool:
+    """Whether next to nothing is left to gain along the gradients there are: a line's closed form knows of others."""
+    gained = (seen.first_loss or 0.0) - (seen.loss or 0.0)
+    left = math.inf if seen.left_to_gain is None else seen.left_to_gain
+    return left <= limits.tolerance * (gained + left)
 
 
 def _is_diverging(seen: Evidence, limits: Thresholds) -> bool:

@@ -78,7 +78,7 @@ def test_what_else_leads_to_a_word(change: dict[str, object], word: str) -> None
     [
         ({"without_gradient": ("a.weight",)}, "no gradient reaches `a.weight`"),
         ({"zero_gradient": ("a", "b", "c", "d")}, "the gradient of `a`, `b`, `c` and 1 more is exactly zero"),
-        ({"frozen": ("a",)}, "`a` is frozen"),
+        ({"forgotten": ("head.weight",)}, "no optimizer holds `head.weight`"),
         ({"leftover_gradient": True}, "zero_grad() missing"),
         ({"gradient_excess": 6.0}, "about 6 × that of the loss"),
     ],
@@ -87,6 +87,13 @@ def test_a_mistake_is_named_by_its_traces(change: dict[str, object], hint: str) 
     assert judge(SOUND).hints == ()
     (said,) = judge(replace(SOUND, **change)).hints  # type: ignore[arg-type]
     assert hint in said
+
+
+def test_what_is_frozen_on_purpose_is_a_fact_and_no_accusation() -> None:
+    verdict = judge(replace(SOUND, frozen=("a", "b", "c", "d"), loss_trend=0.0))
+    assert verdict.word == "converging"
+    assert verdict.hints == ()
+    assert "Frozen: `a`, `b`, `c` and 1 more." in verdict.sentence
 
 
 @pytest.mark.parametrize(
@@ -233,3 +240,54 @@ def test_a_collector_goes_on_where_another_stopped() -> None:
     one.evidence()
     other.load_state_dict(one.state_dict())
     assert other.state_dict() == one.state_dict()
+
+
+def lora_of(width: int) -> tuple[nn.Module, list[nn.Parameter]]:
+    """A frozen layer with a thin one beside it, and the optimizer's parameters: all of them, as many scripts do it."""
+    torch.manual_seed(3)
+    module = nn.ModuleDict({"base": nn.Linear(width, 1).requires_grad_(False), "thin": nn.Linear(1, 1)})
+    return module, list(module.parameters())
+
+
+def test_a_small_trained_part_beside_a_frozen_one_is_not_stalled() -> None:
+    module, parameters = lora_of(40)
+    optimizer = SGD(parameters, lr=0.1)
+    frozen = [name for name, parameter in module.named_parameters() if not parameter.requires_grad]
+    collector = EvidenceCollector(optimizer, {id(p): n for n, p in module.named_parameters()}, full_batch=True)
+    inputs = torch.linspace(-1, 1, 40)
+    for _ in range(100):
+        optimizer.zero_grad()
+        thin = module["thin"](inputs[:, None]).squeeze(-1)
+        loss = (module["base"](inputs) + thin - 2 * inputs).square().mean()
+        collector.add_leftover()
+        loss.backward()
+        optimizer.step()
+        collector.add_step()
+        collector.add_loss(loss)
+    verdict = judge(collector.evidence(frozen))
+    assert verdict.word in ("converging", "converged")
+    assert verdict.hints == ()
+    assert "Frozen: `base.weight`, `base.bias`." in verdict.sentence
+
+
+def collect_leftovers(clear_first: bool) -> Evidence:
+    """Two losses a step, of which the first one is another optimizer's: as in a GAN."""
+    module = nn.Linear(2, 1)
+    optimizer = SGD(module.parameters(), lr=0.1)
+    collector = EvidenceCollector(optimizer, {}, full_batch=True)
+    for _ in range(8):
+        collector.add_leftover()  # the other network's backward finds this one's gradient
+        if clear_first:
+            optimizer.zero_grad()
+        collector.add_leftover()
+        loss = module(torch.ones(4, 2)).square().mean()
+        loss.backward()
+        optimizer.step()
+        collector.add_step()
+        collector.add_loss(loss)
+    return collector.evidence()
+
+
+def test_only_a_gradient_that_no_backward_finds_gone_is_left_over() -> None:
+    assert not collect_leftovers(clear_first=True).leftover_gradient
+    assert collect_leftovers(clear_first=False).leftover_gradient
