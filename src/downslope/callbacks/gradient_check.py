@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 class GradientCheck(Callback):
     """Checks the module's gradient on the first training batch, once; training stays the same to the bit.
 
-    See `downslope.steps.gradient_check.check` for what is compared. It costs about four evaluations of the loss for each
+    See `downslope.steps.gradient_check` for what is compared. It costs about four evaluations of the loss for each
     parameter tensor.
 
     Args:

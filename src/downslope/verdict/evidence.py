@@ -200,7 +200,7 @@ class EvidenceCollector:
             names: Of the features.
         """
         weights = flat(parameters)
-        if len(weights) != len(line.parameters):
+        if len(weights) != len(line.parameters) or not line.is_complete:
             return
         self._line, self._line_parameters, self._line_names = line, parameters, names
         first = self._lasting.setdefault("first_excess", outlook(line, weights, 0.0, 0.0).excess)
