@@ -54,8 +54,7 @@ def judge_badly(evidence):
 @pytest.mark.parametrize("closed_form", [True, False])
 def test_the_suggestion_needs_at_most_twice_the_steps_of_the_best_rate(closed_form: bool) -> None:
     for seed in range(TESTING_SEED, TESTING_SEED + 4):
-        _, suggested, ratio = follow(seed, closed_form)
-        assert suggested is not None
+        _, _, ratio = follow(seed, closed_form)
         assert ratio <= 2
 
 

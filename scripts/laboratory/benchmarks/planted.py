@@ -83,7 +83,7 @@ class Course:
     @property
     def first_diverging(self) -> int | None:
         """The step at which it was first said."""
-        said = [step for step, verdict in self.verdicts if verdict.word in ("diverging", "non_finite")]
+        said = [step for step, verdict in self.verdicts if verdict.word in ("diverging", "too_large", "non_finite")]
         return said[0] if said else None
 
 

@@ -18,16 +18,16 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from downslope.gradients.least_squares import LeastSquares
 from downslope.gradients.norms import norms
 from downslope.gradients.outlook import Outlook, best_learning_rate, outlook
 from downslope.verdict import window
-from downslope.verdict.losses import FEW, Losses
+from downslope.verdict.losses import EARLY, FEW, Losses
 from downslope.verdict.window import Row, Window, flat
 
-Method = Literal["gradient_descent", "momentum", "nesterov", "adam", "other"]
+Method = Literal["gradient_descent", "momentum", "nesterov", "adam", "lbfgs", "other"]
 FIRST_JUDGEMENTS = (8, 16, 32)  # at 10 × the limit float32 overflows after some 30 steps
 MOST_GLANCES = 512
 
@@ -41,7 +41,10 @@ class Evidence:
 
     step: int  # optimizer steps taken
     learning_rate: float  # η of the last of them
+    peak_learning_rate: float | None = None  # the largest until now: what a schedule is judged by
+    tried_learning_rates: tuple[float, ...] = ()  # of a sweep that it is part of: never suggested again
     planned_steps: int | None = None  # how many there will be, where that is known
+    has_ended: bool = False  # whether this was the last step, planned or not
     method: Method = "gradient_descent"  # what makes a step of a gradient
     momentum: float = 0.0  # β
     full_batch: bool = True  # whether every step sees all rows
@@ -50,6 +53,7 @@ class Evidence:
     first_loss: float | None = None
     loss: float | None = None  # mean of the recent ones; of full batches the last
     best_loss: float | None = None  # the least such mean so far
+    early_growth: float | None = None  # largest of the first losses over the very first, beyond chance
     loss_growth: float = 0.0  # standard errors by which the logarithm of the loss now lies above that at the best
     loss_rise: float = 0.0  # the same of the newer half of the recent losses, above the older
     loss_trend: float = 0.0  # the same of the later half of all losses
@@ -73,6 +77,9 @@ class Evidence:
     left_to_gain: float | None = None
 
     sharpness: float | None = None  # λ, the largest eigenvalue of the Hessian, where it was measured
+    critical_learning_rate: float | None = None  # η_c, as measured last
+    least_critical_learning_rate: float | None = None  # the least η_c measured: after a jump the last tells nothing
+    early_critical_ratio: float | None = None  # the largest η/η_c of the first steps
     line: Outlook | None = None  # what the closed form says, for a line
     first_excess: float | None = None  # excess loss of a line's first weights
     best_learning_rate: float | None = None  # which takes a line from there in the fewest steps of gradient descent
@@ -88,6 +95,16 @@ class Evidence:
     def horizon(self) -> int:
         """The steps that it has for its way: those planned, at least those taken."""
         return max(self.step, self.planned_steps or 0)
+
+    @property
+    def peak(self) -> float:
+        """The largest rate until now."""
+        return max(self.learning_rate, self.peak_learning_rate or 0.0)
+
+    @property
+    def critical_ratio(self) -> float | None:
+        """The peak over η_c: above 1 a step goes uphill."""
+        return None if not self.critical_learning_rate else self.peak / self.critical_learning_rate
 
     @property
     def steepest(self) -> float | None:
@@ -240,16 +257,35 @@ class EvidenceCollector:
         self.step += 1
         self._rate = _rate(self.optimizer)  # a schedule may change it before anybody asks
         self._lasting["time"] += self._rate
+        self._lasting["peak_learning_rate"] = max(self._rate, self._lasting.get("peak_learning_rate", 0.0))
         self._leftover, self._least_found = self._least_found, None
         if watching:
-            self._window.add(self._held)
+            self._window.add(self._held, _decays(self.optimizer))
+
+    def add_critical(self, step: int, value: float) -> None:
+        """Takes the critical learning rate of a step: `downslope.gradients.critical_learning_rate`.
+
+        Args:
+            step: Steps taken before it.
+            value: η_c, along the step that was really made, above 0.
+        """
+        known = self._lasting
+        known["critical_learning_rate"] = value
+        known["least_critical_learning_rate"] = min(value, known.get("least_critical_learning_rate", math.inf))
+        if step <= EARLY:
+            known["early_critical_ratio"] = max(self._rate / value, known.get("early_critical_ratio", 0.0))
 
     @property
     def _held(self) -> list[Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
     def evidence(
-        self, frozen: Iterable[str] = (), sharpness: float | None = None, forgotten: Iterable[str] = ()
+        self,
+        frozen: Iterable[str] = (),
+        sharpness: float | None = None,
+        forgotten: Iterable[str] = (),
+        has_ended: bool = False,
+        tried: Iterable[float] = (),
     ) -> Evidence:
         """Returns what was seen, and begins a new window.
 
@@ -257,20 +293,24 @@ class EvidenceCollector:
             frozen: Parameters of the module that are not to move.
             sharpness: λ, where somebody has measured it.
             forgotten: Parameters that get a gradient, though no optimizer holds them.
+            has_ended: Whether training ends here: it need not, where it was planned.
+            tried: Learning rates of the sweep that it is part of.
         """
         losses = torch.stack(self._recent).cpu().double().tolist() if self._recent else []
         rows, largest = self._window.rows(), self._window.largest()
         num_non_finite = sum(not math.isfinite(value) for value in [*losses, *largest])
         seen = self._of_the_run(sharpness) | self._of_the_parameters(largest)
-        seen |= {"frozen": tuple(frozen), "forgotten": tuple(forgotten)}
+        seen |= {"frozen": tuple(frozen), "forgotten": tuple(forgotten), "tried_learning_rates": tuple(tried)}
+        seen["has_ended"] = has_ended or self.step == self._last_step
         if not num_non_finite:
             seen |= self._losses.add(losses, self._window_size)
             seen |= self._of_the_gradients(rows, losses, seen.get("loss_trend", 0.0))
         evidence = Evidence(num_non_finite=num_non_finite, **seen)
+        excess = self._exact_excess() if self._line is not None else _gradient_excess(evidence)
         self._recent.clear()
         self._window.clear()
         self._leftover = None
-        if excess := _gradient_excess(evidence):
+        if excess:
             self._lasting["gradient_excess"] = excess
         return replace(evidence, gradient_excess=self._lasting.get("gradient_excess"))
 
@@ -288,9 +328,11 @@ class EvidenceCollector:
         }
         if self._line is not None:
             weights = flat(self._line_parameters)
-            seen["line"] = outlook(self._line, weights, self._rate, self._target, self._line_names)
+            seen["line"] = outlook(
+                self._line, weights, self._rate, self._target, self._line_names, self._lasting["time"]
+            )
             seen["sharpness"] = self._line.sharpness
-        return seen | {name: self._lasting.get(name) for name in ("first_excess", "best_learning_rate")}
+        return seen | {name: value for name, value in self._lasting.items() if name in Evidence.__dataclass_fields__}
 
     def _of_the_parameters(self, largest: Sequence[float]) -> dict[str, Any]:
         """Which have a gradient, and one that is not zero."""
@@ -322,6 +364,7 @@ class EvidenceCollector:
         if curvature and curvature > self._lasting.get("largest_curvature", 0.0):
             self._lasting["largest_curvature"] = curvature
         decay = self._decay()
+        is_of_the_loss = self._full_batch and not any(_decays(self.optimizer))
         return {
             "gradient_norm": norm,
             "first_gradient_norm": self._glances[0].norm,
@@ -333,8 +376,20 @@ class EvidenceCollector:
             "largest_curvature": self._lasting.get("largest_curvature"),
             "update_ratio": window.update_ratio(rows),
             "left_to_gain": self._left_to_gain(rows, curvature, decay, noise, loss_trend),
-            "descent_ratio": window.descent_ratio(rows, losses) if self._full_batch else None,
+            "descent_ratio": window.descent_ratio(rows, losses) if is_of_the_loss else None,
         }
+
+    def _exact_excess(self) -> float | None:
+        """⟨g, ∇L⟩ / ‖∇L‖², with the slope ∇L = H(θ − θ*) of a line where the last step began."""
+        moved = [*map(id, self._window.moved)]
+        if not self._full_batch or self._window.last_step is None or moved != [*map(id, self._line_parameters)]:
+            return None
+        assert self._line
+        gradient, start = (each.cpu().double() for each in self._window.last_step)
+        along = self._line.eigenvectors.T @ (start - self._line.parameters)
+        slope = self._line.eigenvectors @ (self._line.eigenvalues * along)
+        heard = window.ROUNDING * 100 * self._glances[0].norm if self._glances else math.inf
+        return float(gradient @ slope / (slope @ slope)) if float(slope.norm()) > heard else None
 
     def _decay(self) -> float | None:
         """How quickly ln ‖g‖ falls per unit of time, where a step takes η: the same whatever the schedule does."""
@@ -373,12 +428,10 @@ def _gradient_excess(seen: Evidence) -> float | None:
 
     Along a step Δθ a parabola's loss changes by ⟨∇L, Δθ⟩ + ½c‖Δθ‖². Of a gradient g = k∇L both are seen k times as
     large, so that the descent ratio is (1 − s)/k instead of 1 − s, where s = ½c‖Δθ‖² / −⟨g, Δθ⟩ is of the gradients
-    alone. Or, for a line: by how much the curvature along the steps exceeds the exact λ.
+    alone.
     """
     if not seen.full_batch or seen.method != "gradient_descent" or not seen.curvature:
         return None
-    if seen.line is not None and seen.sharpness and seen.curvature > 1.05 * seen.sharpness:
-        return seen.curvature / seen.sharpness
     overshoot = seen.learning_rate * seen.curvature / 2
     if seen.descent_ratio is None or overshoot > 0.5 or seen.descent_ratio < 0.05:
         return None
@@ -395,4 +448,16 @@ def _method(optimizer: Optimizer) -> tuple[Method, float]:
     if isinstance(optimizer, SGD) and not group.get("dampening") and not group.get("maximize"):
         momentum = float(group["momentum"])
         return ("nesterov" if group["nesterov"] else "momentum") if momentum else "gradient_descent", momentum
+    if isinstance(optimizer, LBFGS):
+        return "lbfgs", 0.0
     return ("adam" if isinstance(optimizer, Adam | NAdam | RAdam | RMSprop) else "other"), 0.0
+
+
+def _decays(optimizer: Optimizer) -> list[float]:
+    """What is added of each parameter to its gradient; AdamW shortens the weights apart from that."""
+    is_coupled = isinstance(optimizer, SGD | Adam | NAdam | RAdam | RMSprop) and not isinstance(optimizer, AdamW)
+    return [
+        float(group["weight_decay"]) if is_coupled and not group.get("decoupled_weight_decay") else 0.0
+        for group in optimizer.param_groups
+        for _ in group["params"]
+    ]

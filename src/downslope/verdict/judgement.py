@@ -51,6 +51,8 @@ def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
         sentence += f" Frozen: {listed(evidence.frozen)}."
     for hint in named:
         sentence += f" {hint[0].upper()}{hint[1:]}" + "." * (not hint.endswith("?"))
+    if suggestion.advice:
+        sentence += f" {suggestion.advice}."
     if _is_worth_saying(evidence, word, suggestion, limits):
         sentence += f" Try lr={suggestion.learning_rate:.3g}."
     return Verdict(word, sentence, suggestion, _figures(evidence), named)
@@ -60,17 +62,48 @@ def _word(seen: Evidence, limits: Thresholds) -> tuple[Word, str]:
     """The first word whose conditions are met, gravest first, and why."""
     if seen.num_non_finite:
         return "non_finite", "a loss or a gradient is NaN or infinite"
+    is_diverging = _is_diverging(seen, limits)
+    if why := _why_too_large(seen, limits, is_diverging):
+        return "too_large", why
     if why := _why_stalled(seen, limits):
         return "stalled", why
-    if _is_diverging(seen, limits):
+    if is_diverging:
         return "diverging", _why_diverging(seen)
-    if _is_converged(seen, limits):
+    is_converged = _is_converged(seen, limits)
+    if _is_far_below_critical(seen, limits) and (seen.noise_share > limits.noisy or not is_converged):
+        return "too_slow", _progress(seen, limits)
+    if is_converged:
         return "converged", _why_converged(seen, limits)
     if why := _why_oscillating(seen, limits):
         return "oscillating", why
     if _is_too_slow(seen, limits):
         return "too_slow", _progress(seen, limits)
     return "converging", _progress(seen, limits)
+
+
+def _why_too_large(seen: Evidence, limits: Thresholds, is_diverging: bool) -> str | None:
+    """Thrown away from where it began, wherever it then went; while it diverges that is said, and this at the end."""
+    early = seen.early_critical_ratio
+    if is_diverging:
+        is_by_the_rate = (seen.stability or 0) > 1 or (early or 0) > 1 or _was_thrown(seen, limits)
+        return _why_diverging(seen) if seen.has_ended and is_by_the_rate else None
+    if not _was_thrown(seen, limits):
+        return None
+    where = f", at {early:.2g} × the critical learning rate" if early else ", and it has not come down to half of that"
+    return f"the first steps threw the loss to {seen.early_growth:.2g} × where it began{where}"
+
+
+def _was_thrown(seen: Evidence, limits: Thresholds) -> bool:
+    """Whether the first steps raised the loss, uphill as far as known, else so that it has not come back.
+
+    The limit of a parabola that is known says more: momentum's first step may overshoot there, and all is well.
+    """
+    if seen.line is not None or (seen.early_growth or 0) <= limits.growth:
+        return False
+    if seen.early_critical_ratio is not None:
+        return seen.early_critical_ratio > 1
+    is_stable = seen.sharpness is not None and seen.stability is not None and seen.stability <= 1
+    return not is_stable and (seen.loss or 0) > (seen.first_loss or 0) / limits.growth
 
 
 def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:
@@ -190,12 +223,25 @@ def _why_oscillating(seen: Evidence, limits: Thresholds) -> str | None:
 def _is_held_by_noise(seen: Evidence, limits: Thresholds) -> bool:
     """Whether noise prevails, and for a line also explains where it is (by a factor of 3): it may just be slow."""
     explained = seen.line is None or seen.left_to_gain is None or seen.line.excess < 3 * seen.left_to_gain
-    return seen.noise_share > limits.noisy and explained and not _has_hardly_begun(seen)
+    is_young = seen.line is not None and seen.line.young_share > 0.5
+    return seen.noise_share > limits.noisy and explained and not is_young and not _has_hardly_begun(seen, limits)
 
 
-def _has_hardly_begun(seen: Evidence) -> bool:
+def _has_hardly_begun(seen: Evidence, limits: Thresholds) -> bool:
     """Whether even the steepest direction needs more steps than there are: ηλt < 1."""
-    return seen.stability is not None and 2 * seen.horizon * seen.stability < 1
+    stability = _stability(seen, limits)
+    return stability is not None and 2 * seen.horizon * stability < 1
+
+
+def _stability(seen: Evidence, limits: Thresholds) -> float | None:
+    """At the present rate; where noise prevails at the peak, since a schedule's end is there to quiet it."""
+    if seen.stability is None or seen.limit is None or seen.noise_share <= limits.noisy:
+        return seen.stability
+    return seen.peak / seen.limit
+
+
+def _is_far_below_critical(seen: Evidence, limits: Thresholds) -> bool:
+    return seen.line is None and seen.critical_ratio is not None and seen.critical_ratio < limits.critical_share
 
 
 def num_steps_left(seen: Evidence, thresholds: Thresholds | None = None) -> float | None:
@@ -213,10 +259,13 @@ def num_steps_left(seen: Evidence, thresholds: Thresholds | None = None) -> floa
 
 
 def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
-    if seen.stability is not None and seen.stability > limits.slow_rate:
+    if seen.line is None and seen.critical_ratio is not None:
+        return _is_far_below_critical(seen, limits)
+    stability = _stability(seen, limits)
+    if stability is not None and stability > limits.slow_rate:
         # No constant rate is much quicker: it is the valley that is narrow.
         return seen.line is not None and (num_steps_left(seen, limits) or 0) > limits.hopeless_factor * seen.horizon
-    if _has_hardly_begun(seen):
+    if _has_hardly_begun(seen, limits):
         return True
     if seen.line is None and seen.noise_share > limits.noisy:
         return False  # the decay of a noisy gradient tells nothing
@@ -241,21 +290,26 @@ def _progress(seen: Evidence, limits: Thresholds) -> str:
     steps = num_steps_left(seen, limits) if seen.noise_share <= limits.noisy or seen.line else None
     if steps is not None and math.isfinite(steps):
         parts.append(f"about {_rounded(steps):,} more steps until {limits.tolerance:.1%} of the way is left")
-    if seen.stability is not None and seen.stability < limits.slow_rate:
+    if seen.line is None and seen.critical_ratio is not None:
+        parts.append(f"the rate is at most {seen.critical_ratio:.2g} × the critical one")
+    elif seen.stability is not None and seen.stability < limits.slow_rate:
         parts.append(f"the rate is {seen.stability:.2g} × the largest stable one")
     if seen.line is not None and seen.line.condition_number > 1e4 and (seen.stability or 0) > limits.slow_rate:
         parts.append(
-            f"the condition number is {seen.line.condition_number:.2g}, and no constant rate is much quicker: scale "
-            "the features, or add momentum"
+            f"the condition number is {seen.line.condition_number:.2g}, and no constant rate is much quicker: add "
+            "momentum, or decorrelate the features"
         )
     return "; ".join(parts)
 
 
 def _is_worth_saying(seen: Evidence, word: Word, suggestion: Suggestion, limits: Thresholds) -> bool:
+    """Whether the rate is wrong, or a line's closed form knows a quicker one."""
     if suggestion.learning_rate is None or word == "converged" or not seen.learning_rate:
         return False
+    if word == "converging" and seen.line is None:
+        return False
     factor = suggestion.learning_rate / seen.learning_rate
-    return word == "diverging" or not 1 / limits.worth_changing < factor < limits.worth_changing
+    return word in ("diverging", "too_large") or not 1 / limits.worth_changing < factor < limits.worth_changing
 
 
 def _figures(seen: Evidence) -> dict[str, float]:
@@ -265,6 +319,8 @@ def _figures(seen: Evidence) -> dict[str, float]:
         for name, value in vars(seen).items()
         if isinstance(value, int | float) and not isinstance(value, bool)
     }
+    if seen.critical_ratio is not None:
+        figures["critical_ratio"] = seen.critical_ratio
     if seen.line is not None:
         figures |= {"excess_loss": seen.line.excess, "condition_number": seen.line.condition_number}
     if seen.stability is not None:

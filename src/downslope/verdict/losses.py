@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 MOST_BLOCKS = 256
 FEW = 1e-12
+EARLY = 16  # steps in which a rate that is too large shows itself
 
 
 class Block(NamedTuple):
@@ -45,6 +46,7 @@ class Losses:
         self._full_batch = full_batch
         self._blocks: list[Block] = []
         self.first: float | None = None
+        self._early: list[float] = []
 
     def add(self, losses: Sequence[float], window: int) -> dict[str, float | None]:
         """Takes the finite losses since the last time, and returns those figures of an `Evidence` that they give."""
@@ -54,6 +56,7 @@ class Losses:
             self.first = losses[0]
         recent = Block.of(losses)
         self._append(recent)
+        self._early += losses[: EARLY + 1 - len(self._early)]
         best = min(self._blocks, key=lambda block: block.mean)
         half = len(losses) // 2
         rise = certainty([Block.of(losses[:half])], [Block.of(losses[half:])]) if half else 0.0
@@ -63,11 +66,20 @@ class Losses:
             "first_loss": self.first,
             "loss": losses[-1] if self._full_batch else recent.mean,
             "best_loss": min(best.mean, min(losses)) if self._full_batch else best.mean,
+            "early_growth": self._early_growth(),
             "loss_growth": certainty([best], [recent]),
             "loss_rise": rise,
             "loss_trend": certainty(late[:middle], late[middle:]) if middle else rise,
             "window_growth": losses[-1] / losses[-window] if len(losses) >= window and losses[-window] else None,
         }
+
+    def _early_growth(self) -> float | None:
+        """The largest early loss over the first; of batches less four standard deviations of the quietest block."""
+        if min(self._early) <= 0:
+            return None
+        spreads = [block.spread for block in self._blocks if block.num >= 8]
+        chance = 0.0 if self._full_batch else 4 * math.sqrt(min(spreads, default=math.inf))
+        return math.exp(math.log(max(self._early) / self._early[0]) - chance)
 
     def _append(self, recent: Block) -> None:
         self._blocks.append(recent)
@@ -77,11 +89,12 @@ class Losses:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns plain data."""
-        return {"first": self.first, "blocks": [list(block) for block in self._blocks]}
+        return {"first": self.first, "early": self._early, "blocks": [list(block) for block in self._blocks]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes there."""
-        self.first, self._blocks = state["first"], [Block(*block) for block in state["blocks"]]
+        self.first, self._early = state["first"], list(state["early"])
+        self._blocks = [Block(*block) for block in state["blocks"]]
 
 
 def certainty(before: Sequence[Block], after: Sequence[Block]) -> float:

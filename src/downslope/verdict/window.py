@@ -41,8 +41,13 @@ class Window:
         self._last: list[Tensor] = []
         self._largest: Tensor | None = None
 
-    def add(self, held: Sequence[Parameter]) -> None:
-        """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied."""
+    def add(self, held: Sequence[Parameter], decays: Sequence[float]) -> None:
+        """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied.
+
+        Args:
+            held: The optimizer's parameters.
+            decays: What it adds of each to its gradient: g + wθ is the gradient of what it minimises.
+        """
         moved = [parameter for parameter in held if parameter.grad is not None]
         if [*map(id, moved)] != [*map(id, self.moved)]:
             self.clear()  # another set of parameters has a gradient now
@@ -50,14 +55,18 @@ class Window:
         self.num_steps += 1
         gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
         if gradients:
-            self._watch(flat(gradients), flat(moved), norms(gradients, math.inf))
+            weights = [decay for parameter, decay in zip(held, decays, strict=True) if parameter.grad is not None]
+            self._watch(flat(gradients), flat(moved), norms(gradients, math.inf), weights)
 
-    def _watch(self, gradient: Tensor, parameters: Tensor, largest: Tensor) -> None:
+    def _watch(self, gradient: Tensor, parameters: Tensor, largest: Tensor, decays: Sequence[float]) -> None:
         if not self._last:
             nothing = torch.zeros_like(gradient)
             self._last, self._largest = [nothing, nothing, nothing, parameters], largest
         last, before_last, last_step, start = self._last
         step = parameters - start
+        if any(decays):
+            sizes = zip(self.moved, decays, strict=True)
+            gradient += torch.cat([gradient.new_full((each.numel(),), decay) for each, decay in sizes]) * start
         pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
         pairs += [(gradient, step), (gradient, last_step)]
         self._products.append(torch.stack([one @ other for one, other in pairs]))
@@ -69,6 +78,11 @@ class Window:
         if not self._products:
             return []
         return [Row(*each) for each in torch.stack(self._products).cpu().double().tolist()]
+
+    @property
+    def last_step(self) -> tuple[Tensor, Tensor] | None:
+        """The last gradient, and the parameters that it was taken at; None where nothing has moved."""
+        return (self._last[0], self._last[3] - self._last[2]) if self._last else None
 
     def largest(self) -> list[float]:
         """Returns the largest element that each moved parameter's gradient had."""

@@ -112,3 +112,19 @@ def test_too_many_curvatures_are_not_all_looked_for_but_the_optimum_and_the_larg
     assert "Of 31 curvatures only the largest" in caplog.text
     assert line.loss == pytest.approx(whole.loss, rel=1e-12)
     assert line.sharpness == pytest.approx(whole.sharpness, rel=1e-6)
+
+
+def test_with_weight_decay_gradient_descent_comes_to_rest_at_the_decayed_optimum() -> None:
+    features, target = problem(40, 3, seed=8)
+    line = least_squares(features, target).decayed(0.3)
+    inputs = torch.cat([features, torch.ones(40, 1)], dim=1).double()
+    theta = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=1 / line.sharpness, weight_decay=0.3)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (inputs @ theta - target).square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(theta.detach(), line.parameters)
+    theta = theta.detach()
+    objective = (inputs @ theta - target).square().mean() + 0.15 * theta.square().sum()
+    assert line.loss == pytest.approx(float(objective), rel=1e-12)

@@ -33,6 +33,7 @@ HAND_MADE = {
     "converging": SOUND,
     "converged": replace(SOUND, left_to_gain=1e-4),
     "too_slow": replace(SOUND, learning_rate=1e-4, gradient_decay=0.9999),
+    "too_large": replace(SOUND, early_growth=30.0, early_critical_ratio=4.0),
     "oscillating": BOUNCING,
     "diverging": replace(
         BOUNCING, learning_rate=0.26, loss=9.0, gradient_ratio=1.06, gradient_decay=1.06, window_growth=2.2
@@ -101,6 +102,8 @@ def test_what_is_frozen_on_purpose_is_a_fact_and_no_accusation() -> None:
     [
         ({}, 1 / 8),
         ({"full_batch": False}, 1 / 16),
+        ({"full_batch": False, "method": "momentum", "momentum": 0.9}, None),
+        ({"method": "lbfgs"}, None),
         ({"method": "momentum", "momentum": 0.81}, (1 + 0.9) ** 2 / 8),
         ({"method": "nesterov", "momentum": 0.81}, 1 / 8),
         ({"method": "adam"}, None),
@@ -113,7 +116,7 @@ def test_what_is_frozen_on_purpose_is_a_fact_and_no_accusation() -> None:
 )
 def test_the_suggestion_follows_the_theory(change: dict[str, object], rate: float | None) -> None:
     evidence = replace(SOUND, **change)  # type: ignore[arg-type]
-    suggestion = suggest(evidence, "converging")
+    suggestion = suggest(evidence, "oscillating")
     assert suggestion.learning_rate == (rate if rate is None else pytest.approx(rate))
     assert suggestion.reason
 
@@ -165,15 +168,17 @@ def test_the_steps_still_needed_are_those_that_gradient_descent_takes() -> None:
     assert outlook(line, theta, 1.01 * line.largest_stable_learning_rate, 0.0).num_steps is None
 
 
-def test_no_rate_of_a_fine_grid_is_better_than_the_best() -> None:
+def test_no_rate_of_a_fine_grid_needs_fewer_than_three_quarters_of_the_steps_of_the_suggested() -> None:
     line = least_squares(*problem())
     start = torch.zeros(4)
     target = 1e-3 * outlook(line, start, 0.0, 0.0).excess
-    needed = outlook(line, start, best_learning_rate(line, start, target), target).num_steps
+    rate = best_learning_rate(line, start, target)
+    assert rate <= 0.75 * line.largest_stable_learning_rate  # never to the edge
+    needed = outlook(line, start, rate, target).num_steps
     grid = [line.largest_stable_learning_rate * index / 1000 for index in range(1, 1000)]
     steps = [outlook(line, start, rate, target).num_steps for rate in grid]
     assert needed is not None
-    assert needed <= 1.02 * min(each for each in steps if each is not None)
+    assert 0.75 * needed <= 1.02 * min(each for each in steps if each is not None)
 
 
 # --- what is collected ------------------------------------------------------------------------------------------------
@@ -207,7 +212,8 @@ def test_above_the_limit_the_window_shows_what_theory_says() -> None:
     assert seen.gradient_cosine == pytest.approx(-1, abs=1e-3)
     assert seen.gradient_ratio == pytest.approx(1.2, rel=1e-3)  # |1 − ηλ|
     assert seen.curvature == pytest.approx(line.sharpness, rel=1e-3)
-    assert judge(seen).word == "diverging"
+    assert judge(replace(seen, has_ended=False)).word == "diverging"
+    assert judge(seen).word == "too_large"  # by the rate: the last word says the cause
 
 
 def test_below_it_the_flattest_direction_sets_the_pace() -> None:
