@@ -211,7 +211,7 @@ def _fit(
     for recorder in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(recorder, FlightRecorder) and recorder.diverged:
             _tell_divergence(result, recorder)
-    if result.status == "diverged" and result.verdict not in ("diverging", "non_finite"):
+    if result.status == "diverged" and result.verdict not in ("diverging", "too_large", "non_finite"):
         result.verdict = "diverging"  # between two judgements
 
 

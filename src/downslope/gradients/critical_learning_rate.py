@@ -66,7 +66,7 @@ def critical_learning_rate(
         is_heard = abs(change) > rounding * abs(start)
         rises = change > 0 if is_heard else high < math.inf or _falls(points)
         if change < math.inf and (is_heard or rises):
-            points.append((rate, change / rate))
+            points.append((rate, change / rate if is_heard else 0.0))
         low, high = (low, rate) if rises else (rate, high)
         if high < 2 * low and not _falls(points):
             low, high = 0.0, low  # it was rounding that hid whether it falls there

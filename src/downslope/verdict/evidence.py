@@ -89,6 +89,7 @@ class Evidence:
     frozen: tuple[str, ...] = ()  # parameters that require no gradient, or that no optimizer holds: on purpose
     forgotten: tuple[str, ...] = ()  # … that get a gradient, though no optimizer holds them
     share_moving: float = 1.0  # of all elements that are trained, those whose gradient is not zero
+    first_share_moving: float | None = None  # … in the first window: units can die
     leftover_gradient: bool = False  # whether `backward` found the last step's gradient still there
 
     @property
@@ -342,11 +343,13 @@ class EvidenceCollector:
         moved = {*map(id, self._window.moved)}
         without = [each for each in self._held if each.requires_grad and id(each) not in moved]
         moving = sum(map(torch.numel, self._window.moved)) - sum(map(torch.numel, still))
+        share_moving = moving / max(moving + sum(map(torch.numel, [*still, *without])), 1)
         return {
             "without_gradient": self._names_of(without),
             "zero_gradient": self._names_of([each for each in still if each.numel()]),
             "leftover_gradient": self._leftover is not None and bool(self._leftover > 0),
-            "share_moving": moving / max(moving + sum(map(torch.numel, [*still, *without])), 1),
+            "share_moving": share_moving,
+            "first_share_moving": self._lasting.setdefault("first_share_moving", share_moving),
         }
 
     def _names_of(self, parameters: Sequence[Parameter]) -> tuple[str, ...]:

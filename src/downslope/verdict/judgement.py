@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 
 from downslope.verdict.evidence import Evidence
 from downslope.verdict.hints import hints, listed
+from downslope.verdict.losses import EARLY
 from downslope.verdict.suggestion import Suggestion, suggest
 from downslope.verdict.thresholds import Thresholds, Word
+
+NEARLY_CRITICAL = 0.3  # between two measurements η_c may be less than at either
 
 
 @dataclass(frozen=True)
@@ -87,23 +90,30 @@ def _why_too_large(seen: Evidence, limits: Thresholds, is_diverging: bool) -> st
     if is_diverging:
         is_by_the_rate = (seen.stability or 0) > 1 or (early or 0) > 1 or _was_thrown(seen, limits)
         return _why_diverging(seen) if seen.has_ended and is_by_the_rate else None
-    if not _was_thrown(seen, limits):
-        return None
-    where = f", at {early:.2g} × the critical learning rate" if early else ", and it has not come down to half of that"
-    return f"the first steps threw the loss to {seen.early_growth:.2g} × where it began{where}"
+    where = f", at {early:.2g} × the critical learning rate" if early else ""
+    if _was_thrown(seen, limits):
+        return f"the first steps threw the loss to {seen.early_growth:.2g} × where it began{where}"
+    if (early or 0) > 1 and seen.line is None and seen.step >= 2 * EARLY and _has_not_come_down(seen, 1.25):
+        return f"the first steps went uphill{where}, and the loss has not come down since"
+    if (early or 0) > NEARLY_CRITICAL and seen.share_moving < 0.5 < (seen.first_share_moving or 0):
+        return f"a step killed units{where}: {1 - seen.share_moving:.0%} of the weights have no gradient any more"
+    return None
 
 
 def _was_thrown(seen: Evidence, limits: Thresholds) -> bool:
-    """Whether the first steps raised the loss, uphill as far as known, else so that it has not come back.
+    """Whether the first steps raised the loss, uphill as far as known or so that it has not come back.
 
     The limit of a parabola that is known says more: momentum's first step may overshoot there, and all is well.
     """
     if seen.line is not None or (seen.early_growth or 0) <= limits.growth:
         return False
-    if seen.early_critical_ratio is not None:
-        return seen.early_critical_ratio > 1
     is_stable = seen.sharpness is not None and seen.stability is not None and seen.stability <= 1
-    return not is_stable and (seen.loss or 0) > (seen.first_loss or 0) / limits.growth
+    return (seen.early_critical_ratio or 0) > 1 or (not is_stable and _has_not_come_down(seen, limits.growth))
+
+
+def _has_not_come_down(seen: Evidence, factor: float) -> bool:
+    """Whether the loss is not yet below the first by such a factor: a plateau of dead units lies a little lower."""
+    return seen.loss is not None and seen.first_loss is not None and seen.loss > seen.first_loss / factor
 
 
 def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:

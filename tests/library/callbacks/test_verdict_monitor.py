@@ -103,7 +103,7 @@ def fit(
     [
         (Line, 0.5, {"converged"}, None),
         (Line, 0.001, {"too_slow"}, None),
-        (Line, 1.2, {"diverging"}, None),
+        (Line, 1.2, {"too_large"}, None),
         (NoZeroGrad, 0.1, {"oscillating", "diverging"}, "zero_grad() missing"),
         (Summed, 0.5, {"diverging", "non_finite"}, "about 6 × that of the loss"),
         (Frozen, 0.5, {"stalled"}, "`linear.weight` is frozen"),

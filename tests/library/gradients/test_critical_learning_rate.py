@@ -112,6 +112,12 @@ def test_no_descent_direction_is_said() -> None:
         critical_learning_rate(lambda rate: 1 + rate, 0.1)
 
 
+def test_rounding_below_the_start_is_no_fall() -> None:
+    rounded = [1.0, 1 - 1e-8]
+    with pytest.raises(ValueError, match="no descent direction"):
+        critical_learning_rate(lambda rate: 1 + rate if rate > 1e-6 else rounded[rate > 0], 0.1)
+
+
 def test_what_has_no_critical_rate_is_said() -> None:
     assert critical_learning_rate(lambda rate: 1 - rate, 0.1) == math.inf
     with pytest.raises(ValueError, match="no more than rounding"):
