@@ -173,8 +173,10 @@ def _solved(system: Tensor, response: Tensor, rounding: float) -> Tensor:
     if len(system) == system.shape[1]:
         factor, failed = torch.linalg.cholesky_ex(system)
         if not failed and float(factor.diagonal().min()) > 1e-4:
-            return torch.cholesky_solve(response[:, None], factor)[:, 0]
-    return torch.linalg.lstsq(system, response, rcond=rounding, driver="gelsy").solution
+            by_cholesky: Tensor = torch.cholesky_solve(response[:, None], factor)
+            return by_cholesky[:, 0]
+    solution: Tensor = torch.linalg.lstsq(system, response, rcond=rounding, driver="gelsy").solution
+    return solution
 
 
 def _spectrum(matrix: Tensor) -> Spectrum:

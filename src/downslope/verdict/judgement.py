@@ -6,13 +6,11 @@ Pure: it knows neither Lightning nor Hydra, nor where the evidence comes from.
 import math
 from dataclasses import dataclass, field
 
+from downslope.verdict.divergence import is_diverging, why_diverging, why_too_large
 from downslope.verdict.evidence import Evidence
 from downslope.verdict.hints import hints, listed
-from downslope.verdict.losses import EARLY
 from downslope.verdict.suggestion import Suggestion, suggest
 from downslope.verdict.thresholds import Thresholds, Word
-
-NEARLY_CRITICAL = 0.3  # between two measurements η_c may be less than at either
 
 
 @dataclass(frozen=True)
@@ -65,13 +63,13 @@ def _word(seen: Evidence, limits: Thresholds) -> tuple[Word, str]:
     """The first word whose conditions are met, gravest first, and why."""
     if seen.num_non_finite:
         return "non_finite", "a loss or a gradient is NaN or infinite"
-    is_diverging = _is_diverging(seen, limits)
-    if why := _why_too_large(seen, limits, is_diverging):
+    diverges = is_diverging(seen, limits)
+    if why := why_too_large(seen, limits, diverges):
         return "too_large", why
     if why := _why_stalled(seen, limits):
         return "stalled", why
-    if is_diverging:
-        return "diverging", _why_diverging(seen)
+    if diverges:
+        return "diverging", why_diverging(seen)
     is_converged = _is_converged(seen, limits)
     if _is_far_below_critical(seen, limits) and (seen.noise_share > limits.noisy or not is_converged):
         return "too_slow", _progress(seen, limits)
@@ -82,38 +80,6 @@ def _word(seen: Evidence, limits: Thresholds) -> tuple[Word, str]:
     if _is_too_slow(seen, limits):
         return "too_slow", _progress(seen, limits)
     return "converging", _progress(seen, limits)
-
-
-def _why_too_large(seen: Evidence, limits: Thresholds, is_diverging: bool) -> str | None:
-    """Thrown away from where it began, wherever it then went; while it diverges that is said, and this at the end."""
-    early = seen.early_critical_ratio
-    if is_diverging:
-        is_by_the_rate = (seen.stability or 0) > 1 or (early or 0) > 1 or _was_thrown(seen, limits)
-        return _why_diverging(seen) if seen.has_ended and is_by_the_rate else None
-    where = f", at {early:.2g} × the critical learning rate" if early else ""
-    if _was_thrown(seen, limits):
-        return f"the first steps threw the loss to {seen.early_growth:.2g} × where it began{where}"
-    if (early or 0) > 1 and seen.line is None and seen.step >= 2 * EARLY and _has_not_come_down(seen, 1.25):
-        return f"the first steps went uphill{where}, and the loss has not come down since"
-    if (early or 0) > NEARLY_CRITICAL and seen.share_moving < 0.5 < (seen.first_share_moving or 0):
-        return f"a step killed units{where}: {1 - seen.share_moving:.0%} of the weights have no gradient any more"
-    return None
-
-
-def _was_thrown(seen: Evidence, limits: Thresholds) -> bool:
-    """Whether the first steps raised the loss, uphill as far as known or so that it has not come back.
-
-    The limit of a parabola that is known says more: momentum's first step may overshoot there, and all is well.
-    """
-    if seen.line is not None or (seen.early_growth or 0) <= limits.growth:
-        return False
-    is_stable = seen.sharpness is not None and seen.stability is not None and seen.stability <= 1
-    return (seen.early_critical_ratio or 0) > 1 or (not is_stable and _has_not_come_down(seen, limits.growth))
-
-
-def _has_not_come_down(seen: Evidence, factor: float) -> bool:
-    """Whether the loss is not yet below the first by such a factor: a plateau of dead units lies a little lower."""
-    return seen.loss is not None and seen.first_loss is not None and seen.loss > seen.first_loss / factor
 
 
 def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:
@@ -143,48 +109,6 @@ def _have_done_what_they_can(seen: Evidence, limits: Thresholds) -> bool:
     gained = (seen.first_loss or 0.0) - (seen.loss or 0.0)
     left = math.inf if seen.left_to_gain is None else seen.left_to_gain
     return left <= limits.tolerance * (gained + left)
-
-
-def _is_diverging(seen: Evidence, limits: Thresholds) -> bool:
-    if seen.line is not None and seen.stability is not None and seen.stability > 1 + 1e-9:
-        return seen.line.excess > 0  # on a parabola nothing can bring it back
-    is_rising = seen.loss_growth > limits.growth_certainty and seen.loss_rise > limits.trend_certainty
-    return _has_grown(seen, limits) and (is_rising or _bounces_out(seen, limits) or _is_far_out(seen, limits))
-
-
-def _has_grown(seen: Evidence, limits: Thresholds) -> bool:
-    if seen.loss is None or seen.best_loss is None:
-        return False
-    # What has momentum swings, on a parabola up to where it began: only above that it has grown.
-    best = seen.best_loss if seen.method == "gradient_descent" else max(seen.best_loss, seen.first_loss or -math.inf)
-    return seen.loss - best > (limits.growth - 1) * abs(best)
-
-
-def _grows(seen: Evidence) -> bool:
-    return (seen.gradient_ratio or 0) > 1 and (seen.window_growth or 0) > 1
-
-
-def _bounces_out(seen: Evidence, limits: Thresholds) -> bool:
-    # Momentum beats: it swells and ebbs on its way down, so that a window alone tells nothing.
-    lasts = seen.method == "gradient_descent" if seen.gradient_decay is None else seen.gradient_decay > 1
-    return _grows(seen) and lasts and (seen.gradient_cosine or 0) < limits.bouncing
-
-
-def _is_far_out(seen: Evidence, limits: Thresholds) -> bool:
-    if seen.loss is None or seen.first_loss is None or not (_grows(seen) or seen.gradient_norm == math.inf):
-        return False
-    return seen.loss > limits.far * abs(seen.first_loss)
-
-
-def _why_diverging(seen: Evidence) -> str:
-    grown = "the loss grows"
-    if seen.loss is not None and seen.best_loss and seen.loss > 1.05 * seen.best_loss:
-        grown = f"the loss is {seen.loss / seen.best_loss:.3g} × its best and grows"
-    elif seen.line is not None:
-        grown = "the error along the steepest direction grows at every step"
-    if seen.stability is not None and seen.limit is not None and seen.stability > 1:
-        return f"{grown}, at {seen.stability:.3g} × the largest stable rate ({seen.limit:.3g})"
-    return grown
 
 
 def _left(seen: Evidence) -> tuple[float, float] | None:
