@@ -18,8 +18,7 @@ from downslope.steps.due import check_count
 from downslope.steps.hooks import STEP_HOOKS, disable
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, num_steps
-from downslope.verdict.evidence import EvidenceCollector
-from downslope.verdict.judgement import Evidence, Thresholds, Verdict, judge
+from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, judge
 
 Kind = TypeVar("Kind", bound=Callback)
 
@@ -37,7 +36,7 @@ class VerdictMonitor(Observer):
         every_n_steps: Optimizer steps between two judgements; the first come after 8, 16 and 32 steps, because at ten
             times the limit float32 lasts for thirty, and one comes at the end, however the run ends.
         window: Steps before each judgement that are watched closely. They cost some vector products each.
-        thresholds: Where one word ends and the next begins: any of `downslope.verdict.judgement.Thresholds` by name.
+        thresholds: Where one word ends and the next begins: any of `downslope.verdict.Thresholds` by name.
         print_verdict: Print the last sentence when `fit` ends.
 
     Attributes:
@@ -106,20 +105,16 @@ class VerdictMonitor(Observer):
             self._collector.set_line(line, list(module.parameters()), self.thresholds.tolerance, _names(trainer))
         self._losses: list[Tensor] = []
         self._taken = trainer.global_step
-        self._begins_step = True
         self._judged_at = trainer.global_step
         self.follow(trainer, after=self._after)
 
     def _after(self, step: OptimizerStep) -> None:
         if self._collector and step.optimizer is self._collector.optimizer:
             self._collector.add_step()
-            self._begins_step = True
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._collector and self._begins_step:
-            self._begins_step = False
-            if self._collector.is_watching:
-                self._collector.add_leftover()
+        if self._collector and self._collector.is_watching:
+            self._collector.add_leftover()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

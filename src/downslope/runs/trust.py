@@ -61,7 +61,8 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
                 if resolver not in RESOLVERS and resolver not in trusted:
                     raise ValueError(f"{place} calls the resolver {resolver!r}: {_way_out(resolver)}")
     try:
-        return OmegaConf.create(plain)
+        config: DictConfig = OmegaConf.create(plain)
+        return config
     except OmegaConfBaseException as error:
         raise ValueError(f"{file} cannot be read as a configuration: {' '.join(str(error).split())}") from error
 

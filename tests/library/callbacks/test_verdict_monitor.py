@@ -104,7 +104,7 @@ def fit(
     [
         (Line, 0.5, {"converged"}, None),
         (Line, 0.001, {"too_slow"}, None),
-        (Line, 1.2, {"diverging"}, None),
+        (Line, 1.2, {"too_large"}, None),
         (NoZeroGrad, 0.1, {"oscillating", "diverging"}, "zero_grad() missing"),
         (Summed, 0.5, {"diverging", "non_finite"}, "about 6 × that of the loss"),
         (Frozen, 0.5, {"stalled"}, "`linear.weight` is frozen"),
@@ -308,9 +308,7 @@ def test_the_console_and_the_result_say_it(script: Any, tmp_path: Path) -> None:
     suggested = result["suggested_learning_rate"]
     assert result["evidence"]["condition_number"] > 100
     assert "s1 − s2" in result["evidence"]["sentence"]
-    again = (
-        f"scripts/train.py data.batch_size=1000 trainer.max_epochs=60 model=manual lr={suggested:.3g}"
-    )
+    again = f"scripts/train.py data.batch_size=1000 trainer.max_epochs=60 model=manual lr={suggested:.3g}"
     assert again in outcome.out
     after = script("train", "data.batch_size=1000", f"lr={suggested:.3g}", "trainer.max_epochs=60", "model=manual")
     assert "verdict   conver" in after.out
