@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from downslope.runs.result import Result
+from downslope.runs.whole_files import whole_file
 from downslope.steps.due import check_count
 from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms, read
@@ -383,7 +384,8 @@ class FlightRecorder(Observer):
         )
         if writes:
             try:
-                self.flight_record.write(self._folder)
+                with whole_file(self._folder / FILE_NAME) as stream:
+                    stream.write(self.flight_record.json().encode())
             except Exception as error:  # a full disk: the run ends all the same
                 warnings.warn(f"Cannot write {self._folder / FILE_NAME}: {error}", stacklevel=2)
 
