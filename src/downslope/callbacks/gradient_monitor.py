@@ -108,7 +108,8 @@ class GradientMonitor(Observer):
 
     def _after(self, step: OptimizerStep) -> None:
         if self._unclipped.are_applied:
-            parameters, vectors = step.moved, [step.flat_gradient] if step.moved else []
+            parameters: tuple[Tensor, ...] = step.moved
+            vectors = [step.flat_gradient] if parameters else []
         else:
             unclipped = self._unclipped.take(step)
             parameters = tuple(unclipped)
@@ -157,7 +158,7 @@ class Plan:
     histograms: Mapping[str, slice]
 
 
-def _columns(chosen: Sequence[Parameter], parameters: Sequence[Parameter]) -> Tensor:
+def _columns(chosen: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
     """Where the elements of some parameters stand in a vector of them all."""
     wanted, starts = {id(each) for each in chosen}, accumulate(map(num_elements, parameters), initial=0)
     ranges = [
