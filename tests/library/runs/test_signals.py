@@ -187,6 +187,7 @@ def living(group: int) -> list[str]:
     return [row[2] for row in rows if int(row[0]) == group and not row[1].startswith("Z")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "send", "code"), [(signal.SIGTERM, os.kill, 143), (signal.SIGINT, os.killpg, 130)], ids=["main", "group"]
 )
