@@ -91,11 +91,15 @@ def passes(
     data: LightningDataModule, module: LightningModule, trainer: Trainer, names: Iterable[str] = ("validation", "test")
 ) -> Iterator[Callable[..., Any]]:
     """Yields the Trainer's passes that the module and its data are made for: `validate`, `test`, `predict`."""
-    trainer_passes = {"validation": trainer.validate, "test": trainer.test, "predict": trainer.predict}
+    made: dict[str, Callable[..., Any]] = {
+        "validation": trainer.validate,
+        "test": trainer.test,
+        "predict": trainer.predict,
+    }
     for name in names:
         served = any(is_overridden(LOADERS[name], each) for each in (data, module))
         if served and is_overridden(f"{name}_step", module):
-            yield trainer_passes[name]
+            yield made[name]
 
 
 def required_passes(
