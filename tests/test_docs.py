@@ -15,6 +15,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from new import new_task
+from rename import PACKAGE
 
 from tests.conftest import ROOT
 
@@ -99,15 +100,19 @@ def test_every_path_that_is_named_exists(name: str, project: Path) -> None:
 @pytest.mark.parametrize("name", NOW)
 def test_every_module_class_and_function_that_is_named_exists(name: str, project: Path) -> None:
     text = NOW[name].read_text()
-    dotted = set(re.findall(r"(?<![\w./-])(?:downslope|template)(?:\.\w+)+", " ".join(_spans(text))))
+    dotted = set(re.findall(rf"(?<![\w./-])(?:downslope|{PACKAGE})(?:\.\w+)+", " ".join(_spans(text))))
     for language, block in _blocks(text):
         if language == "python":
             imports = [node for node in ast.walk(ast.parse(block)) if isinstance(node, ast.ImportFrom)]
             dotted |= {f"{node.module}.{alias.name}" for node in imports for alias in node.names}
         if language == "yaml":
-            dotted |= set(re.findall(r"_target_: (template\.\S+)", block))
-    ours = {each for each in dotted if each.startswith(("downslope.", "template."))}
-    assert {each for each in ours if not any(_exists(each, folder / "src") for folder in (ROOT, project))} == set()
+            dotted |= set(re.findall(rf"_target_: ({PACKAGE}\.\S+)", block))
+    ours = re.compile(rf"(downslope|{PACKAGE})\.")
+    assert {
+        each
+        for each in dotted
+        if ours.match(each) and not any(_exists(each, folder / "src") for folder in (ROOT, project))
+    } == set()
 
 
 def _exists(dotted: str, source: Path) -> bool:
