@@ -96,8 +96,12 @@ class Foreign(LightningModule):
         self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 1))
         self.mean = MeanMetric()
 
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        """Returns the mean squared error."""
+        return nn.functional.mse_loss(self.net(batch[0])[:, 0], batch[1])
+
     def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
-        loss = nn.functional.mse_loss(self.net(batch[0])[:, 0], batch[1])
+        loss = self.loss(batch)
         self.log("loss", loss)
         self.mean.update(loss.detach())
         if not self.automatic_optimization:

@@ -75,6 +75,10 @@ class Network(LightningModule):
         self.started = Seconds.now()
 
     def training_step(self, batch: Batch) -> Tensor:
+        """Returns the loss."""
+        return self.loss(batch)
+
+    def loss(self, batch: Batch) -> Tensor:
         """Returns the mean squared error."""
         return nn.functional.mse_loss(self.layers(batch[0]).squeeze(-1), batch[1])
 

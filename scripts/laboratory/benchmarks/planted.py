@@ -20,8 +20,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.gradients.least_squares import LeastSquares, least_squares
 from downslope.tables.synthetic import synthetic_table
-from downslope.verdict.evidence import EvidenceCollector
-from downslope.verdict.judgement import Evidence, Thresholds, Verdict, Word, judge
+from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, Word, judge
 
 NUM_ROWS = 64
 TOLERANCE = Thresholds().tolerance
@@ -84,7 +83,7 @@ class Course:
     @property
     def first_diverging(self) -> int | None:
         """The step at which it was first said."""
-        said = [step for step, verdict in self.verdicts if verdict.word in ("diverging", "non_finite")]
+        said = [step for step, verdict in self.verdicts if verdict.word in ("diverging", "too_large", "non_finite")]
         return said[0] if said else None
 
 
@@ -234,6 +233,17 @@ def truth(run: Run) -> Word | None:
     if run.mistake or run.method == "adam" or run.batch_size < NUM_ROWS or not run.is_line:
         return _truth_by_running_on(run)
     return _truth_by_the_spectrum(run)
+
+
+def truth_without_closed_form(run: Run, word: Word) -> Word:
+    """Returns what a run is to somebody who knows its gradients alone, given what it is.
+
+    Weights that are frozen are so on purpose, and only the closed form knows what they keep: the bias, along which the
+    curvature of a mean squared error is 2, arrives by itself.
+    """
+    if run.mistake != "frozen":
+        return word
+    return "converged" if abs(1 - 2 * run.learning_rate) ** (2 * run.num_steps) < TOLERANCE else "converging"
 
 
 def _losses_of_a_line(run: Run, num_steps: int) -> np.ndarray:

@@ -2,9 +2,9 @@
 
 import warnings
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
-from math import isfinite
+from math import inf, isfinite
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -15,11 +15,17 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from downslope.runs.result import Result
+from downslope.runs.whole_files import whole_file
+from downslope.steps.due import check_count
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms, read
-from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
+from downslope.steps.observer import Observer, say_off
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 from downslope.steps.snapshot import Copies, Snapshot
-from downslope.steps.unclipped_gradients import may_be_clipped
+from downslope.steps.unclipped_gradients import may_be_clipped, overrides
 from downslope.verdict.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
+
+GROWN = 1.5  # how much parameters grow where a loss does so by them
 
 OnDivergence = Literal["stop", "raise", "continue"]
 
@@ -28,13 +34,15 @@ class DivergenceError(RuntimeError):
     """A loss, gradient or parameter is not finite, or the loss has grown out of all proportion."""
 
 
-class FlightRecorder(Callback):
+class FlightRecorder(Observer):
     """Stops a run that diverges before its weights are spoiled, and writes down how it came to that.
 
     Diverged: a loss, gradient or parameter is not finite, or the loss exceeds `diverged_beyond` times the first one of
-    its optimizer that was not 0. The step is then taken back: parameters, optimizer state and buffers are, to the bit,
-    those before it, `flight_record.json` is written, and training ends as any training
-    that is stopped early: validated, saved, `fit` returns. `trainer.global_step` counts the step that was taken back.
+    its optimizer that was not 0, and the parameters have grown with it: a loss that grows alone has another weight than
+    at first, and is the one to compare with from there on. What was infinite before training is left alone, and so is a
+    gradient that somebody mends before it is applied. The step is then taken back: parameters, optimizer state and
+    buffers are, to the bit, those before it, `flight_record.json` is written, and training ends as any training that is
+    stopped early: validated, saved, `fit` returns. `trainer.global_step` counts the step that was taken back.
 
     It is judged when the step is done, with automatic optimization at the end of its batch, which is right for every
     optimizer: a gradient is known only in the middle of the step, LBFGS tries several, and a finite one can still
@@ -57,6 +65,8 @@ class FlightRecorder(Callback):
         flight_record: How; None if it did not, or if only another process saw it.
     """
 
+    deliberate = (DivergenceError,)
+
     def __init__(
         self,
         num_steps: int = 100,
@@ -71,8 +81,7 @@ class FlightRecorder(Callback):
             ("every_n_steps", every_n_steps),
             ("max_batch_values", max_batch_values),
         ):
-            if value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value}.")
+            check_count(name, value)
         if on_divergence not in get_args(OnDivergence):
             raise ValueError(f"`on_divergence` must be stop, raise or continue, got {on_divergence!r}.")
         if not diverged_beyond > 1:
@@ -85,15 +94,16 @@ class FlightRecorder(Callback):
         self.max_batch_values = max_batch_values
         self.flight_record: FlightRecord | None = None
         self.diverged = False
-        self._first_losses: dict[str, float] = {}
+        self._first: dict[str, tuple[float, float]] = {}  # an optimizer's first loss, and its parameters' norm
         self._steps: deque[MeasuredStep | StepRecord] = deque(maxlen=num_steps)
-        self._unjudged: list[MeasuredStep] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.flight_record = None
-        self.diverged = False
-        self._first_losses = {}
-        self._steps.clear()
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.flight_record = None
+            self.diverged = False
+            self._first = {}
+            self._steps.clear()
 
     def add_to(self, result: Result) -> None:
         """Fills in what the recorder saw: the weights are already those before the offending step."""
@@ -106,49 +116,40 @@ class FlightRecorder(Callback):
                 result.num_optimizer_steps = record.restored_to_step
 
     def state_dict(self) -> dict[str, Any]:
-        return {"first_losses": self._first_losses, "steps": [asdict(step) for step in self._records()]}
+        first = {name: list(values) for name, values in self._first.items()}
+        return {"first": first, "steps": [asdict(step) for step in self._records()]}
 
     def _records(self) -> list[StepRecord]:
         return [step.record() if isinstance(step, MeasuredStep) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._first_losses = dict(state_dict["first_losses"])
+        self._first = {name: (loss, norm) for name, (loss, norm) in state_dict.get("first", {}).items()}
         self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=self.num_steps)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self._automatic = pl_module.automatic_optimization
-        self._clips = may_be_clipped(trainer, pl_module)
-        leave_out_idle_hooks(self, *self._idle_hooks())
+        self._automatic = module.automatic_optimization
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
-        self._unjudged = []
-        self._snapshot = Snapshot(trainer.optimizers)
-        self._buffers = Copies()
-        self._num_steps_taken = trainer.global_step
+        self._norms = StepNorms(ParameterNames(module), trainer.optimizers)
+        self._snapshot, self._buffers = Snapshot(trainer.optimizers), Copies()
+        self._unjudged: list[MeasuredStep] = []
+        self._num_steps = self._first_step = trainer.global_step
+        self._batch_count = trainer.fit_loop.epoch_loop.batch_progress.current
+        self._batch: Any = None
         self._loss: Tensor | None = None
         self._arrived: tuple[list[str], Norms] | None = None
-        self._step_of_batch: MeasuredStep | None = None
-        self.on_train_epoch_start(trainer, pl_module)
-        self._is_quick = self._knows_the_loss_in_the_step(pl_module)
+        self._measured: MeasuredStep | None = None  # the step of this batch
+        self._is_blind = False
+        self._mends = overrides(module, "on_before_optimizer_step", "configure_gradient_clipping")
+        self._is_quick = self._knows_the_loss_in_the_step(module)
+        self._sleep_where_nothing_is_to_see(may_be_clipped(trainer, module))
+        steps = self.follow(trainer, self._before_step, self._after_step)
         if self._is_quick:
-            self._optimizer_steps = OptimizerSteps(trainer, self._keep, self._after_quick_step)
-            self._optimizer_steps.on_loss = self._catch
-            wake(self, "on_train_batch_start", "on_train_batch_end", awake=False)
-            return
-        before = None if self._automatic else self._before_step
-        self._optimizer_steps = OptimizerSteps(trainer, before, self._after_step)
-        self.on_train_batch_start(trainer, pl_module, None, 0)  # for a step that is taken before the first batch
-
-    def _idle_hooks(self) -> list[str]:
-        """Those that this run has no use for, of which each takes longer than all that is computed at a step."""
-        idle = {
-            "on_before_zero_grad": self._automatic and not self._scaler,
-            "on_before_backward": self._automatic,
-            "on_after_backward": self._automatic or self._scaler,
-            "on_before_optimizer_step": not (self._clips if self._automatic else self._scaler),
-        }
-        return [name for name, is_idle in idle.items() if is_idle]
+            steps.on_loss = self.guarded(self._catch)
+        self.on_train_epoch_start(trainer, module)
+        with torch.no_grad():
+            self._keep()  # for a step that is taken before the first batch
 
     def _knows_the_loss_in_the_step(self, module: LightningModule) -> bool:
         """Each batch is a step, and there is nobody to agree with: it can be judged before the batch has ended."""
@@ -159,50 +160,99 @@ class FlightRecorder(Callback):
             and not self._scaler
             and trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
             and not any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
-            and type(module).optimizer_step is LightningModule.optimizer_step
+            and not overrides(module, "optimizer_step")
         )
 
+    def _sleep_where_nothing_is_to_see(self, clips: bool) -> None:
+        """Each hook takes longer than all that is computed at a step."""
+        needed = {
+            "on_train_batch_start": not self._is_quick,
+            "on_before_zero_grad": not self._automatic or self._scaler,
+            "on_before_backward": not self._automatic,
+            "on_after_backward": not self._automatic and not self._scaler,
+            "on_before_optimizer_step": clips if self._automatic else self._scaler,
+            "on_train_batch_end": not self._is_quick,
+        }
+        disable(self, *STEP_HOOKS)
+        enable(self, *(name for name, is_needed in needed.items() if is_needed))
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._epoch, self._batches = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current
-        names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        self._norms = StepNorms(names, self.num_steps)
+        self._epoch = trainer.current_epoch
         self._buffered = [part._buffers for part in pl_module.modules() if part._buffers]
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self.diverged:
-            return
-        self._batch = (trainer.current_epoch, batch_idx, batch)
-        self._step_of_batch = self._arrived = None
+        self._batch, self._measured, self._arrived = batch, None, None
         with torch.no_grad():
             self._keep()
 
-    def _keep(self, step: OptimizerStep | None = None) -> None:
-        """Copies what a step may have to be taken back to."""
-        if self.on_divergence != "continue" and not self._unjudged and not self.diverged:
-            self._snapshot.take()
-            if self._buffered:  # batch normalization sees a batch before its loss is known
-                self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
+    def _before_step(self, step: OptimizerStep) -> None:
+        """Keeps what a step, of several in a batch the second, is taken back to."""
+        if self._is_quick:
+            self._keep()
+        elif self._measured and not self._automatic:
+            self._judge_if_due()
+            self._keep(buffers=False)
 
-    def _catch(self, loss: Tensor | None) -> None:
-        self._loss = loss
+    def _keep(self, buffers: bool = True) -> None:
+        if self.on_divergence == "continue" or self._unjudged or self.diverged:
+            return
+        self._snapshot.take_all()
+        if self._buffered and buffers:  # batch normalization sees a batch before its loss is known
+            self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._loss = None  # here a window of accumulation begins, and each of LBFGS's trials
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        loss = loss.detach() if loss.ndim == 0 else loss.detach().sum()
+        loss = loss.detach().sum()
         if self._scaler:
             loss = loss / self._scaler.scale(torch.ones_like(loss))
         self._loss = loss if self._loss is None else self._loss + loss
 
+    def _catch(self, loss: Tensor | None) -> None:
+        self._loss = loss
+
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The one moment before a clip of the user's own, which makes a NaN in one gradient a NaN in all.
-        if not self._automatic and not self._scaler:
-            self._arrived = self._norms.of_gradients(trainer.optimizers)
+        self._arrived = self._norms.of_gradients(trainer.optimizers)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if self._automatic or self._scaler:
-            self._arrived = self._norms.of_gradients([optimizer])
+        self._arrived = self._norms.of_gradients([optimizer])
+
+    def _after_step(self, step: OptimizerStep) -> None:
+        self._num_steps = step.step + 1
+        if self.diverged:
+            self._take_back()  # training ends, but not before the module's own code does
+            return
+        measured = self._measured = self._new(step.step)
+        measured.optimizer, measured.learning_rate = step.name, _learning_rate(step.optimizer)
+        self._look(lambda: self._norms.measure(step, measured, self._arrived))
+        self._arrived = None
+        if self._is_quick or not self._automatic:  # otherwise it comes with what `training_step` returns
+            measured.loss, self._loss = self._loss, None
+        if not self._is_quick:
+            self._unjudged.append(measured)
+            if measured.loss is not None:
+                self._judge_if_due()
+            return
+        read([measured])
+        if self._diagnose(measured):
+            self._unjudged.append(measured)
+            enable(self, "on_train_batch_end")  # by then other observers have seen what is taken back
+
+    def _new(self, step: int) -> MeasuredStep:
+        return MeasuredStep(step, self._epoch, max(self._batch_count.ready - 1, 0), self._batch)
+
+    def _look(self, take: Callable[[], None]) -> None:
+        """Measures. One of several processes that cannot any more still agrees with the others, who wait for it."""
+        try:
+            if not self._is_blind:
+                take()
+        except Exception as error:
+            if self._trainer.world_size == 1:
+                raise
+            self._is_blind = True
+            say_off("FlightRecorder of this process", error)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -210,22 +260,29 @@ class FlightRecorder(Callback):
         if self.diverged:
             return
         if self._is_quick:
-            wake(self, "on_train_batch_end", awake=False)
-            bad = self._unjudged[-1] if self._unjudged else None
-            if bad and bad.loss is not None:  # otherwise it was not the step of a batch
-                bad.batch_index, bad.batch = batch_idx, batch
+            disable(self, "on_train_batch_end")
+            for measured in self._unjudged:
+                measured.batch = batch if measured.loss is not None else None  # it was not the step of a batch
             self.judge()
             return
-        measured = self._step_of_batch
-        if measured is None:
-            measured = MeasuredStep(max(trainer.global_step, self._num_steps_taken), *self._batch)
-            if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
-                measured.gradient_names, measured.values = self._norms.of_gradients(trainer.optimizers)
-            self._unjudged.append(measured)
+        measured = self._measured or self._batch_without_a_step()
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
         if measured.loss is None and isinstance(loss, Tensor):
-            self._take_loss(measured, loss.detach() if loss.ndim == 0 else loss.detach().sum())
+            self._take_loss(measured, loss.detach().sum())
         self._judge_if_due()
+
+    def _batch_without_a_step(self) -> MeasuredStep:
+        """Looks at what a step will find; not where the module may mend it before, or be passing it over by itself."""
+        measured = self._new(max(self._trainer.global_step, self._num_steps))
+        if self._mends or (not self._automatic and self._num_steps > self._first_step):
+            return measured
+        if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
+            self._look(lambda: self._take_gradients(measured))
+        self._unjudged.append(measured)
+        return measured
+
+    def _take_gradients(self, measured: MeasuredStep) -> None:
+        measured.gradient_names, measured.norms = self._norms.of_gradients(self._trainer.optimizers)
 
     def _take_loss(self, measured: MeasuredStep, loss: Tensor) -> None:
         """Takes what came out of a batch: with automatic optimization its share of what the step differentiated."""
@@ -243,58 +300,6 @@ class FlightRecorder(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.judge()
-        self._let_go()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
-
-    def _let_go(self) -> None:
-        if hasattr(self, "_optimizer_steps"):
-            self._optimizer_steps.detach()
-            self._step_of_batch = None
-            del self._optimizer_steps, self._snapshot, self._buffers, self._norms
-            vars(self).pop("_batch", None)
-
-    def _before_step(self, step: OptimizerStep) -> None:
-        if self._step_of_batch is None or self.diverged:
-            return
-        self._judge_if_due()
-        if not self._unjudged and self.on_divergence != "continue":
-            self._snapshot.take()  # the second step of one batch is taken back alone
-
-    def _after_step(self, step: OptimizerStep) -> None:
-        self._num_steps_taken = step.step + 1
-        if self.diverged:
-            self._take_back()  # training ends, but not before the module's own code does
-            return
-        measured = self._step_of_batch = self._measure(step, *self._batch)
-        self._unjudged.append(measured)
-        if not self._automatic and self._loss is not None:  # otherwise it comes with what `training_step` returns
-            measured.loss, self._loss = self._loss, None
-            self._judge_if_due()
-
-    def _after_quick_step(self, step: OptimizerStep) -> None:
-        """Judges a step of automatic optimization at once; one that is bad waits for the end of its batch.
-
-        By then other observers have seen what is taken back.
-        """
-        if self.diverged:
-            self._take_back()
-            return
-        measured = self._measure(step, self._epoch, max(self._batches.ready - 1, 0), None)
-        measured.loss, self._loss = self._loss, None
-        read([measured])
-        if self._diagnose(measured):
-            self._unjudged.append(measured)
-            wake(self, "on_train_batch_end")
-
-    def _measure(self, step: OptimizerStep, epoch: int, batch_index: int, batch: Any) -> MeasuredStep:
-        """Takes down a step but for its loss, with gradients as they arrived."""
-        rate = _learning_rate(step.optimizer)
-        measured = MeasuredStep(step.step, epoch, batch_index, batch, optimizer=step.name, learning_rate=rate)
-        self._norms.measure(step, measured, self._arrived)
-        self._arrived = None
-        return measured
 
     def _judge_if_due(self) -> None:
         if len(self._unjudged) >= self.every_n_steps:
@@ -305,9 +310,11 @@ class FlightRecorder(Callback):
 
         Here, and nowhere else, the device is waited for.
         """
+        if self._is_attached and self._unjudged and not self.diverged:
+            self._attempt(self._judge)
+
+    def _judge(self) -> None:
         unjudged, self._unjudged = self._unjudged, []
-        if not unjudged or self.diverged:
-            return
         read(unjudged)
         diagnosis = None
         for measured in unjudged:
@@ -322,23 +329,35 @@ class FlightRecorder(Callback):
         if diagnosis:
             back_to = None if self.on_divergence == "continue" else unjudged[0].step
             self._record(measured, diagnosis, back_to, writes)
-        self._end()
+        self._stop()
 
     def _diagnose(self, measured: MeasuredStep) -> Diagnosis | None:
         """Judges a step, and remembers a good one."""
-        loss, name = measured.loss, measured.optimizer
-        first_loss = self._first_losses.get(name) if name else None  # a micro-batch's is not yet one to compare
-        grown = bool(first_loss and loss is not None and loss > self.diverged_beyond * abs(first_loss))
-        if grown or not isfinite(measured.total()):
+        name, loss, first_loss = measured.optimizer, measured.loss, self._first_loss(measured)
+        has_grown = first_loss is not None and loss is not None and loss > self.diverged_beyond * abs(first_loss)
+        if (has_grown or not measured.is_finite()) and not measured.was_mended():
             diagnosis = diagnose(measured.record(), first_loss, self.diverged_beyond)
             if diagnosis:
                 return diagnosis
         if name:
             self._steps.append(measured)
             measured.batch = None
-            if loss and first_loss is None:
-                self._first_losses[name] = float(loss)
+            if loss and isfinite(loss) and name not in self._first:
+                self._first[name] = (float(loss), measured.size())
         return None
+
+    def _first_loss(self, measured: MeasuredStep) -> float | None:
+        """What a step's loss is compared with; a micro-batch's with none.
+
+        A loss that grows out of all proportion, and the parameters not at all, was weighed anew: in this case itself.
+        """
+        first = self._first.get(measured.optimizer or "")
+        loss = measured.loss
+        if first is None or loss is None:
+            return None
+        if self.diverged_beyond * abs(first[0]) < loss < inf and measured.size() < GROWN * first[1]:
+            first = self._first[measured.optimizer or ""] = (float(loss), measured.size())
+        return first[0]
 
     def _agree(self, diagnosis: Diagnosis | None) -> tuple[bool, bool]:
         """Whether any process has diverged, and whether this one writes the file: the one whose own loss it was."""
@@ -358,18 +377,19 @@ class FlightRecorder(Callback):
         self.flight_record = FlightRecord(
             diagnosis=diagnosis,
             offending=measured.record(),
-            first_loss=self._first_losses.get(measured.optimizer or ""),
+            first_loss=self._first.get(measured.optimizer or "", (None,))[0],
             restored_to_step=restored_to_step,
             steps=self._records(),
             batch=as_numbers(measured.batch, self.max_batch_values),
         )
         if writes:
             try:
-                self.flight_record.write(self._folder)
-            except OSError as error:
+                with whole_file(self._folder / FILE_NAME) as stream:
+                    stream.write(self.flight_record.json().encode())
+            except Exception as error:  # a full disk: the run ends all the same
                 warnings.warn(f"Cannot write {self._folder / FILE_NAME}: {error}", stacklevel=2)
 
-    def _end(self) -> None:
+    def _stop(self) -> None:
         where = f"See {self._folder / FILE_NAME}."
         message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
         if self.on_divergence == "raise":
@@ -382,6 +402,6 @@ class FlightRecorder(Callback):
         warnings.warn(message, stacklevel=2)
 
 
-def _learning_rate(optimizer: Optimizer) -> float | list[float]:
-    groups = optimizer.param_groups
-    return float(groups[0]["lr"]) if len(groups) == 1 else [float(group["lr"]) for group in groups]
+def _learning_rate(optimizer: Optimizer) -> float | list[float] | None:
+    rates = [float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
+    return rates[0] if len(rates) == 1 else rates or None

@@ -5,29 +5,25 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import accumulate, chain, product
 from math import inf
+from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from downslope.gradients.norms import part_norms, total_norm
-from downslope.logs.tensorboard import Measurement, close_step_writer, step_writer
-from downslope.steps.optimizer_steps import (
-    STEP_HOOKS,
-    OptimizerStep,
-    OptimizerSteps,
-    check_frequency,
-    flat,
-    leave_out_idle_hooks,
-    parameter_names,
-    wake,
-)
+from downslope.gradients.vectors import flat, num_elements
+from downslope.logs.tensorboard import Measurement, step_writer
+from downslope.steps.due import check_count, is_due
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
+from downslope.steps.observer import Observer
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 from downslope.steps.unclipped_gradients import UnclippedGradients
 
 
-class GradientMonitor(Callback):
+class GradientMonitor(Observer):
     """Logs the gradient of every optimizer step: what arrives at it, and what is left of that after clipping.
 
     At step t (t optimizer steps taken before it) it writes `gradient_norm/total` and `gradient_norm/<parameter>`, of
@@ -42,7 +38,7 @@ class GradientMonitor(Callback):
         every_n_steps: Optimizer steps between two measurements.
         histogram_every_n_steps: The same for histograms, which are dearer; a multiple of `every_n_steps`.
         parameters: Names, with * and ?, of those that get tags of their own; the total is always that of all.
-        norm_type: 2, or infinity for the largest element.
+        norm_type: 2, or infinity for the largest element; of complex ones both parts are elements.
         max_scalar_elements: Parameters of at most so many elements are also written element by element.
 
     Raises:
@@ -57,8 +53,8 @@ class GradientMonitor(Callback):
         norm_type: float = 2.0,
         max_scalar_elements: int = 16,
     ) -> None:
-        check_frequency("every_n_steps", every_n_steps)
-        check_frequency("histogram_every_n_steps", histogram_every_n_steps)
+        check_count("every_n_steps", every_n_steps)
+        check_count("histogram_every_n_steps", histogram_every_n_steps)
         if norm_type not in (2, inf):
             raise ValueError(f"`norm_type` must be 2 or inf, got {norm_type!r}.")
         self.every_n_steps = every_n_steps
@@ -66,27 +62,37 @@ class GradientMonitor(Callback):
         self.parameters = parameters
         self.norm_type = float(norm_type)
         self.max_scalar_elements = max_scalar_elements
-        self._steps: OptimizerSteps | None = None
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._writer = step_writer(trainer)
+        disable(self, *STEP_HOOKS)
         if not self._writer.is_open:
-            leave_out_idle_hooks(self, *STEP_HOOKS)
             return
-        self._names = parameter_names(pl_module)
+        self._names = ParameterNames(module)
         self._plans: dict[object, Plan] = {}
         self._held: list[Parameter] = []
         self._small: list[Parameter] = []
-        self._steps = steps = OptimizerSteps(trainer, self._before, self._after, self.every_n_steps)
-        self._unclipped = unclipped = UnclippedGradients(trainer, pl_module, steps)
-        leave_out_idle_hooks(self, *STEP_HOOKS)
+        steps = self.follow(trainer, self._before, self._after, self.every_n_steps)
+        self._unclipped = unclipped = UnclippedGradients(trainer, module, steps, self.guarded)
         if unclipped.are_applied:
             return
-        if not pl_module.automatic_optimization:
-            wake(self, "on_after_backward", awake=trainer.world_size > 1)
-            return
-        wake(self, "on_before_optimizer_step")
-        steps.on_next = lambda: wake(self, "on_before_optimizer_step", awake=steps.are_due())
+        is_automatic = module.automatic_optimization
+        enable(self, "on_after_backward", when=not is_automatic and trainer.world_size > 1)
+
+        def prepare() -> None:
+            enable(self, "on_before_optimizer_step" if is_automatic else "on_train_batch_start", when=steps.are_due())
+            unclipped.watch()
+
+        steps.on_next = self.guarded(prepare)
+        prepare()
+
+    def detach(self) -> None:
+        if hasattr(self, "_unclipped"):
+            self._unclipped.detach()
+        self._writer.flush()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._unclipped.watch()
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unclipped.on_after_backward()
@@ -102,7 +108,8 @@ class GradientMonitor(Callback):
 
     def _after(self, step: OptimizerStep) -> None:
         if self._unclipped.are_applied:
-            parameters, vectors = step.moved, [step.flat_gradient] if step.moved else []
+            parameters: tuple[Tensor, ...] = step.moved
+            vectors = [step.flat_gradient] if parameters else []
         else:
             unclipped = self._unclipped.take(step)
             parameters = tuple(unclipped)
@@ -115,18 +122,18 @@ class GradientMonitor(Callback):
             self._plans[key] = self._plan(parameters, step.suffix)
         plan = self._plans[key]
         self._writer.add(step.step, plan.measurement, self._values, *vectors)
-        if step.count % self.histogram_every_n_steps == 0:
+        if is_due(step.count, self.histogram_every_n_steps):
             self._writer.add_histograms(step.step, vectors[0], plan.histograms)
 
-    def _plan(self, parameters: tuple[Parameter, ...], suffix: str) -> "Plan":
-        names, sizes = [self._names[id(each)] for each in parameters], [each.numel() for each in parameters]
+    def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> "Plan":
+        names, sizes = self._names.of(parameters), [num_elements(each) for each in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
         kept = {id(each) for each in self._small}
         small = [parameters[index] for index in shown if id(parameters[index]) in kept]
         tags = [f"gradient_norm/total{suffix}", f"gradient_norm/applied{suffix}"]
         tags += [f"gradient_norm/{names[index]}" for index in shown]
         for kind in ("gradient_value", "parameter_value"):
-            tags += [f"{kind}/{self._names[id(each)]}{place}" for each in small for place in _places(each)]
+            tags += [f"{kind}/{self._names.of([each])[0]}{place}" for each in small for place in _places(each)]
         of_gradients, of_values = _columns(small, parameters), _columns(small, self._small)
 
         def derive(values: Tensor, arrived: Tensor, *applied: Tensor) -> Tensor:
@@ -142,19 +149,6 @@ class GradientMonitor(Callback):
             {f"gradient/{names[index]}": slice(ends[index], ends[index + 1]) for index in shown},
         )
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach(trainer)
-
-    def _detach(self, trainer: Trainer) -> None:
-        if self._steps:
-            self._steps.detach()
-            self._unclipped.detach()
-            self._steps = None
-        close_step_writer(trainer)
-
 
 @dataclass(frozen=True, eq=False)
 class Plan:
@@ -164,13 +158,16 @@ class Plan:
     histograms: Mapping[str, slice]
 
 
-def _columns(chosen: Sequence[Parameter], parameters: Sequence[Parameter]) -> Tensor:
+def _columns(chosen: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:
     """Where the elements of some parameters stand in a vector of them all."""
-    wanted, starts = {id(each) for each in chosen}, accumulate((each.numel() for each in parameters), initial=0)
-    ranges = [range(at, at + each.numel()) for at, each in zip(starts, parameters, strict=False) if id(each) in wanted]
+    wanted, starts = {id(each) for each in chosen}, accumulate(map(num_elements, parameters), initial=0)
+    ranges = [
+        range(at, at + num_elements(each)) for at, each in zip(starts, parameters, strict=False) if id(each) in wanted
+    ]
     return torch.tensor(list(chain.from_iterable(ranges)), dtype=torch.long)
 
 
 def _places(tensor: Tensor) -> list[str]:
-    """The indices of each element, [0,3]; of a scalar []."""
-    return [f"[{','.join(map(str, index))}]" for index in product(*map(range, tensor.shape))]
+    """The indices of each element, [0,3]; of a scalar []; of a complex one, those of both its parts."""
+    places = [f"[{','.join(map(str, index))}]" for index in product(*map(range, tensor.shape))]
+    return [f"{place}.{part}" for place in places for part in ("real", "imag")] if tensor.is_complex() else places

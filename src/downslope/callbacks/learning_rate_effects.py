@@ -1,7 +1,7 @@
 """What the learning rate does: how far each step goes, whether it turns back, and what it buys."""
 
 import logging
-from functools import reduce
+import math
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import Parameter
 from downslope.gradients.norms import norms, part_norms, total_norm
 from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
 from downslope.logs.tensorboard import Measurement, close_step_writer, step_writer
+from downslope.steps.loss import BatchLoss, Loss, check_loss, why_no_loss_of_a_step
 from downslope.steps.optimizer_steps import (
     STEP_HOOKS,
     OptimizerStep,
@@ -22,14 +23,13 @@ from downslope.steps.optimizer_steps import (
     parameter_names,
     wake,
 )
-from downslope.steps.random_state import RandomState
-from downslope.steps.replay import Replay, why_no_replay
 
 log = logging.getLogger(__name__)
 
 DESCENT_RATIO = Measurement(
     ["learning_rate_effect/descent_ratio"], lambda *parts: descent_ratio(*(part.double() for part in parts))[:, None]
 )
+SAME_LOSS = 1e-2  # relative: of autocast's rounding, and of nothing else
 
 
 class LearningRateEffects(Callback):
@@ -43,25 +43,32 @@ class LearningRateEffects(Callback):
     - `learning_rate_effect/gradient_cosine`: of g and the gradient of the step before: +1 creeping, −1 bouncing.
     - `learning_rate_effect/descent_ratio`: what the step changed the loss by, on the same batches under the same
       random numbers, over the −η‖g‖² that the gradient promised: 1 small step, ½ the best one, below 0 uphill. It
-      costs one more forward a batch, which leaves no trace in training. Where it cannot be had, the log says once why.
+      costs two more forwards a batch, on copies. It needs the module's `loss(batch)`, or `loss`; where it cannot be
+      had, the log says once why.
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
-        descent_ratio_every_n_steps: The same for the descent ratio, which is dearer; a multiple of `every_n_steps`,
-            None for never.
+        descent_ratio_every_n_steps: The same for the descent ratio, which is more expensive; a multiple of
+            `every_n_steps`, None for never.
+        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
+            module's method `loss(batch)` when None.
 
     Raises:
-        ValueError: A frequency is below 1.
+        ValueError: A setting is out of its range.
     """
 
-    def __init__(self, every_n_steps: int = 50, descent_ratio_every_n_steps: int | None = 50) -> None:
+    def __init__(
+        self, every_n_steps: int = 50, descent_ratio_every_n_steps: int | None = 50, loss: Loss | None = None
+    ) -> None:
+        check_loss(loss)
         check_frequency("every_n_steps", every_n_steps)
         if descent_ratio_every_n_steps is not None:
             check_frequency("descent_ratio_every_n_steps", descent_ratio_every_n_steps)
         self.every_n_steps = every_n_steps
         self.descent_ratio_every_n_steps = descent_ratio_every_n_steps
+        self.loss = loss
         self._steps: OptimizerSteps | None = None
-        self._replays = False
+        self._has_loss = False
         self._loaded: dict[str, Any] = {}
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,59 +96,82 @@ class LearningRateEffects(Callback):
             self._last_gradient[optimizer] = (moved, gradient, torch.dot(gradient, gradient))
         self._loaded = {}
         self._plans: dict[object, Measurement] = {}
-        self._window: list[tuple[Any, int, RandomState, Tensor]] = []
+        self._window: list[BatchLoss] = []
+        self._returned: list[Tensor] = []
+        self._is_compared = False
         self._promise: Tensor | None = None
         self._watched = False
         every = self.every_n_steps
         self._steps = steps = OptimizerSteps(trainer, self._before, self._after, every)
         self._steps_before = OptimizerSteps(trainer, after=self._keep_gradient, every_n_steps=every, ahead=1)
-        reason = why_no_replay(trainer, pl_module) if self.descent_ratio_every_n_steps else None
-        self._replays = bool(self.descent_ratio_every_n_steps) and reason is None
-        if reason:
-            log.warning("learning_rate_effect/descent_ratio is off. This is because %s.", reason)
-        if self._replays:
-            self._replay = Replay(trainer, pl_module)
+        if self.descent_ratio_every_n_steps:
+            self._has_loss = True
+            if reason := why_no_loss_of_a_step(trainer, pl_module, self.loss):
+                self._leave_out_descent_ratio(reason)
             steps.on_next = self._sleep_till_due
             self._sleep_till_due()
+
+    def _leave_out_descent_ratio(self, reason: object) -> None:
+        self._has_loss = self._watched = False
+        self._window.clear()
+        first_line = str(reason).partition("\n")[0].rstrip(".")
+        log.warning("learning_rate_effect/descent_ratio is off. This is because %s.", first_line)
 
     def _sleep_till_due(self) -> None:
         if self._steps:
             every = self.descent_ratio_every_n_steps or 1
             due = self._steps.are_due() and any(state.count % every == 0 for state in self._steps.states)
-            wake(self, "on_train_batch_start", awake=self._replays and due)
+            wake(self, "on_train_batch_start", awake=self._has_loss and due)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._random_state = RandomState()
-        self._watched = True
-        wake(self, "on_train_batch_end")
         if not self._window:
             self._window_began_at = trainer.global_step
+        try:
+            self._window.append(BatchLoss(pl_module, batch, self.loss, batch_idx))
+        except Exception as error:  # such as a batch that cannot be copied: watching never ends a training
+            self._leave_out_descent_ratio(error)
+        self._watched = self._has_loss
+        wake(self, "on_train_batch_end", awake=self._watched)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = outputs.get("loss") if isinstance(outputs, dict) else None
-        if not isinstance(loss, Tensor):
-            self._replays = False
-            log.warning("learning_rate_effect/descent_ratio is off. This is because `training_step` returns no loss.")
-        else:
-            self._window.append((batch, batch_idx, self._random_state, loss))
-            if self._promise is not None:
-                self._write_descent_ratio(trainer, self._promise)
+        returned = outputs.get("loss") if isinstance(outputs, dict) else None
+        self._returned += [returned] if isinstance(returned, Tensor) else []
         skipped = trainer.global_step != self._window_began_at  # by a GradScaler, which calls no optimizer
+        if self._promise is not None:
+            try:
+                self._write_descent_ratio(trainer, pl_module, self._promise)
+            except Exception as error:
+                self._leave_out_descent_ratio(error)
         if self._promise is not None or skipped:
             self._window.clear()
+            self._returned.clear()
             self._promise = None
         self._watched = False
         wake(self, "on_train_batch_end", awake=False)
         self._sleep_till_due()
 
-    def _write_descent_ratio(self, trainer: Trainer, promise: Tensor) -> None:
+    def _write_descent_ratio(self, trainer: Trainer, module: LightningModule, promise: Tensor) -> None:
         """The gradient was that of the batches' losses added up, each divided by the length of a full window."""
-        before = reduce(torch.add, [loss for *_, loss in self._window])
-        after = reduce(torch.add, [self._replay.loss(*place) for *place, _ in self._window])
-        after = after / trainer.accumulate_grad_batches
-        self._writer.add(self._promised_at, DESCENT_RATIO, before, after, promise)
+        if not module.automatic_optimization and len(self._window) > 1:
+            raise ValueError("under manual optimization it is not known how the losses of several batches were added")
+        before = after = torch.zeros(())
+        for loss in self._window:
+            start, change = (loss.pieces(self._stepped, vector) for vector in (self._before_step, self._change))
+            with loss.measuring():
+                along = loss.along(start, change)
+                before, after = before + along(0.0), after + along(1.0)
+        num_batches = trainer.accumulate_grad_batches
+        if module.automatic_optimization and not self._is_compared:
+            self._compare(float(before) / num_batches, float(sum(self._returned)))
+        self._writer.add(self._promised_at, DESCENT_RATIO, before / num_batches, after / num_batches, promise)
+
+    def _compare(self, computed: float, returned: float) -> None:
+        """Refuses, once, a loss that is not the one whose gradient was taken."""
+        self._is_compared = True
+        if not math.isclose(computed, returned, rel_tol=SAME_LOSS) and math.isfinite(returned):
+            raise ValueError(f"the loss is {computed:.6g} where `training_step` returned {returned:.6g}")
 
     def _before(self, step: OptimizerStep) -> None:
         self._before_step = flat(step.parameters)
@@ -167,6 +197,7 @@ class LearningRateEffects(Callback):
         self._writer.add(step.step, self._plans[key], rates, self._before_step, change, square, *products)
         if self._watched:
             self._promised_at = step.step
+            self._stepped, self._change = step.parameters, change
             if len(groups) == 1:
                 self._promise = rates[0] * square
             else:
@@ -210,5 +241,6 @@ class LearningRateEffects(Callback):
             self._steps.detach()
             self._steps_before.detach()
             self._steps = None
-            self._replays = self._watched = False
+            self._has_loss = self._watched = False
+            self._window.clear()
         close_step_writer(trainer)

@@ -17,6 +17,7 @@ from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import png
 from downslope.steps.batch_step import BatchStep, why_no_batch_step
+from downslope.steps.loss import BatchLoss, Loss, check_loss
 from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency
 from downslope.steps.unclipped_gradients import clones
 
@@ -49,15 +50,19 @@ class Pictures(Callback):
         every_n_steps: Optimizer steps between two drawings. Each takes a few tenths of a second; TensorBoard is shown
             the first, second, fourth, eighth, …, and the last.
         num_points: Of the path, at most: beyond it every third is kept. Wide models keep fewer, 64 MiB in all.
+        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
+            module's method `loss(batch)` when None.
     """
 
-    def __init__(self, folder: str, every_n_steps: int = 1000, num_points: int = 900) -> None:
+    def __init__(self, folder: str, every_n_steps: int = 1000, num_points: int = 900, loss: Loss | None = None) -> None:
+        check_loss(loss)
         check_frequency("every_n_steps", every_n_steps)
         if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < THINNING:
             raise ValueError(f"`num_points` must be a whole number of at least {THINNING}, got {num_points!r}.")
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.num_points = num_points
+        self.loss = loss
         self._steps: OptimizerSteps | None = None
         self._batch_step: BatchStep | None = None
 
@@ -66,7 +71,7 @@ class Pictures(Callback):
             return
         self._told: set[str] = set()
         line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
-        reason = why_no_batch_step(trainer, pl_module) if line is None else None
+        reason = why_no_batch_step(trainer, pl_module, self.loss) if line is None else None
         if reason:
             self._tell(reason)
         if reason or len(trainer.optimizers) != 1:
@@ -97,7 +102,8 @@ class Pictures(Callback):
             return
         coming = self._num_steps + 1
         if coming % self.every_n_steps == 0 or coming == trainer.max_steps or trainer.is_last_batch:
-            self._batch_step = BatchStep(self._num_steps, pl_module, batch)
+            loss = BatchLoss(pl_module, batch, self.loss, batch_idx, precise=True)
+            self._batch_step = BatchStep(self._num_steps, loss)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if not self._steps:
@@ -143,7 +149,7 @@ class Pictures(Callback):
         figures: dict[str, Figure] = {}
         try:
             if self._line is None:
-                figures["step_along_gradient"] = self._step_on_the_batch(trainer)
+                figures["step_along_gradient"] = self._step_on_the_batch()
             else:
                 end = flat(self._parameters)  # a run that diverged may have taken back its last step
                 figures["loss_surface"] = self._surface(self._line, end)
@@ -159,10 +165,10 @@ class Pictures(Callback):
         num_steps = self._num_steps - self._first if finite[-1] else (int(finite.sum()) - 1) * self._stride
         return draw_loss_surface(plane_of(line, path[finite]), labels, num_steps)
 
-    def _step_on_the_batch(self, trainer: Trainer) -> "Figure":
+    def _step_on_the_batch(self) -> "Figure":
         if self._batch_step is None:
             raise ValueError("training ended within its first epoch")
-        profile, rate = self._batch_step.profile(trainer)
+        profile, rate = self._batch_step.profile()
         return draw_step_along_gradient(profile, rate, self._batch_step.step)
 
     def _step_on_the_line(self, line: LeastSquares, end: Tensor) -> "Figure":

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from downslope.callbacks.verdict_monitor import VerdictMonitor
 from downslope.gradients.norms import norms, total_norm
+from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import num_steps
 
 log = logging.getLogger(__name__)
@@ -28,7 +29,7 @@ class Terminal(Console):
         raise BrokenPipeError("the reader has gone")
 
 
-class Progress(ProgressBar):
+class Progress(Observer, ProgressBar):
     """Shows where the run is: a bar in a terminal, elsewhere a line of plain text now and then.
 
     It looks at the loss and the gradient only when it shows them, so that a step costs it one look at the clock.
@@ -40,12 +41,9 @@ class Progress(ProgressBar):
 
     def __init__(self, every_n_seconds: float = 0.1, line_every_n_seconds: float = 10.0) -> None:
         super().__init__()
-        self.console = Terminal(stderr=True)
-        self.every_n_seconds = every_n_seconds if self.console.is_terminal else line_every_n_seconds
-        self._shown_at = 0.0
+        self.every_n_seconds = every_n_seconds
+        self.line_every_n_seconds = line_every_n_seconds
         self._enabled = True
-        self._due = False
-        self._loss = self._gradient_norm = float("nan")
         self._bar: Bar | None = None
 
     def disable(self) -> None:
@@ -56,8 +54,12 @@ class Progress(ProgressBar):
         """Shows again."""
         self._enabled = True
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self.console = Terminal(stderr=True)
+        self._seconds = self.every_n_seconds if self.console.is_terminal else self.line_every_n_seconds
         self._shown_at = time.monotonic()
+        self._due = False
+        self._loss = self._gradient_norm = float("nan")
         if self._enabled and self.console.is_terminal:
             self._bar = Bar(
                 TextColumn("  {task.fields[epoch]}"),
@@ -71,7 +73,7 @@ class Progress(ProgressBar):
                 self._bar.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._due = self._enabled and time.monotonic() - self._shown_at >= self.every_n_seconds
+        self._due = self._enabled and time.monotonic() - self._shown_at >= self._seconds
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._due:
@@ -87,14 +89,15 @@ class Progress(ProgressBar):
             self._show(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._stop(trainer)
-
-    def _stop(self, trainer: Trainer) -> None:
         if self._bar:
             self._show(trainer)
+        self.detach()  # before others print their last words
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_train_end(trainer, pl_module)
+        super().on_exception(trainer, pl_module, exception)
+
+    def detach(self) -> None:
         if self._bar:
             with self._unseen():
                 self._bar.stop()

@@ -1,6 +1,5 @@
 """How sharply the loss curves, and how near the learning rate is to where plain gradient descent diverges."""
 
-import copy
 import logging
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -11,9 +10,8 @@ from torch import Tensor
 
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.logs.tensorboard import write_scalars
-from downslope.steps.loss_function import training_loss
+from downslope.steps.loss import BatchLoss, Loss, check_loss, copied
 from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
-from downslope.steps.rehearsal import rehearsal
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +41,8 @@ class SharpnessMonitor(Callback):
     neither is the full data's limit. A module with `exact_sharpness`, such as our linear regression, is asked once, and
     its λ is that of all training rows.
 
-    The loss is computed by a copy of the module before the step's own batch, in training mode; training is the same to
-    the bit. Where it cannot be had, one warning says why, and training goes on without.
+    The loss is computed on copies of parameters and buffers before the step's own batch; training is the same to the
+    bit. Where it cannot be had again, one warning says why, and training goes on without.
 
     Args:
         every_n_steps: Optimizer steps between two measurements. One costs 3 to 6 training steps of a small network,
@@ -52,14 +50,21 @@ class SharpnessMonitor(Callback):
         num_products: Hessian-vector products a measurement, from the last eigenvector on; the first takes at least 10.
         batch: Measure on the first batch, kept (`probe`), or on the batch of the step (`training`), the first of
             several where gradients are accumulated.
+        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
+            module's method `loss(batch)` when None.
 
     Attributes:
         sharpness: λ, as measured last; None before.
     """
 
     def __init__(
-        self, every_n_steps: int = 200, num_products: int = 3, batch: Literal["probe", "training"] = "probe"
+        self,
+        every_n_steps: int = 200,
+        num_products: int = 3,
+        batch: Literal["probe", "training"] = "probe",
+        loss: Loss | None = None,
     ) -> None:
+        check_loss(loss)
         for name, value in (("every_n_steps", every_n_steps), ("num_products", num_products)):
             if not isinstance(value, int) or value < 1:
                 raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
@@ -68,6 +73,7 @@ class SharpnessMonitor(Callback):
         self.every_n_steps = every_n_steps
         self.num_products = num_products
         self.batch = batch
+        self.loss = loss
         self.sharpness: float | None = None
         self._on = False
         self._loaded: dict[str, Any] = {}
@@ -76,7 +82,7 @@ class SharpnessMonitor(Callback):
         probe = getattr(self, "_measured_on", None)
         if not self._on or probe is None or not _is_plain(probe):
             return {}
-        return {"probe": copy.deepcopy(probe), "eigenvector": self._eigenvector}
+        return {"probe": copied(probe), "eigenvector": self._eigenvector}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._loaded = state_dict
@@ -136,14 +142,14 @@ class SharpnessMonitor(Callback):
         if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
             raise ValueError(f"{type(trainer.strategy).__name__} does not keep the whole module on each device")
         if self._measured_on is None or self.batch == "training":
-            self._measured_on = copy.deepcopy((batch, batch_idx))
+            self._measured_on = copied(batch), batch_idx
+        kept, kept_index = self._measured_on
         stepped = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
-        with rehearsal(trainer, module) as twin:
-            pairs = zip(module.parameters(), twin.parameters(), strict=True)
-            loss = training_loss(module)(twin, *copy.deepcopy(self._measured_on))
-            if not isinstance(loss, Tensor) or not loss.requires_grad:
-                raise ValueError(f"no loss came back to take derivatives of, but {type(loss).__name__}")
-            hessian = Hessian(loss.squeeze(), [copied for original, copied in pairs if id(original) in stepped])
+        function = BatchLoss(module, kept, self.loss, kept_index, precise=True)
+        with function.measuring():
+            leaves = function.leaves(function.parameters)
+            theta = [leaves[name] for name, parameter in module.named_parameters() if id(parameter) in stepped]
+            hessian = Hessian(function(leaves), theta)
 
             def product(vector: Tensor) -> Tensor:
                 # Every process takes the same products: the mean of theirs is the product of the joint batch.

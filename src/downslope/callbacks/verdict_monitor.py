@@ -1,56 +1,60 @@
 """How does it do, and which learning rate should be tried? Said while it trains, early enough to save the run."""
 
-import logging
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import replace
+from math import inf
+from typing import Any, TypeVar
 
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn import Parameter
 
+from downslope.callbacks.critical_learning_rate import CriticalLearningRate
+from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 from downslope.gradients.least_squares import HasLeastSquares
 from downslope.logs.tensorboard import write_markdown
 from downslope.runs.result import Result
-from downslope.steps.optimizer_steps import (
-    OptimizerStep,
-    OptimizerSteps,
-    check_frequency,
-    num_steps,
-    parameter_names,
-)
-from downslope.verdict.evidence import EvidenceCollector
-from downslope.verdict.judgement import Thresholds, Verdict, judge
+from downslope.steps.due import check_count
+from downslope.steps.hooks import STEP_HOOKS, disable
+from downslope.steps.observer import Observer
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, num_steps
+from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, judge
 
-log = logging.getLogger(__name__)
+Kind = TypeVar("Kind", bound=Callback)
 
 
-class VerdictMonitor(Callback):
+class VerdictMonitor(Observer):
     """Judges the run every so many steps, by what it has seen: `downslope.verdict`.
 
     The word stands in `Progress`; the sentence goes to TensorBoard's texts as `verdict` whenever the word changes. λ is
-    taken from a `SharpnessMonitor` beside it, and a line that knows its closed form (`least_squares`) is asked for it.
+    taken from a `SharpnessMonitor` beside it, what stopped the run from a `FlightRecorder`, and a line that knows its
+    closed form (`least_squares`) is asked for it.
     Training is the same to the bit: only what is there already is read. Of several optimizers the first is judged;
     under DDP the first process judges, by the loss of its own batches.
 
     Args:
         every_n_steps: Optimizer steps between two judgements; the first come after 8, 16 and 32 steps, because at ten
-            times the limit float32 lasts for thirty, and one comes at the end.
+            times the limit float32 lasts for thirty, and one comes at the end, however the run ends.
         window: Steps before each judgement that are watched closely. They cost some vector products each.
-        thresholds: Where one word ends and the next begins: any of `downslope.verdict.judgement.Thresholds` by name.
+        thresholds: Where one word ends and the next begins: any of `downslope.verdict.Thresholds` by name.
+        print_verdict: Print the last sentence when `fit` ends.
 
     Attributes:
         verdict: The last one; None before the first.
         first_diverging_step: Steps taken when `diverging` was said first; None if it was not.
     """
 
-    def __init__(self, every_n_steps: int = 50, window: int = 8, thresholds: dict[str, float] | None = None) -> None:
-        check_frequency("every_n_steps", every_n_steps)
-        check_frequency("window", window)
-        if window < 3:
-            raise ValueError(
-                f"`window` must be at least 3, got {window}. This is because a gradient is compared twice."
-            )
+    def __init__(
+        self,
+        every_n_steps: int = 50,
+        window: int = 8,
+        thresholds: dict[str, float] | None = None,
+        print_verdict: bool = True,
+    ) -> None:
+        check_count("every_n_steps", every_n_steps)
+        check_count("window", window, least=3)  # a gradient is compared twice
         try:
             self.thresholds = Thresholds(**(thresholds or {}))
         except TypeError as error:
@@ -58,14 +62,17 @@ class VerdictMonitor(Callback):
             raise ValueError(f"`thresholds` must be of {known}; got {', '.join(thresholds or {})}.") from error
         self.every_n_steps = every_n_steps
         self.window = window
+        self.print_verdict = print_verdict
         self.verdict: Verdict | None = None
         self.first_diverging_step: int | None = None
         self._collector: EvidenceCollector | None = None
-        self._steps: OptimizerSteps | None = None
+        self._evidence: Evidence | None = None
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self.verdict = self.first_diverging_step = None
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.verdict = self.first_diverging_step = self._collector = self._evidence = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"evidence": self._collector.state_dict()} if self._collector else {}
@@ -73,13 +80,16 @@ class VerdictMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._resumed = state_dict.get("evidence")
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.optimizers or not trainer.is_global_zero:
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        if not any(each.param_groups for each in trainer.optimizers) or not trainer.is_global_zero:
+            disable(self, *STEP_HOOKS)
             return
         optimizer = trainer.optimizers[0]
+        if any(group.get("lr") is None for group in optimizer.param_groups):
+            raise ValueError(f"{type(optimizer).__name__} has no learning rate to judge")
         self._collector = EvidenceCollector(
             optimizer,
-            parameter_names(pl_module),
+            ParameterNames(module),
             self.every_n_steps,
             self.window,
             full_batch=trainer.limit_train_batches == 1.0
@@ -91,45 +101,31 @@ class VerdictMonitor(Callback):
         if self._resumed:
             self._collector.load_state_dict(self._resumed)
             self._resumed = None
-        held = {id(p) for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
-        self._frozen = {
-            name: p.numel() for name, p in pl_module.named_parameters() if not p.requires_grad or id(p) not in held
-        }
-        self._sharpness = [each for each in trainer.callbacks if isinstance(each, SharpnessMonitor)]  # type: ignore[attr-defined]
         decays = any(group.get("weight_decay") for group in optimizer.param_groups)  # another optimum than the line's
-        line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) and not decays else None
+        line = module.least_squares() if isinstance(module, HasLeastSquares) and not decays else None
         if line:
-            self._collector.set_line(line, list(pl_module.parameters()), self.thresholds.tolerance, _names(trainer))
+            self._collector.set_line(line, list(module.parameters()), self.thresholds.tolerance, _names(trainer))
         self._losses: list[Tensor] = []
         self._taken = trainer.global_step
-        self._begins_step = True
-        self._steps = OptimizerSteps(trainer, after=self._after)
+        self._judged_at = trainer.global_step
+        self._critical = next(iter(_beside(trainer, CriticalLearningRate)), None)
+        self.follow(trainer, after=self._after)
 
     def _after(self, step: OptimizerStep) -> None:
         if self._collector and step.optimizer is self._collector.optimizer:
-            self._attempt(self._collector.add_step)
-            self._begins_step = True
+            self._collector.add_step()
+            if self._critical and self._critical.measured and self._critical.measured[-1][0] == step.step:
+                self._collector.add_critical(*self._critical.measured[-1][:2])
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._collector and self._begins_step:
-            self._begins_step = False
-            if self._collector.is_watching:
-                self._attempt(self._collector.add_leftover)
-
-    def _attempt(self, look: Callable[[], None]) -> None:
-        """Looks; whatever a foreign module meets there, watching never ends a training."""
-        try:
-            look()
-        except Exception as error:
-            self._collector = None
-            log.warning("VerdictMonitor is off from here on: %s: %s", type(error).__name__, error)
+        if self._collector and self._collector.is_watching:
+            self._collector.add_leftover()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         collector = self._collector
-        if not collector:
-            return
+        assert collector
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
             self._losses.append(loss.detach() if loss.dim() == 0 else loss.detach().mean())
@@ -140,17 +136,21 @@ class VerdictMonitor(Callback):
             collector.add_loss(self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean())
             self._losses.clear()
         if collector.is_due:
-            self._attempt(lambda: self._judge(trainer))
+            self._judge(trainer, self._seen(trainer, collector))
 
-    def _judge(self, trainer: Trainer) -> None:
-        assert self._collector
-        sharpness = next((each.sharpness for each in self._sharpness), None)
+    def _seen(self, trainer: Trainer, collector: EvidenceCollector, has_ended: bool = False) -> Evidence:
+        still = _not_held(trainer)
+        forgotten = [name for name, each in still.items() if each.requires_grad and each.grad is not None]
+        return collector.evidence(still, _sharpness(trainer), forgotten, has_ended)
+
+    def _judge(self, trainer: Trainer, evidence: Evidence) -> None:
         last = self.verdict
-        self.verdict = judge(self._collector.evidence(self._frozen, sharpness), self.thresholds)
+        self._evidence, self._judged_at = evidence, evidence.step
+        self.verdict = judge(evidence, self.thresholds)
         if self.verdict.word == "diverging" and self.first_diverging_step is None:
-            self.first_diverging_step = self._collector.step
+            self.first_diverging_step = evidence.step
         if last is None or last.word != self.verdict.word:
-            write_markdown(trainer, "verdict", self.verdict.sentence, self._collector.step)
+            write_markdown(trainer, "verdict", self.verdict.sentence, evidence.step)
 
     def add_to(self, result: Result) -> None:
         """Fills in the verdict, in words and figures."""
@@ -167,15 +167,62 @@ class VerdictMonitor(Callback):
         }
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
+        self._judge_the_rest(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
+        if self._is_attached:
+            self._judge_the_rest(trainer)
+            self._print()
+        super().on_exception(trainer, pl_module, exception)
 
-    def _detach(self) -> None:
-        if self._steps:
-            self._steps.detach()
-            self._steps = None
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._is_attached:
+            self._print()
+        super().teardown(trainer, pl_module, stage)
+
+    def _print(self) -> None:
+        if self.print_verdict and self.verdict:
+            print(f"Verdict: {self.verdict.sentence}")
+
+    def _judge_the_rest(self, trainer: Trainer) -> None:
+        """Gives the last word where the run ends between two judgements: what was not watched is as it was last."""
+        if not self._collector:
+            return
+        if self._evidence and self._collector.step == self._judged_at:
+            evidence = replace(self._evidence, has_ended=True)
+        else:
+            evidence = self._seen(trainer, self._collector, has_ended=True)
+        if self._evidence:
+            unseen = [name for name, value in vars(evidence).items() if value is None]
+            evidence = replace(evidence, **{name: getattr(self._evidence, name) for name in unseen})
+        evidence = _as_recorded(evidence, trainer)
+        if evidence.gradient_norm is not None or evidence.num_non_finite:
+            self._judge(trainer, evidence)
+
+
+def _as_recorded(evidence: Evidence, trainer: Trainer) -> Evidence:
+    """What was seen, and what a FlightRecorder stopped the run for: perhaps in a step that was not watched."""
+    reasons = [each.flight_record.diagnosis.reason for each in _beside(trainer, FlightRecorder) if each.flight_record]
+    if "growth" in reasons:
+        return replace(evidence, gradient_norm=inf)
+    return replace(evidence, num_non_finite=max(1, evidence.num_non_finite)) if reasons else evidence
+
+
+def _beside(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
+    return [each for each in trainer.callbacks if isinstance(each, kind)]  # type: ignore[attr-defined]
+
+
+def _sharpness(trainer: Trainer) -> float | None:
+    return next((each.sharpness for each in _beside(trainer, SharpnessMonitor)), None)
+
+
+def _not_held(trainer: Trainer) -> dict[str, Parameter]:
+    """The parameters that no optimizer can move now."""
+    held = {
+        id(each) for optimizer in trainer.optimizers for group in optimizer.param_groups for each in group["params"]
+    }
+    named = trainer.lightning_module.named_parameters()
+    return {name: each for name, each in named if not each.requires_grad or id(each) not in held}
 
 
 def _names(trainer: Trainer) -> Sequence[str]:

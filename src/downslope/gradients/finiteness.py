@@ -2,15 +2,52 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import suppress
 
+import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
 
 from downslope.gradients.norms import dense, norms
+from downslope.gradients.vectors import copy, real
+
+SMALL = 4096  # elements a tensor: larger ones take longer to copy
 
 
-def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_tensors"]:
+class RowNorms:
+    """`wide_norms` of small tensors on a CPU, step by step the same: as parts of one vector, three times as quick.
+
+    Args:
+        tensors: As they are at one of the steps.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        sizes = [tensor.numel() for tensor in tensors]
+        kinds = {(tensor.device.type, tensor.dtype, tensor.layout) for tensor in tensors}
+        plain = kinds in [{("cpu", dtype, torch.strided)} for dtype in (torch.float32, torch.float64)]
+        self._fits = plain and all(sizes) and sum(sizes) <= SMALL * len(sizes)
+        if self._fits:
+            self._vector = torch.empty(sum(sizes), dtype=tensors[0].dtype)
+            parts = zip(self._vector.split(sizes), tensors, strict=True)
+            self._parts = [part.view(tensor.shape) for part, tensor in parts]
+            self._starts = np.cumsum([0, *sizes[:-1]])
+
+    def of(self, tensors: Sequence[Tensor]) -> Tensor | list[float]:
+        """Returns the norms: as numbers on a CPU, where nothing has to be waited for."""
+        if self._fits:
+            with suppress(RuntimeError):  # a gradient is sparse that was not before
+                copy(self._parts, tensors)
+                with np.errstate(over="ignore"):
+                    squares = np.add.reduceat(self._vector.mul_(self._vector).numpy(), self._starts)
+                norms: list[float] = np.sqrt(squares).tolist()
+                if math.isfinite(sum(norms)):
+                    return norms
+        wide = wide_norms(tensors)
+        return wide.tolist() if wide.device.type == "cpu" else wide
+
+
+def wide_norms(tensors: Sequence[Inexact[Tensor, "..."]]) -> Float[Tensor, " num_tensors"]:
     """Returns the L2 norm of each tensor; it is finite if and only if every element is.
 
     ‖x‖ = √(Σᵢ xᵢ²), a sum without 1/N. In float32 squares overflow from 1.8e19 on, and a norm of inf would tell nothing
@@ -36,4 +73,4 @@ def wide_norms(tensors: Sequence[Float[Tensor, "..."]]) -> Float[Tensor, " num_t
         if math.isfinite(quick.sum().item()):
             return quick
     wide = torch.float32 if device == "mps" else torch.float64
-    return torch.stack(torch._foreach_norm([dense(tensor) for tensor in tensors], dtype=wide))
+    return torch.stack(torch._foreach_norm([real(dense(tensor)) for tensor in tensors], dtype=wide))

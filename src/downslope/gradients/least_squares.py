@@ -3,6 +3,8 @@
 Whatever training claims about a linear regression can be held against this.
 """
 
+import logging
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
@@ -11,7 +13,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+log = logging.getLogger(__name__)
+
 ROWS_AT_ONCE = 65_536  # bounds the float64 copy
+MOST_CURVATURES = 1_500  # some seconds; the time of an eigendecomposition grows with the cube
+ZERO = 1e-26  # of x̄²: variance of a constant feature, by the rounding of its mean
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,16 +25,20 @@ class LeastSquares:
     """The mean squared error L(θ) = (1/N)‖Zθ − y‖² of a line, exactly; Z is the features and a column of ones.
 
     Attributes:
-        parameters: The θ that minimises L (the shortest one, where several do): the weights, then the bias.
+        parameters: A θ that minimises L: the weights, then the bias.
         loss: L there: no line has less on these rows.
-        eigenvalues: Of the Hessian H = (2/N)ZᵀZ, in ascending order.
+        eigenvalues: Of the Hessian H = (2/N)ZᵀZ, in ascending order; of fewer rows than parameters those that can be
+            other than zero, and where there are too many of them the largest two.
         eigenvectors: Of H, one a column; the last entry of each belongs to the bias.
+        is_complete: Whether these are all curvatures there are. Not so where they are too many, nor where a feature is
+            so far from 0, for its spread, that float64 cannot tell its curvature from none.
     """
 
     parameters: Float[Tensor, " num_parameters"]
     loss: float
-    eigenvalues: Float[Tensor, " num_parameters"]
-    eigenvectors: Float[Tensor, "num_parameters num_parameters"]
+    eigenvalues: Float[Tensor, " num_curvatures"]
+    eigenvectors: Float[Tensor, "num_parameters num_curvatures"]
+    is_complete: bool = True
 
     @property
     def sharpness(self) -> float:
@@ -39,6 +49,31 @@ class LeastSquares:
     def largest_stable_learning_rate(self) -> float:
         """2/λ: above it, plain gradient descent on all rows diverges."""
         return 2.0 / self.sharpness
+
+    def decayed(self, weight_decay: float) -> "LeastSquares":
+        """Returns the closed form of L(θ) + ½w‖θ‖², which weight decay within the gradient (SGD, Adam) minimises.
+
+        H + wI has the same eigenvectors, and its optimum is Σ λᵢ/(λᵢ + w) vᵢvᵢᵀθ*. Decay apart from the gradient, as
+        AdamW's, minimises nothing of the kind.
+
+        Example:
+            (θ − 3)² + θ² is least half way, and 9/2 there:
+
+            >>> three, two, one = torch.tensor([3.0]).double(), torch.tensor([2.0]).double(), torch.eye(1).double()
+            >>> line = LeastSquares(three, 0.0, two, one).decayed(2.0)
+            >>> line.parameters.item(), line.loss, line.sharpness
+            (1.5, 4.5, 4.0)
+        """
+        along = self.eigenvectors.T @ self.parameters
+        kept = along * self.eigenvalues / (self.eigenvalues + weight_decay)
+        missed = 0.5 * float((self.eigenvalues * (along - kept).square()).sum())
+        return LeastSquares(
+            parameters=self.eigenvectors @ kept,
+            loss=self.loss + missed + 0.5 * weight_decay * float(kept.square().sum()),
+            eigenvalues=self.eigenvalues + weight_decay,
+            eigenvectors=self.eigenvectors,
+            is_complete=self.is_complete and len(along) == len(self.parameters),
+        )
 
 
 @runtime_checkable
@@ -53,9 +88,9 @@ class HasLeastSquares(Protocol):
 def least_squares(features: Float[Tensor, "num_rows num_features"], target: Float[Tensor, " num_rows"]) -> LeastSquares:
     """Solves y = Wx + b for the least mean squared error, in float64 on the CPU.
 
-    From the normal equations Hθ = (2/N)Zᵀy by the eigenvalues of H, which are of interest themselves. An
-    eigenvalue below num_parameters · ε · λ counts as zero; an error of θ of relative size κε enters the loss
-    squared.
+    With features and target centred, and each feature in units of its spread, W solves the normal equations of their
+    correlations, or, of fewer rows than features, the centred equations themselves; then b = ȳ − Wx̄. What is not
+    centred would lose the slope of a time stamp next to its intercept.
 
     Args:
         features: X, one row a sample.
@@ -75,23 +110,88 @@ def least_squares(features: Float[Tensor, "num_rows num_features"], target: Floa
 
     Reference: Björck (1996), Numerical Methods for Least Squares Problems, section 2.2.
     """
-    num_rows, num_parameters = len(target), features.shape[1] + 1
-    second_moment = torch.zeros(num_parameters, num_parameters, dtype=torch.float64)
-    correlation = torch.zeros(num_parameters, dtype=torch.float64)
-    for inputs, outputs in _chunks(features, target):
-        second_moment += inputs.T @ inputs / num_rows
-        correlation += inputs.T @ outputs / num_rows
-    eigenvalues, eigenvectors = torch.linalg.eigh(2 * second_moment)
-    inverse = torch.where(
-        eigenvalues > num_parameters * torch.finfo(torch.float64).eps * eigenvalues[-1], 1 / eigenvalues, 0.0
+    num_rows, num_features = features.shape
+    mean, level = _means(features, target)
+    gather = _of_few_rows if num_rows <= num_features else _of_many_rows
+    system, response, variance, (eigenvalues, eigenvectors) = gather(features, target, mean, level)
+    scale = torch.where(variance > 0, variance, 1.0).rsqrt()
+    rounding = torch.finfo(torch.float64).eps * (num_features + 1)
+    if num_rows > num_features:
+        system, response = scale[:, None] * system, scale * response
+    slope = scale * _solved(system * scale, response, rounding)
+    errors = [(inputs - mean) @ slope - (outputs - level) for inputs, outputs in _chunks(features, target)]
+    # Of one feature and the bias alone: a bound of the least curvature, which centring knows and H has to tell from 0.
+    least = 2 * variance / (1 + mean.square() + variance)
+    is_resolved = bool((least[variance > ZERO * mean.square()] > rounding * eigenvalues[-1]).all())
+    return LeastSquares(
+        parameters=torch.cat([slope, (level - mean @ slope)[None]]),
+        loss=sum(float(error.square().sum()) for error in errors) / num_rows,
+        eigenvalues=eigenvalues,
+        eigenvectors=eigenvectors,
+        is_complete=is_resolved and min(num_rows, num_features + 1) <= MOST_CURVATURES,
     )
-    parameters = eigenvectors @ (inverse * (eigenvectors.T @ (2 * correlation)))
-    loss = sum(float((inputs @ parameters - outputs).square().sum()) for inputs, outputs in _chunks(features, target))
-    return LeastSquares(parameters, loss / num_rows, eigenvalues, eigenvectors)
 
 
-def _chunks(features: Tensor, target: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields (Z, y) in float64, some rows at a time."""
-    for rows, outputs in zip(features.split(ROWS_AT_ONCE), target.split(ROWS_AT_ONCE), strict=True):
-        inputs = torch.nn.functional.pad(rows.detach().cpu().double(), (0, 1), value=1.0)
-        yield inputs, outputs.detach().cpu().double()
+Spectrum = tuple[Tensor, Tensor]
+
+
+def _of_many_rows(
+    features: Tensor, target: Tensor, mean: Tensor, level: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Spectrum]:
+    """The covariances, added up over some rows at a time, the variances, and the spectrum of H."""
+    covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    correlation = torch.zeros(len(mean), dtype=torch.float64)
+    for inputs, outputs in _chunks(features, target):
+        covariance += (inputs - mean).T @ (inputs - mean) / len(target)
+        correlation += (inputs - mean).T @ (outputs - level) / len(target)
+    row = torch.nn.functional.pad(mean, (0, 1), value=1.0)
+    hessian = 2 * (torch.nn.functional.pad(covariance, (0, 1, 0, 1)) + torch.outer(row, row))
+    return covariance, correlation, covariance.diagonal(), _spectrum(hessian)
+
+
+def _of_few_rows(
+    features: Tensor, target: Tensor, mean: Tensor, level: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Spectrum]:
+    """The centred equations themselves, the variances, and H's spectrum from the smaller of its two Gram matrices."""
+    ((inputs, outputs),) = _chunks(features, target, len(target))
+    root = torch.nn.functional.pad(inputs, (0, 1), value=1.0) * math.sqrt(2 / len(target))
+    eigenvalues, left = _spectrum(root @ root.T)
+    kept = eigenvalues > len(target) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+    eigenvalues, left = eigenvalues[kept], left[:, kept]
+    centred = inputs - mean
+    return centred, outputs - level, centred.square().mean(0), (eigenvalues, root.T @ left / eigenvalues.sqrt())
+
+
+def _means(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    sums = [(inputs.sum(0), outputs.sum()) for inputs, outputs in _chunks(features, target)]
+    inputs, outputs = (torch.stack(each).sum(0) / len(target) for each in zip(*sums, strict=True))
+    return inputs, outputs
+
+
+def _solved(system: Tensor, response: Tensor, rounding: float) -> Tensor:
+    """By Cholesky where that loses at most half of the digits, else by QR with pivoting."""
+    if len(system) == system.shape[1]:
+        factor, failed = torch.linalg.cholesky_ex(system)
+        if not failed and float(factor.diagonal().min()) > 1e-4:
+            by_cholesky: Tensor = torch.cholesky_solve(response[:, None], factor)
+            return by_cholesky[:, 0]
+    solution: Tensor = torch.linalg.lstsq(system, response, rcond=rounding, driver="gelsy").solution
+    return solution
+
+
+def _spectrum(matrix: Tensor) -> Spectrum:
+    """Eigenvalues in ascending order and eigenvectors; of a matrix that is too large, the largest two."""
+    if len(matrix) <= MOST_CURVATURES:
+        eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
+        return eigenvalues, eigenvectors
+    log.warning("Of %d curvatures only the largest are looked for: the verdict has no closed form.", len(matrix))
+    start = torch.randn(len(matrix), 2, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
+    eigenvalues, eigenvectors = torch.lobpcg(matrix, X=start, largest=True)
+    return eigenvalues.flip(0), eigenvectors.flip(1)
+
+
+def _chunks(features: Tensor, target: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields features and target in float64, some rows at a time."""
+    size = size or ROWS_AT_ONCE
+    for rows, outputs in zip(features.split(size), target.split(size), strict=True):
+        yield rows.detach().cpu().double(), outputs.detach().cpu().double()

@@ -4,22 +4,25 @@ from collections.abc import Sequence
 from math import inf
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Inexact
 from torch import Tensor
+
+from downslope.gradients.vectors import real
 
 HALF = (torch.float16, torch.bfloat16)
 
 
-def dense(tensor: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+def dense(tensor: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
     """Returns a sparse gradient's values, duplicates added up, or a dense one as it is: the same norm, detached."""
     tensor = tensor.detach()
     return tensor.coalesce().values() if tensor.is_sparse else tensor
 
 
-def norms(tensors: Sequence[Float[Tensor, "..."]], norm_type: float = 2.0) -> Float[Tensor, " num_tensors"]:
+def norms(tensors: Sequence[Inexact[Tensor, "..."]], norm_type: float = 2.0) -> Float[Tensor, " num_tensors"]:
     """Returns the norm of each tensor, in one fused call and without a synchronisation.
 
-    ‖x‖₂ = √(Σᵢ xᵢ²), a sum without 1/N, or ‖x‖_∞ = maxᵢ |xᵢ|; of nothing 0. Half precision is added up in float32.
+    ‖x‖₂ = √(Σᵢ xᵢ²), a sum without 1/N, or ‖x‖_∞ = maxᵢ |xᵢ|; of nothing 0. Half precision is added up in float32;
+    of complex numbers |xᵢ| is the absolute value.
 
     Args:
         tensors: At least one, of any shapes, dense or sparse.
@@ -39,6 +42,8 @@ def norms(tensors: Sequence[Float[Tensor, "..."]], norm_type: float = 2.0) -> Fl
         values = [value if value.numel() else value.new_zeros(1) for value in values]
     kinds = {(value.device, value.dtype) for value in values}
     half = any(dtype in HALF for _, dtype in kinds)
+    if half:
+        values = [real(value) for value in values]
     with torch.no_grad():
         each = torch._foreach_norm(values, norm_type, dtype=torch.float32 if half else None)
         if len(kinds) > 1:

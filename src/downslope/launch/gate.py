@@ -154,7 +154,7 @@ def check(config: DictConfig, folder: Path, build: str, devices: bool = True) ->
         parts.check_optimizer(config)
         data, module, _ = parts.prepare(config, make)
         if config.get("resume"):
-            checkpoint_of(Path(config.resume), data, module)
+            checkpoint_of(Path(config.resume), data, module, keep=True)
         if not devices:
             parts.forget()
 

@@ -137,6 +137,7 @@ class StepWriter:
         self._spreads: list[tuple[int, str, Tensor]] = []
         self._has_warned = False
         append_everywhere(trainer, [Event(wall_time=time.time(), summary=custom_scalars(LAYOUT))])
+        self._failed: set[Measurement] = set()
 
     @property
     def is_open(self) -> bool:
@@ -183,8 +184,17 @@ class StepWriter:
         rows, self._rows, self._num_elements = self._rows, [], 0
         for measurement in dict.fromkeys(measurement for _, measurement, _ in rows):
             taken = [(step, row) for step, each, row in rows if each is measurement]
-            parts = [_stack(part) for part in zip(*(row for _, row in taken), strict=True)]
-            self._derived.append(([step for step, _ in taken], measurement, measurement.derive(*parts)))
+            try:
+                parts = [_stack(part) for part in zip(*(row for _, row in taken), strict=True)]
+                values = measurement.derive(*parts)
+                if values.shape != (len(taken), len(measurement.tags)):
+                    raise ValueError(f"there are {len(measurement.tags)} values a step, not {list(values.shape[1:])}")
+            except Exception as error:  # it costs these values, and not the logger
+                if measurement not in self._failed:
+                    self._failed.add(measurement)
+                    log.warning("Cannot write %s at step %d: %s", measurement.tags[0], taken[0][0], error)
+                continue
+            self._derived.append(([step for step, _ in taken], measurement, values))
 
     def _histograms(self) -> dict[int, list[Summary.Value]]:
         """Returns for each step the histograms that wait, of finite values: of others it warns once."""

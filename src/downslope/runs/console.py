@@ -174,7 +174,9 @@ def print_result(result: Result, folder: Path) -> None:
     for line in _verdict_lines(result):
         say(line)
     say("")
-    say(f"  run       {_shortest(folder)}   (val and test are of the last weights; evaluate.py: of the best)")
+    say(f"  run       {_shortest(folder)}")
+    if (folder / "checkpoints" / "best.ckpt").is_file():
+        say(f"  best      python scripts/evaluate.py run={_shortest(folder)}   (above: the last weights)")
     say("  look      make dashboard" + _again(result))
 
 

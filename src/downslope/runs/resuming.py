@@ -119,19 +119,34 @@ def _words(value: Any) -> str:
     return value if isinstance(value, str) else show(value)
 
 
-def checkpoint_of(run: Path, data: object, module: "LightningModule") -> tuple[Path, dict[str, Any]]:
+_kept: dict[Path, tuple[Path, dict[str, Any]]] = {}  # what the gate has read and checked, for the run itself
+
+
+def checkpoint_of(
+    run: Path, data: object, module: "LightningModule", keep: bool = False
+) -> tuple[Path, dict[str, Any]]:
     """Returns the checkpoint to go on from, if it is one of this model and of these data.
+
+    Args:
+        run: Its folder.
+        data: That it would go on with.
+        module: That it would go on with.
+        keep: For the next call: read and checked once.
 
     Raises:
         ValueError: There is none that is whole, or it is of something else; the message names both.
     """
     from downslope.runs.checkpoints import newest_checkpoint
 
+    if run in _kept:
+        return _kept.pop(run)
     file, checkpoint = newest_checkpoint(run)
     progress = checkpoint["progress"]
     check_same(file, "model", progress["model"], name_of(module))
     check_same(file, "set of weights", _shapes(checkpoint["state_dict"]), _shapes(module.state_dict()))
     check_same(file, "set of data", progress["data"], fingerprint(data))
+    if keep:
+        _kept[run] = file, checkpoint
     return file, checkpoint
 
 

@@ -1,33 +1,29 @@
-"""A run's folder may be a stranger's: what its configuration may name, told before any of it is used.
+"""A run's folder may be a stranger's, and is only data: what its configuration may name is decided before it is used.
 
-Your own `conf/` and command line are trusted, and so is what `conf/` names. A stored configuration is data: it may
-name what the project's own `conf/` names, the packages below, and what the key `trust` adds.
+Exact names only. Allowed is what stands, letter for letter, as a `_target_` in the folders that this very command is
+composed from (its own `conf/`, a `--config-dir` that is given now), what its command line names, and what the key
+`trust` adds. It must be a class or function that stands in a module: never something that is reached through one.
+Of resolvers `${hydra:…}` is allowed, and what the command line and `trust` name. No value may be an address.
 """
 
 import re
 from collections.abc import Iterator, Sequence
+from importlib import import_module
+from inspect import isclass, isfunction
 from pathlib import Path
 from typing import Any
 
-import yaml
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
 from downslope.runs.configuration import own_folders
+from downslope.runs.plain_files import read_yaml
 
-PACKAGES = (
-    "downslope.callbacks",
-    "lightning.pytorch.callbacks",
-    "torch.optim",
-)
 RESOLVERS = {"hydra"}
-MAX_BYTES = 2**20
-MAX_DEPTH = 50
 TARGET = re.compile(r"^\s*_target_:\s*['\"]?([\w.]+)", re.MULTILINE)
-ADDRESS = re.compile(r"^\w{2,}:/")  # a drive's name has one letter
+ADDRESS = re.compile(r"(?!pkg://)\w[\w+.-]+:/|.*::")  # a scheme, of more letters than a drive has, or a chain of them
 
 
 def check_local(path: Any, key: str) -> None:
@@ -41,24 +37,34 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
 
     Args:
         file: As Hydra has written it into a run's folder.
-        trusted: Packages, functions and resolvers that it may name beside those of this project.
+        trusted: Classes, functions and resolvers that it may name beside those of the running command.
         only: Dotted keys of what is wanted; the rest is left out, and may name anything.
 
     Raises:
         ValueError: It is no configuration, or names what nobody vouches for. Nothing of it has been executed.
     """
-    config = _read(file)
+    plain = read_yaml(file)
+    if not isinstance(plain, dict):
+        raise ValueError(f"{file} must be a configuration, got {type(plain).__name__}.")
     if only:
-        config = _select(file, config, only)
-    elif "hydra" in config:
+        plain = _selected(file, plain, only)
+    elif "hydra" in plain:
         raise ValueError(f"{file} must describe a run, got `hydra`, which says how commands are to behave.")
-    for key, value in _values(OmegaConf.to_container(config)):
+    allowed = {*own_targets(), *trusted}
+    for key, value in _values(plain):
         place = f"{file}: `{key}`"
         if _is_target(key):
-            _check_target(place, value, trusted)
+            _check_target(place, value, allowed)
         elif isinstance(value, str):
-            _check_text(place, value, trusted)
-    return config
+            check_local(value, f"{file}: {key}")
+            for resolver in _resolvers(place, value):
+                if resolver not in RESOLVERS and resolver not in trusted:
+                    raise ValueError(f"{place} calls the resolver {resolver!r}: {_way_out(resolver)}")
+    try:
+        config: DictConfig = OmegaConf.create(plain)
+        return config
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{file} cannot be read as a configuration: {' '.join(str(error).split())}") from error
 
 
 def names_in(config: DictConfig) -> list[str]:
@@ -74,36 +80,26 @@ def names_in(config: DictConfig) -> list[str]:
     return [name for key, value in texts for name in ([value] if _is_target(key) else _resolvers(key, value))]
 
 
-def _read(file: Path) -> DictConfig:
-    """The file as plain data: no tags, and no aliases, of which a few lines make a billion."""
-    if file.stat().st_size > MAX_BYTES:
-        raise ValueError(f"{file} must be a configuration, got more than {MAX_BYTES:,} bytes.")
-    try:
-        text = file.read_text(encoding="utf-8")
-        depth = 0
-        for event in yaml.parse(text, yaml.SafeLoader):
-            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-            if isinstance(event, yaml.AliasEvent) or depth > MAX_DEPTH:
-                raise ValueError("it has an alias, or is nested too deeply.")
-        config = OmegaConf.load(file)
-    except (ValueError, yaml.YAMLError, RecursionError, OSError, OmegaConfBaseException) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file} cannot be read as a configuration: {reason}") from error
-    if not isinstance(config, DictConfig):
-        raise ValueError(f"{file} must be a configuration, got {type(config).__name__}.")
-    return config
+def own_targets() -> set[str]:
+    """Returns every `_target_` in the folders that the running command is composed from."""
+    files = [file for folder in own_folders() for file in folder.rglob("*.yaml")]
+    return {target for file in files for target in TARGET.findall(file.read_text(encoding="utf-8"))}
 
 
-def _select(file: Path, config: DictConfig, keys: Sequence[str]) -> DictConfig:
-    """What is wanted of a configuration, as it stands there: nothing is resolved."""
-    selected = OmegaConf.create()
+def _selected(file: Path, plain: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
+    """What is wanted of a configuration, nested as it stands there."""
+    selected: dict[str, Any] = {}
     for key in keys:
-        node: Any = OmegaConf.to_container(config)
-        for name in key.split("."):
+        node: Any = plain
+        *parents, last = key.split(".")
+        for name in (*parents, last):
             node = node.get(name) if isinstance(node, dict) else None
         if node is None:
             raise ValueError(f"{file} must hold `{key}`.")
-        OmegaConf.update(selected, key, node)
+        inner = selected
+        for name in parents:
+            inner = inner.setdefault(name, {})
+        inner[last] = node
     return selected
 
 
@@ -120,30 +116,20 @@ def _is_target(key: str) -> bool:
     return key.rpartition(".")[2] == "_target_"
 
 
-def _check_target(place: str, target: Any, trusted: Sequence[str]) -> None:
-    if isinstance(target, str) and (target in own_targets() or _is_below(target, trusted)):
-        return
-    if isinstance(target, str) and _is_below(target, PACKAGES):
-        # `torch.optim.optimizer.os.system` begins well too: what counts is where it was defined.
-        try:
-            origin = get_object(target)
-        except Exception as error:
-            raise ValueError(f"{place} must name something to import, got {target!r}.") from error
-        if _is_below(str(getattr(origin, "__module__", "")), PACKAGES):
-            return
-    raise ValueError(
-        f"{place} names {target!r}, which neither your conf/ nor {', '.join(PACKAGES)} holds: nothing of it was run. "
-        f"If you trust it: 'trust=[{str(target).partition('.')[0]}]'."
-    )
+def _check_target(place: str, target: Any, allowed: set[str]) -> None:
+    if not isinstance(target, str) or target not in allowed:
+        raise ValueError(f"{place} names {target!r}, which no file of your conf/ names: {_way_out(target)}")
+    module, _, name = target.rpartition(".")
+    try:
+        found = getattr(import_module(module), name)  # what your own files name is yours to import
+    except Exception as error:
+        raise ValueError(f"{place} must name something to import, got {target!r}: {error}") from error
+    if not (isclass(found) or isfunction(found)):
+        raise ValueError(f"{place} must name a class or function of a module, got {target!r}.")
 
 
-def _check_text(place: str, text: str, trusted: Sequence[str]) -> None:
-    for resolver in _resolvers(place, text):
-        if resolver not in RESOLVERS and resolver not in trusted:
-            raise ValueError(
-                f"{place} calls the resolver {resolver!r}: nothing of it was run. "
-                f"If you trust it: 'trust=[{resolver}]'."
-            )
+def _way_out(name: Any) -> str:
+    return f"nothing of it was run. If you trust it: 'trust=[{name}]'."
 
 
 def _resolvers(place: str, text: str) -> list[str]:
@@ -161,13 +147,3 @@ def _calls(tree: Any) -> Iterator[str]:
         yield tree.resolverName().getText()  # type: ignore[no-untyped-call]
     for child in getattr(tree, "children", None) or ():
         yield from _calls(child)
-
-
-def _is_below(name: str, packages: Sequence[str]) -> bool:
-    return any(name == package or name.startswith(f"{package}.") for package in packages)
-
-
-def own_targets() -> frozenset[str]:
-    """Every `_target_` that the running command's own `conf/` and `--config-dir` name."""
-    texts = (file.read_text(encoding="utf-8") for folder in own_folders() for file in folder.rglob("*.yaml"))
-    return frozenset(target for text in texts for target in TARGET.findall(text))

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from downslope.gradients.slope import central_difference, measure_slope
-from downslope.steps.loss_function import Loss, LossFunction
-from downslope.steps.random_state import random_state
+from downslope.steps.loss import BatchLoss, Loss, Parameters
 
 NUM_PLACES = 4  # looked at nearby, until one has no kink
 MOVE = 1e-3  # relative: far enough from a kink, near enough to be the same model
@@ -140,15 +140,15 @@ def check(
     what they give. A disagreement can be meant: a straight-through estimator is one, and so is spectral
     normalisation, whose power iteration autograd takes for constant.
 
-    The check works on copies: weights, gradients, buffers, metrics, training mode and all random states stay
-    as they are. What `training_step` does beside the module, such as a print, it does about 4 times a
-    parameter.
+    The check works on copies of parameters, buffers and batch, in float64 where the module's code allows it: weights,
+    gradients, buffers, metrics, training mode and all random states stay as they are. The loss is computed about
+    4 times a parameter.
 
     Args:
         module: Any LightningModule, in the mode (training or evaluation) in which it is to be checked.
         batch: One batch, as `training_step` gets it.
-        loss: Maps (module, batch) to the loss. Needed where `training_step` cannot be used, as under manual
-            optimization, and the module has no method `loss(batch)`.
+        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
+            module's method `loss(batch)` when None.
         num_directions: Random directions a parameter. One misses a wrong gradient only if the error happens
             to be perpendicular to it.
         seed: Of the directions.
@@ -157,7 +157,7 @@ def check(
         What was seen; `passed` tells whether all agree, and `str` says it.
 
     Raises:
-        ValueError: The loss cannot be had, is not finite, or changes from one evaluation to the next.
+        ValueError: The loss cannot be had, is not finite, changes from one evaluation to the next, or has consequences.
 
     Example:
         >>> batch = torch.ones(3, 2), torch.zeros(3, 1)
@@ -168,62 +168,72 @@ def check(
 
     Reference: Griewank and Walther (2008), Evaluating Derivatives, chapter 3, for the identity of the three.
     """
-    with random_state():
-        function = _loss_function(module, batch, loss)
-        report = GradientReport(precision=function.precision)
+    batch = move_data_to_device(batch, next(module.parameters(), torch.empty(0)).device)
+    for dtype in (torch.float64, None):  # the second where the module's code or its device insists on its own precision
+        function = BatchLoss(module, batch, loss, dtype=dtype, precise=True)
         try:
-            here = _Place(function, function.parameters)
-        except RuntimeError as error:  # such as an edit in place of what backward needs
-            report.error = str(error)
-            return report
-        generator = torch.Generator().manual_seed(seed)
-        for name in function.trainable:
-            report.num_parameters += 1
-            for _ in range(num_directions):
-                comparison = _compare(here, name, generator)
-                if comparison is None:
-                    report.undecided.append(name)
-                elif comparison.agrees:
-                    difference = abs(comparison.reverse - comparison.numeric) / (here.gradient_norm or 1.0)
-                    report.largest_difference = max(report.largest_difference, difference)
-                    continue
-                else:
-                    report.disagreements.append(comparison)
-                break
-    report.without_forward_mode = here.without_forward_mode
-    return report
+            with function.measuring():
+                _evaluate_twice(function)
+                return _report(function, num_directions, seed)
+        except (RuntimeError, TypeError):
+            if dtype is None:
+                raise
+    raise AssertionError
 
 
-def _loss_function(module: nn.Module, batch: Any, loss: Loss | None) -> LossFunction:
-    """The loss in float64; in the module's own precision where its code or its device insists on that."""
-    try:
-        function = LossFunction(module, batch, loss, torch.float64)
-        values = _evaluate_twice(function)
-    except (RuntimeError, TypeError):
-        function = LossFunction(module, batch, loss)
-        values = _evaluate_twice(function)
-    if not math.isfinite(values[0]):
-        raise ValueError(f"Cannot check the gradient. This is because the loss is not finite: {values[0]}.")
-    if abs(values[0] - values[1]) > ROUNDING * function.epsilon * abs(values[0]):
+def _evaluate_twice(function: BatchLoss) -> None:
+    first, second = (float(function(function.leaves(function.parameters)).detach()) for _ in range(2))
+    if not math.isfinite(first):
+        raise ValueError(f"Cannot check the gradient. This is because the loss is not finite: {first}.")
+    if abs(first - second) > ROUNDING * _epsilon(function.parameters) * abs(first):
         raise ValueError(
             "Cannot check the gradient. This is because the loss of the same batch and random state is "
-            f"{values[0]:.8g} once and {values[1]:.8g} the next time: make `training_step` repeatable, "
-            "or pass `loss`."
+            f"{first:.8g} once and {second:.8g} the next time: make `loss` repeatable."
         )
-    return function
 
 
-def _evaluate_twice(function: LossFunction) -> tuple[float, float]:
-    first, second = (float(function(function.leaves(function.parameters)).detach()) for _ in range(2))
-    return first, second
+def _epsilon(parameters: Parameters) -> float:
+    """The relative rounding error of the coarsest parameter."""
+    return max((torch.finfo(each.dtype).eps for each in parameters.values() if each.is_floating_point()), default=0.0)
+
+
+def _precision(parameters: Parameters) -> str:
+    """What the parameters are kept in, such as `float64`."""
+    return " and ".join(sorted({str(each.dtype).removeprefix("torch.") for each in parameters.values()}))
+
+
+def _report(function: BatchLoss, num_directions: int, seed: int) -> GradientReport:
+    report = GradientReport(precision=_precision(function.parameters))
+    try:
+        here = _Place(function, function.parameters)
+    except RuntimeError as error:  # such as an edit in place of what backward needs
+        report.error = str(error)
+        return report
+    generator = torch.Generator().manual_seed(seed)
+    for name in function.trainable:
+        report.num_parameters += 1
+        for _ in range(num_directions):
+            comparison = _compare(here, name, generator)
+            if comparison is None:
+                report.undecided.append(name)
+            elif comparison.agrees:
+                difference = abs(comparison.reverse - comparison.numeric) / (here.gradient_norm or 1.0)
+                report.largest_difference = max(report.largest_difference, difference)
+                continue
+            else:
+                report.disagreements.append(comparison)
+            break
+    report.without_forward_mode = here.without_forward_mode
+    return report
 
 
 class _Place:
     """A place in the space of the parameters: the loss there, its gradient, and its slope along a line."""
 
-    def __init__(self, function: LossFunction, parameters: dict[str, Tensor]) -> None:
+    def __init__(self, function: BatchLoss, parameters: Parameters) -> None:
         self.function = function
         self.parameters = parameters
+        self.epsilon = _epsilon(parameters)
         self.loss, self.gradient = function.value_and_gradient(parameters)
         self.gradient_norm = math.hypot(*(float(gradient.norm()) for gradient in self.gradient.values()))
         self.without_forward_mode: str | None = None
@@ -246,11 +256,8 @@ class _Place:
         return 0.0 if tangent is None else float(tangent.detach())
 
     def along(self, name: str, direction: Tensor) -> Callable[[float], float]:
-        def loss(step: float) -> float:
-            moved = self.parameters[name] + (step * direction).to(self.parameters[name])
-            return float(self.function(self.function.leaves({**self.parameters, name: moved})).detach())
-
-        return loss
+        loss = self.function.along(self.parameters, {name: direction.to(self.parameters[name])})
+        return lambda step: float(loss(step))
 
     def nearby(self, generator: torch.Generator) -> "_Place":
         moved = {
@@ -275,7 +282,7 @@ def _compare(here: _Place, name: str, generator: torch.Generator) -> Comparison 
 
 def _look_once(place: _Place, name: str, direction: Tensor) -> Comparison:
     """Compares with one central difference."""
-    epsilon = place.function.epsilon
+    epsilon = place.epsilon
     tolerance = epsilon ** (1 / 3)
     step = tolerance * _scale(place.parameters[name])
     return Comparison(

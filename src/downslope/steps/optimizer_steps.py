@@ -1,10 +1,10 @@
 """Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
 
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import compress
+from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
 
@@ -16,6 +16,10 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from downslope.gradients.norms import HALF
+from downslope.gradients.vectors import flat as flat
+from downslope.steps.due import check_count, is_due
+from downslope.steps.hooks import STEP_HOOKS as STEP_HOOKS
+from downslope.steps.hooks import enable
 
 
 @dataclass
@@ -39,22 +43,36 @@ class OptimizerStep:
     suffix: str
     moved: tuple[Parameter, ...] = ()
     gradients: list[Tensor] = field(default_factory=list)
-    _sizes: list[int] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
     _has_gradient: list[bool] = field(default_factory=list)
     _flat: Tensor | None = None
     _square: Tensor | None = None
+    _depth: int = 0
+    _batch: int = -1
 
     @property
     def parameters(self) -> list[Parameter]:
-        """What it steps, each once; looked up again where its groups have grown."""
-        groups = self.optimizer.param_groups
-        sizes = [len(group["params"]) for group in groups]
-        if sizes != self._sizes:
-            self._sizes = sizes
-            self._parameters = [parameter for group in groups for parameter in group["params"]]
+        """What it steps; the same list while they are the same."""
+        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        if len(held) != len(self._parameters) or not all(map(is_, held, self._parameters)):
+            self._parameters = held
             self._has_gradient = []
         return self._parameters
+
+    def begins(self, batch: int) -> bool:
+        """Tells whether a step begins, and not one within it: a `step` that calls `super().step()` runs hooks twice.
+
+        Args:
+            batch: The number of the batch. A step that raised is over when the next batch comes.
+        """
+        self._depth = self._depth + 1 if batch == self._batch else 1
+        self._batch = batch
+        return self._depth == 1
+
+    def ends(self) -> bool:
+        """Tells whether the whole step ends."""
+        self._depth -= 1
+        return self._depth == 0
 
     def look(self) -> None:
         """Finds `moved` and `gradients`, after the step."""
@@ -135,7 +153,7 @@ class OptimizerSteps:
 
     def is_due(self, step: OptimizerStep) -> bool:
         """Tells whether an optimizer's coming or just taken step is one of every n."""
-        return (step.count + self.ahead) % self.every_n_steps == 0
+        return is_due(step.count + self.ahead, self.every_n_steps)
 
     def detach(self) -> None:
         """Leaves the optimizers as they were."""
@@ -150,6 +168,7 @@ class _Hooks:
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = ref(trainer)
+        self._batches = trainer.fit_loop.epoch_loop.batch_progress.total
         self._skips = getattr(trainer.precision_plugin, "scaler", None) is not None
         self._num_steps = trainer.global_step
         self.observers: list[OptimizerSteps] = []
@@ -165,6 +184,8 @@ class _Hooks:
             self._handles.append(state.optimizer.register_step_post_hook(partial(self._after, state)))
 
     def _before(self, state: OptimizerStep, _: Optimizer, __: object, named: dict[str, Any]) -> None:
+        if not state.begins(self._batches.ready):
+            return
         trainer = self._trainer() if self._skips else None  # otherwise its count, which takes time, is this one
         state.step = max(trainer.global_step, self._num_steps) if trainer else self._num_steps
         due = self._due[state.name] = [each for each in self.observers if each.is_due(state)]
@@ -178,6 +199,8 @@ class _Hooks:
                     named["closure"] = partial(_overheard, named["closure"], observer.on_loss)
 
     def _after(self, state: OptimizerStep, *_: object) -> None:
+        if not state.ends():
+            return
         due = self._due.get(state.name, [])
         if due:
             state.look()
@@ -211,15 +234,6 @@ def _overheard(closure: Callable[[], Tensor | None], on_loss: Callable[[Tensor |
 _HOOKS: WeakKeyDictionary[Trainer, _Hooks] = WeakKeyDictionary()
 
 
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns a copy of tensors as one vector, dense and on the device of the first."""
-    if len(tensors) > 1:  # of one it would be a view
-        with suppress(RuntimeError):  # sparse ones, or several devices
-            vector: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))  # in one call, as DDP does
-            return vector
-    return torch.cat([tensor.to_dense().flatten().to(tensors[0].device) for tensor in tensors])
-
-
 def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
     """Returns each optimizer's class name, numbered from the second of a class on: `Adam`, `Adam-1`."""
     names: list[str] = []
@@ -230,52 +244,60 @@ def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
     return names
 
 
-STEP_HOOKS = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
-
-
-def leave_out_idle_hooks(callback: Callback, *idle: str) -> None:
-    """Spares the hooks of a step that a callback has no use for.
-
-    Lightning enters a profiler for every hook of every callback, also for those that do nothing: 10 µs a step and
-    hook. What is not callable it passes over. Only the instance is changed: `super()` finds what it expects.
-
-    Args:
-        callback: Whose hooks that it does not override are left out.
-        idle: Hooks that it does override, and has no use for in this run.
-    """
-    for name in STEP_HOOKS:
-        is_idle = name in idle or getattr(type(callback), name) is getattr(Callback, name)
-        wake(callback, name, awake=not is_idle)
-
-
-def wake(callback: Callback, *names: str, awake: bool = True) -> None:
-    """Lets Lightning call hooks from now on, or pass them over: those that are needed at some steps alone."""
-    for name in names:
-        if awake:
-            vars(callback).pop(name, None)
-        else:
-            vars(callback)[name] = None
-
-
 def num_steps(trainer: Trainer) -> int | None:
     """Returns the optimizer steps that the whole training takes, None for no limit."""
     steps = trainer.estimated_stepping_batches
     return int(steps) if steps != float("inf") else None
 
 
-def check_frequency(name: str, value: int) -> None:
-    """Refuses a number of steps between two measurements that is none."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+class ParameterNames(dict[int, str]):
+    """The name of each parameter by its id, a tied one once, without what `torch.compile` puts in between.
+
+    A module may grow, and an optimizer may hold what its module does not: names are looked up again then, and a tensor
+    that has none is `tensor-0`, `tensor-1`, ….
+    """
+
+    def __init__(self, module: LightningModule) -> None:
+        super().__init__()
+        self._module = module
+        self._named: list[Tensor] = []  # kept, so that no other gets their ids
+        self._look()
+
+    def _look(self) -> None:
+        for name, parameter in self._module.named_parameters():
+            if id(parameter) not in self:
+                self._named.append(parameter)
+                self[id(parameter)] = name.replace("_orig_mod.", "")
+
+    def of(self, tensors: Iterable[Tensor]) -> list[str]:
+        """Returns the tensors' names."""
+        return [self.get(id(each)) or self._new(each) for each in tensors]
+
+    def _new(self, tensor: Tensor) -> str:
+        self._look()
+        if id(tensor) not in self:
+            self._named.append(tensor)
+            self[id(tensor)] = f"tensor-{sum(name.startswith('tensor-') for name in self.values())}"
+        return self[id(tensor)]
+
+
+# The former names, until every observer has the one life cycle.
+
+
+def wake(callback: Callback, *names: str, awake: bool = True) -> None:
+    """Lets Lightning call hooks from now on, or pass them over."""
+    enable(callback, *names, when=awake)
+
+
+check_frequency = check_count
+
+
+def leave_out_idle_hooks(callback: Callback, *idle: str) -> None:
+    """Passes over the hooks of a step that a callback does not override, or has no use for."""
+    for name in STEP_HOOKS:
+        enable(callback, name, when=name not in idle and getattr(type(callback), name) is not getattr(Callback, name))
 
 
 def parameter_names(module: LightningModule) -> dict[int, str]:
-    """Returns the name of each parameter by its id, a tied one once, without what `torch.compile` puts in between."""
-    return {id(parameter): name.replace("_orig_mod.", "") for name, parameter in module.named_parameters()}
+    """Returns the name of each parameter by its id."""
+    return ParameterNames(module)

@@ -1,18 +1,20 @@
 """Every process-wide random state: taken, and put back."""
 
 import contextlib
-import ctypes
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 class RandomState:
     """The random state of this moment: torch's on each device, Python's, and NumPy's if it is loaded.
+
+    Args:
+        generators: Others that belong to it, as `own_generators` finds them.
 
     Example:
         >>> state = RandomState()
@@ -22,16 +24,17 @@ class RandomState:
         True
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *generators: Any) -> None:
         self._python: Any = random.getstate()
-        self._numpy: Any = _numpy.get() if "numpy" in sys.modules else None
+        self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
         self._cpu: Tensor = torch.get_rng_state()
         has_cuda = torch.cuda.is_initialized()  # to ask for more would start it
         self._cuda: Any = torch.cuda.get_rng_state_all() if has_cuda else None
         self._mps: Any = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
+        self._generators = [(generator, _state(generator)) for generator in generators]
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns the states as plain tensors and plain data."""
+        """Returns the process-wide states as plain tensors and plain data."""
         numpy = self._numpy and (self._numpy[0], list(map(int, self._numpy[1])), *self._numpy[2:])
         return {"python": self._python, "numpy": numpy, "cpu": self._cpu, "cuda": self._cuda, "mps": self._mps}
 
@@ -39,6 +42,7 @@ class RandomState:
     def from_state_dict(cls, state: dict[str, Any]) -> "RandomState":
         """Returns the random state that `state_dict` made the dictionary of."""
         self = cls.__new__(cls)
+        self._generators = []
         for name, value in state.items():
             setattr(self, f"_{name}", value)
         return self
@@ -48,53 +52,46 @@ class RandomState:
         random.setstate(self._python)
         torch.set_rng_state(self._cpu)
         if self._numpy is not None:
-            _numpy.set(self._numpy)
+            sys.modules["numpy"].random.set_state(self._numpy)
         if self._cuda is not None:
             torch.cuda.set_rng_state_all(self._cuda)
         if self._mps is not None:
             torch.mps.set_rng_state(self._mps)
+        for generator, state in self._generators:
+            _set_state(generator, state)
 
 
-class _Numpy:
-    """NumPy's state; the same object as the last time while nothing is drawn, because it takes NumPy 60 µs to make.
-
-    What a draw changes is seen in the generator's own memory: 624 words and the place in them. Only a normal number
-    that waits, drawn beside another, is not kept there: then, and under another generator, nothing is assumed.
-    """
-
-    def __init__(self) -> None:
-        self._memory = b""
-        self._state: Any = None
-
-    def get(self) -> Any:
-        random = sys.modules["numpy"].random
-        generator = random.get_bit_generator()
-        known = type(generator) is random.MT19937
-        memory = ctypes.string_at(generator.ctypes.state_address, 625 * 4) if known else b""
-        if not memory or memory != self._memory:
-            self._state = random.get_state()
-            waits = not known or self._state[3]
-            self._memory = b"" if waits else memory
-        return self._state
-
-    def set(self, state: Any) -> None:
-        if state is not self.get():
-            sys.modules["numpy"].random.set_state(state)
-            self._memory = b""  # a normal number may wait again
+def own_generators(parts: Iterable[nn.Module]) -> list[Any]:
+    """Returns the generators, of torch, Python and NumPy, that modules keep as attributes."""
+    kinds = {torch.Generator, random.Random}
+    if "numpy" in sys.modules:
+        kinds.add(sys.modules["numpy"].random.Generator)
+    return [value for part in parts for value in vars(part).values() if type(value) in kinds]
 
 
-_numpy = _Numpy()
+def _state(generator: Any) -> Any:
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
+
+
+def _set_state(generator: Any, state: Any) -> None:
+    if isinstance(generator, torch.Generator):
+        generator.set_state(state)
+    elif isinstance(generator, random.Random):
+        generator.setstate(state)
+    else:
+        generator.bit_generator.state = state
 
 
 @contextlib.contextmanager
-def random_state(start: RandomState | None = None) -> Iterator[None]:
-    """Runs a block from a random state, or from the one that is there, and leaves the one that is there.
+def random_state(generators: Sequence[Any] = ()) -> Iterator[None]:
+    """Leaves the random states, after a block, as they were before it.
 
     Args:
-        start: Where the block starts.
+        generators: Others beside the process-wide ones.
     """
-    before = RandomState()
-    (start or before).restore()
+    before = RandomState(*generators)
     try:
         yield
     finally:

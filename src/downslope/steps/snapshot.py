@@ -9,43 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-Pairs = list[tuple[list[Tensor], list[Tensor]]]
-
-
-class Snapshot:
-    """A copy of parameters and optimizer states, renewed in place by a few fused calls.
-
-    It costs as much memory as what it copies. Only parameters that an optimizer holds are copied: frozen ones stay as
-    they are by themselves.
-
-    Args:
-        optimizers: Whose parameters and states are copied.
-    """
-
-    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        self._optimizers = optimizers
-        self._states: list[dict[Any, Any]] = []
-        self._copies = Copies()
-
-    def take(self) -> None:
-        """Remembers how everything is now, without autograd."""
-        tensors: list[Tensor] = []
-        for optimizer in self._optimizers:
-            for group in optimizer.param_groups:
-                tensors += group["params"]
-        self._states = [
-            {parameter: _outline(state, tensors) for parameter, state in optimizer.state.items()}
-            for optimizer in self._optimizers
-        ]
-        self._copies.take(tensors)
-
-    def restore(self) -> None:
-        """Makes everything as it was at the last `take`."""
-        self._copies.restore()
-        for optimizer, states in zip(self._optimizers, self._states, strict=True):
-            optimizer.state.clear()
-            for parameter, state in states.items():
-                optimizer.state[parameter] = _outline(state, [])  # the outline itself stays whole for another time
+from downslope.gradients.vectors import copy
 
 
 class Copies:
@@ -53,28 +17,56 @@ class Copies:
 
     def __init__(self) -> None:
         self._tensors: list[Tensor] = []
-        self._pairs: Pairs = []
+        self._pairs: list[tuple[list[Tensor], list[Tensor]]] = []
 
     def take(self, tensors: list[Tensor]) -> None:
-        """Copies the tensors as they are now, without autograd."""
+        """Copies the tensors as they are now, to be called where autograd does not record."""
         if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
-            self._tensors, self._pairs = tensors, _pairs(tensors)
+            kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+            for tensor in tensors:
+                kinds[tensor.device, tensor.dtype].append(tensor)
+            self._tensors = tensors
+            self._pairs = [(each, [torch.empty_like(tensor) for tensor in each]) for each in kinds.values()]
         for originals, copies in self._pairs:
-            torch._foreach_copy_(copies, originals)
+            copy(copies, originals)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Puts the copies' values back into the tensors."""
         for originals, copies in self._pairs:
-            torch._foreach_copy_(originals, copies)
+            copy(originals, copies)
 
 
-def _pairs(tensors: list[Tensor]) -> Pairs:
-    """Tensors and memory for their copies, by device and type: only tensors of one kind are copied in one call."""
-    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        kinds[tensor.device, tensor.dtype].append(tensor)
-    return [(originals, [torch.empty_like(tensor) for tensor in originals]) for originals in kinds.values()]
+class Snapshot(Copies):
+    """A copy of parameters and optimizer states: frozen parameters, which no optimizer holds, stay as they are anyway.
+
+    Args:
+        optimizers: Whose parameters and states are copied, in as much memory again.
+    """
+
+    def __init__(self, optimizers: Sequence[Optimizer]) -> None:
+        super().__init__()
+        self._optimizers = optimizers
+        self._states: list[dict[Any, Any]] = []
+
+    def take_all(self) -> None:
+        """Remembers how everything is now."""
+        tensors = [
+            each for optimizer in self._optimizers for group in optimizer.param_groups for each in group["params"]
+        ]
+        self._states = [
+            {parameter: _outline(state, tensors) for parameter, state in optimizer.state.items()}
+            for optimizer in self._optimizers
+        ]
+        self.take(tensors)
+
+    def restore(self) -> None:
+        """Makes everything as it was at the last `take_all`."""
+        super().restore()
+        for optimizer, states in zip(self._optimizers, self._states, strict=False):
+            optimizer.state.clear()
+            for parameter, state in states.items():
+                optimizer.state[parameter] = _outline(state, [])  # the outline itself stays whole for another time
 
 
 def _outline(value: Any, tensors: list[Tensor]) -> Any:

@@ -1,14 +1,13 @@
 """The gradient that arrives at an optimizer step, before anybody clips it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
-import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from downslope.gradients.vectors import clones as clones
 from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps
 
 
@@ -24,6 +23,7 @@ class UnclippedGradients:
         trainer: Whose precision may scale the loss.
         module: Decides by its mode of optimization.
         steps: Of all optimizers; those that are not due cost next to nothing.
+        guarded: Makes a function one that does not raise.
 
     Attributes:
         are_applied: Nobody clips: they are taken from `.grad` after the step, and nothing is copied.
@@ -34,28 +34,31 @@ class UnclippedGradients:
         trainer: Trainer,
         module: LightningModule,
         steps: OptimizerSteps,
+        guarded: Callable[[Callable[..., None]], Callable[..., None]],
     ) -> None:
         self._trainer = trainer
         self._manual = not module.automatic_optimization
         self._steps = steps
         self.are_applied = not may_be_clipped(trainer, module)
-        self._copies: dict[Parameter, Tensor] = {}
-        self._handles: list[RemovableHandle] = []
-        if self._manual:
-            steps.on_next = self._watch
-            self._watch()
+        self._copies: dict[Tensor, Tensor] = {}
+        self._handles: dict[Tensor, RemovableHandle] = {}
+        self._hook = guarded(self._keep)
 
-    def _watch(self) -> None:
-        """Begins to look, or stops, as the coming steps ask for."""
+    def watch(self) -> None:
+        """Begins to look, or stops, as the coming steps ask for, with manual optimization.
+
+        To be called when a step has been taken, and when a batch begins: a module may have grown.
+        """
+        if not self._manual:
+            return
         if not self._steps.are_due():
             self.detach()
-        elif not self._handles:
-            for parameter in {parameter for state in self._steps.states for parameter in state.parameters}:
-                if parameter.requires_grad:
-                    self._handles.append(parameter.register_post_accumulate_grad_hook(self._keep))
+            return
+        for parameter in [parameter for state in self._steps.states for parameter in state.parameters]:
+            if parameter not in self._handles and parameter.requires_grad:
+                self._handles[parameter] = parameter.register_post_accumulate_grad_hook(self._hook)
 
     def _keep(self, parameter: Tensor) -> None:
-        assert isinstance(parameter, Parameter)
         if parameter.grad is not None:
             self._copies[parameter] = parameter.grad.detach().clone()
 
@@ -75,7 +78,7 @@ class UnclippedGradients:
                 gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
                 self._copies = dict(zip(parameters, clones(gradients), strict=True))
 
-    def take(self, state: OptimizerStep) -> dict[Parameter, Tensor]:
+    def take(self, state: OptimizerStep) -> dict[Tensor, Tensor]:
         """Returns the copies for the step that an optimizer has just taken, and forgets them.
 
         A parameter without a gradient by now is left out: its copy belongs to an earlier step.
@@ -90,7 +93,7 @@ class UnclippedGradients:
 
     def detach(self) -> None:
         """Leaves the parameters as they were."""
-        for handle in self._handles:
+        for handle in self._handles.values():
             handle.remove()
         self._handles.clear()
         self._copies.clear()
@@ -109,14 +112,12 @@ def may_be_clipped(trainer: Trainer, module: LightningModule) -> bool:
         not module.automatic_optimization
         or getattr(trainer.precision_plugin, "scaler", None) is not None
         or trainer.gradient_clip_val is not None
-        or any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)
+        or overrides(module, *hooks)
         or any(not look.__module__.startswith("downslope.") for look in looks)
         or any(not type(each).__module__.startswith("torch.optim.") for each in trainer.optimizers)
     )
 
 
-def clones(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Copies tensors, in one fused call unless one is sparse."""
-    if not tensors or any(tensor.is_sparse for tensor in tensors):
-        return [tensor.clone() for tensor in tensors]
-    return list(torch._foreach_clone(list(tensors)))
+def overrides(module: LightningModule, *hooks: str) -> bool:
+    """Tells whether a module has any of Lightning's hooks of its own."""
+    return any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)

@@ -1,44 +1,137 @@
-"""What the verdict rests on, collected from the steps of any training loop: torch alone.
+"""What was seen of a training, collected from the steps of any loop: torch alone.
 
 collector = EvidenceCollector(optimizer, names)
 for batch in batches:
-loss = …; optimizer.zero_grad(); loss.backward(); optimizer.step()
-collector.add_loss(loss)
-collector.add_step()
-if collector.is_due:
-print(judge(collector.evidence()).sentence)
+    loss = …; optimizer.zero_grad(); loss.backward(); optimizer.step()
+    collector.add_loss(loss)
+    collector.add_step()
+    if collector.is_due:
+        print(judge(collector.evidence()).sentence)
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from itertools import pairwise
-from statistics import fmean, median, variance
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import fmean
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import SGD, Adam, NAdam, Optimizer, RAdam, RMSprop
+from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
 from downslope.gradients.least_squares import LeastSquares
 from downslope.gradients.norms import norms
 from downslope.gradients.outlook import Outlook, best_learning_rate, outlook
-from downslope.verdict.judgement import Evidence, Method
+from downslope.verdict import window
+from downslope.verdict.losses import EARLY, FEW, Losses
+from downslope.verdict.window import Row, Window, flat
 
+Method = Literal["gradient_descent", "momentum", "nesterov", "adam", "lbfgs", "other"]
 FIRST_JUDGEMENTS = (8, 16, 32)  # at 10 × the limit float32 overflows after some 30 steps
-MOST_BLOCKS = 256
-FEW = 1e-12
-ROUNDING = 1e-5  # in units of the weights' size, or of the first gradient's
+MOST_GLANCES = 512
 
 
-class Block(NamedTuple):
-    """The losses between two judgements: how many, their mean, and mean and variance of their logarithms."""
+@dataclass(frozen=True)
+class Evidence:
+    """What was seen of a training until now. *Window*: the last few successive steps; *recent*: since two judgements.
 
-    num: int
-    mean: float
-    level: float
-    spread: float
+    What could not be measured is None; it is then left out of account.
+    """
+
+    step: int  # optimizer steps taken
+    learning_rate: float  # η of the last of them
+    peak_learning_rate: float | None = None  # the largest until now: what a schedule is judged by
+    tried_learning_rates: tuple[float, ...] = ()  # of a sweep that it is part of: never suggested again
+    planned_steps: int | None = None  # how many there will be, where that is known
+    has_ended: bool = False  # whether this was the last step, planned or not
+    method: Method = "gradient_descent"  # what makes a step of a gradient
+    momentum: float = 0.0  # β
+    full_batch: bool = True  # whether every step sees all rows
+
+    num_non_finite: int = 0  # losses and gradients seen that were NaN or infinite
+    first_loss: float | None = None
+    loss: float | None = None  # mean of the recent ones; of full batches the last
+    best_loss: float | None = None  # the least such mean so far
+    early_growth: float | None = None  # largest of the first losses over the very first, beyond chance
+    loss_growth: float = 0.0  # standard errors by which the logarithm of the loss now lies above that at the best
+    loss_rise: float = 0.0  # the same of the newer half of the recent losses, above the older
+    loss_trend: float = 0.0  # the same of the later half of all losses
+    window_growth: float | None = None  # last loss of the window over its first
+
+    gradient_norm: float | None = None  # ‖g‖, mean of the window
+    first_gradient_norm: float | None = None  # of the first window
+    gradient_ratio: float | None = None  # ‖gₜ₊₁‖ / ‖gₜ‖, geometric mean over the window
+    # The same, at the present rate, over the last quarter of the time Σ η: what is slow shows only there, and a
+    # schedule's end is no convergence.
+    gradient_decay: float | None = None
+    gradient_cosine: float | None = None  # of successive gradients, mean of the window: +1 creeping, −1 bouncing
+    curvature: float | None = None  # ⟨Δg, Δθ⟩ / ‖Δθ‖² along the steps of the window: on a parabola never above λ
+    largest_curvature: float | None = None  # the largest one so far
+    noise_share: float = 0.0  # share of ‖g‖² that differs from batch to batch: 0 for full batches
+    descent_ratio: float | None = None  # change of the loss in the window over the Σ⟨g, Δθ⟩ that was promised
+    gradient_excess: float | None = None  # how many times the loss's slope the gradient is: 1 in a sound run
+    update_ratio: float | None = None  # ‖Δθ‖ / ‖θ‖, mean of the window
+    # By how much the loss will still fall if the gradient goes on to fall as it does; where noise prevails, how far
+    # above its least it holds the loss.
+    left_to_gain: float | None = None
+
+    sharpness: float | None = None  # λ, the largest eigenvalue of the Hessian, where it was measured
+    critical_learning_rate: float | None = None  # η_c, as measured last
+    least_critical_learning_rate: float | None = None  # the least η_c measured: after a jump the last tells nothing
+    early_critical_ratio: float | None = None  # the largest η/η_c of the first steps
+    line: Outlook | None = None  # what the closed form says, for a line
+    first_excess: float | None = None  # excess loss of a line's first weights
+    best_learning_rate: float | None = None  # which takes a line from there in the fewest steps of gradient descent
+
+    without_gradient: tuple[str, ...] = ()  # parameters that an optimizer holds and no gradient reached
+    zero_gradient: tuple[str, ...] = ()  # … whose gradient was exactly zero throughout the window
+    frozen: tuple[str, ...] = ()  # parameters that require no gradient, or that no optimizer holds: on purpose
+    forgotten: tuple[str, ...] = ()  # … that get a gradient, though no optimizer holds them
+    share_moving: float = 1.0  # of all elements that are trained, those whose gradient is not zero
+    first_share_moving: float | None = None  # … in the first window: units can die
+    leftover_gradient: bool = False  # whether `backward` found the last step's gradient still there
+
+    @property
+    def horizon(self) -> int:
+        """The steps that it has for its way: those planned, at least those taken."""
+        return max(self.step, self.planned_steps or 0)
+
+    @property
+    def peak(self) -> float:
+        """The largest rate until now."""
+        return max(self.learning_rate, self.peak_learning_rate or 0.0)
+
+    @property
+    def critical_ratio(self) -> float | None:
+        """The peak over η_c: above 1 a step goes uphill."""
+        return None if not self.critical_learning_rate else self.peak / self.critical_learning_rate
+
+    @property
+    def steepest(self) -> float | None:
+        """λ where it was measured; else the largest curvature that the steps met, which is at most λ."""
+        return self.sharpness or self.largest_curvature
+
+    @property
+    def limit(self) -> float | None:
+        """The largest stable learning rate on a parabola: 2/λ, with momentum 2(1 + β)/λ; None where theory has none.
+
+        Nesterov's is 2(1 + β) / ((1 + 2β)λ): the roots of x² − (1 + β)(1 − ηλ)x + β(1 − ηλ) reach −1 there.
+        """
+        if not self.steepest:
+            return None
+        factors = {
+            "gradient_descent": 1.0,
+            "momentum": 1 + self.momentum,
+            "nesterov": (1 + self.momentum) / (1 + 2 * self.momentum),
+        }
+        factor = factors.get(self.method)
+        return None if factor is None else factor * 2 / self.steepest
+
+    @property
+    def stability(self) -> float | None:
+        """η over the limit (for plain gradient descent ηλ/2): above 1, a parabola's loss grows."""
+        return None if self.limit is None else self.learning_rate / self.limit
 
 
 class Glance(NamedTuple):
@@ -47,25 +140,6 @@ class Glance(NamedTuple):
     step: int
     norm: float
     time: float
-
-
-class Row(NamedTuple):
-    """Of one step of the window: what the products of its vectors say; 0 where a predecessor is missing."""
-
-    square: float  # ‖gₜ‖²
-    one: float  # ⟨gₜ, gₜ₋₁⟩
-    two: float  # ⟨gₜ, gₜ₋₂⟩
-    moved: float  # ‖Δθₜ‖²
-    size: float  # ‖θₜ‖²
-    promise: float  # ⟨gₜ, Δθₜ⟩
-    before: float  # ‖Δθₜ₋₁‖²
-    turn: float  # ⟨gₜ − gₜ₋₁, Δθₜ₋₁⟩
-
-    @classmethod
-    def of(cls, products: Sequence[Sequence[float]]) -> "Row":
-        """Reads the products of gₜ, gₜ₋₁, gₜ₋₂, Δθₜ, Δθₜ₋₁ and θₜ, each with each."""
-        g, last, _, step, last_step, start = products
-        return cls(g[0], g[1], g[2], step[3], start[5], g[3], last_step[4], g[4] - last[4])
 
 
 class EvidenceCollector:
@@ -98,72 +172,39 @@ class EvidenceCollector:
     ) -> None:
         self.optimizer = optimizer
         self.step = step
-        self._last_step = last_step
-        self._next_due = step
+        self._names = names
+        self._every_n_steps, self._window_size = every_n_steps, window
+        self._full_batch = full_batch
+        self._last_step, self._next_due = last_step, step
         self._others = sorted({*FIRST_JUDGEMENTS, *([] if last_step is None else [last_step])})
         self._line: LeastSquares | None = None
-        self._first_excess: float | None = None
-        self._best_learning_rate: float | None = None
-        self._names = names
-        self._every_n_steps = every_n_steps
-        self._window = window
-        self._full_batch = full_batch
-        self._losses: list[Tensor] = []
-        self._blocks: list[Block] = []
-        self._history: list[Glance] = []
-        self._first_loss: float | None = None
-        self._largest_curvature: float | None = None
-        self._rate, self._time = _rate(optimizer), 0.0
-        self._gradient_excess: float | None = None
+        self._recent: list[Tensor] = []
+        self._losses, self._window = Losses(full_batch), Window()
+        self._glances: list[Glance] = []
+        self._rate = _rate(optimizer)
         self._leftover: Tensor | None = None
-        self._begin_window()
-
-    def _begin_window(self) -> None:
-        self._moved: list[Parameter] = []
-        self._products: list[Tensor] = []
-        self._missing: tuple[str, ...] = ()
+        self._least_found: Tensor | None = None  # since the last step
+        self._lasting: dict[str, float] = {"time": 0.0}  # what one judgement finds and later ones need
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs to know of its beginning and of its window: plain data and tensors."""
         return {
-            "blocks": [list(block) for block in self._blocks],
-            "history": [list(glance) for glance in self._history],
-            "first_loss": self._first_loss,
-            "first_excess": self._first_excess,
-            "best_learning_rate": self._best_learning_rate,
-            "largest_curvature": self._largest_curvature,
-            "time": self._time,
-            "gradient_excess": self._gradient_excess,
-            "window": {
-                "losses": self._losses,
-                "products": self._products,
-                "last": list(self._last) if self._products else [],
-                "most": self._most if self._products else None,
-                "moved": [
-                    index for index, each in enumerate(self._held) if any(each is moved for moved in self._moved)
-                ],
-                "missing": list(self._missing),
-                "leftover": self._leftover,
-            },
+            "lasting": self._lasting,
+            "losses": self._losses.state_dict(),
+            "glances": [list(glance) for glance in self._glances],
+            "recent": self._recent,
+            "window": self._window.state_dict(self._held),
+            "leftover": [self._leftover, self._least_found],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self._blocks = [Block(*block) for block in state["blocks"]]
-        self._history = [Glance(*glance) for glance in state["history"]]
-        self._first_loss, self._first_excess = state["first_loss"], state["first_excess"]
-        self._best_learning_rate = state["best_learning_rate"]
-        self._largest_curvature, self._time = state["largest_curvature"], state["time"]
-        self._gradient_excess = state["gradient_excess"]
-        window, held = state["window"], self._held
-        device = held[0].device
-        self._losses = [loss.to(device) for loss in window["losses"]]
-        self._products = [products.to(device) for products in window["products"]]
-        if self._products:
-            gradient, before, step, parameters = (tensor.to(device) for tensor in window["last"])
-            self._last, self._most = (gradient, before, step, parameters), window["most"].to(device)
-        self._moved = [held[index] for index in window["moved"]]
-        self._missing, self._leftover = tuple(window["missing"]), window["leftover"]
+        """Resumes there."""
+        self._lasting = dict(state["lasting"])
+        self._losses.load_state_dict(state["losses"])
+        self._glances = [Glance(*glance) for glance in state["glances"]]
+        self._recent = [loss.to(self._held[0].device) for loss in state["recent"]]
+        self._window.load_state_dict(state["window"], self._held)
+        self._leftover, self._least_found = state["leftover"]
 
     def set_line(
         self, line: LeastSquares, parameters: Sequence[Tensor], tolerance: float, names: Sequence[str] = ()
@@ -176,20 +217,14 @@ class EvidenceCollector:
             tolerance: Share of the first excess loss at which it has arrived.
             names: Of the features.
         """
-        weights = _flat(parameters)
-        if len(weights) != len(line.parameters):
+        weights = flat(parameters)
+        if len(weights) != len(line.parameters) or not line.is_complete:
             return
         self._line, self._line_parameters, self._line_names = line, parameters, names
-        if self._first_excess is None:
-            self._first_excess = outlook(line, weights, 0.0, 0.0).excess
-            self._best_learning_rate = best_learning_rate(line, weights, tolerance * self._first_excess)
-        self._target = tolerance * self._first_excess
-
-    def _outlook(self, learning_rate: float) -> Outlook | None:
-        if self._line is None:
-            return None
-        weights = _flat(self._line_parameters)
-        return outlook(self._line, weights, learning_rate, self._target, self._line_names)
+        first = self._lasting.setdefault("first_excess", outlook(line, weights, 0.0, 0.0).excess)
+        self._target = tolerance * first
+        if "best_learning_rate" not in self._lasting:
+            self._lasting["best_learning_rate"] = best_learning_rate(line, weights, self._target)
 
     @property
     def is_due(self) -> bool:
@@ -202,69 +237,90 @@ class EvidenceCollector:
         if self.step >= self._next_due:
             nearest = (self.step // self._every_n_steps + 1) * self._every_n_steps
             self._next_due = min([nearest, *(step for step in self._others if step > self.step)])
-        return self._next_due - self.step <= self._window
+        return self._next_due - self.step <= self._window_size
 
     def add_loss(self, loss: Tensor) -> None:
         """Takes the loss of a batch, before its step."""
-        self._losses.append(loss.detach())
+        self._recent.append(loss.detach())
 
     def add_leftover(self) -> None:
-        """Takes the gradients that `backward` finds when it begins a new step: they should be gone, or zero."""
+        """Takes what is in `.grad` before a `backward`, each one: before one of a step's it should be gone, or zero.
+
+        Not before all: micro-batches add up, and another loss, a discriminator's, finds the gradient of this one.
+        """
         left = [parameter.grad for parameter in self._held if parameter.grad is not None]
-        if left:
-            self._leftover = norms(left).sum()
+        found = norms(left).sum() if left else torch.zeros((), device=self._held[0].device)
+        self._least_found = found if self._least_found is None else torch.minimum(self._least_found, found)
 
     def add_step(self) -> None:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied."""
         watching = self.is_watching
         self.step += 1
         self._rate = _rate(self.optimizer)  # a schedule may change it before anybody asks
-        self._time += self._rate
-        if not watching:
-            return
-        moved = [parameter for parameter in self._held if parameter.grad is not None]
-        if [*map(id, moved)] != [*map(id, self._moved)]:
-            self._begin_window()  # another set of parameters has a gradient now
-            self._moved = moved
-        self._missing = tuple(self._name(parameter) for parameter in self._held if parameter.grad is None)
-        if moved:
-            self._watch(_flat([parameter.grad for parameter in moved if parameter.grad is not None]), _flat(moved))
+        self._lasting["time"] += self._rate
+        self._lasting["peak_learning_rate"] = max(self._rate, self._lasting.get("peak_learning_rate", 0.0))
+        self._leftover, self._least_found = self._least_found, None
+        if watching:
+            self._window.add(self._held, _decays(self.optimizer))
+
+    def add_critical(self, step: int, value: float) -> None:
+        """Takes the critical learning rate of a step: `downslope.gradients.critical_learning_rate`.
+
+        Momentum's first steps are short: (1 − βᵗ⁺¹) of what they come to be along a constant gradient, and so η_c is
+        taken for as many times less.
+
+        Args:
+            step: t, steps taken before it.
+            value: η_c, along the step that was really made, above 0.
+        """
+        value *= 1 - _method(self.optimizer)[1] ** (step + 1)
+        known = self._lasting
+        known["critical_learning_rate"] = value
+        known["least_critical_learning_rate"] = min(value, known.get("least_critical_learning_rate", math.inf))
+        if step <= EARLY:
+            known["early_critical_ratio"] = max(self._rate / value, known.get("early_critical_ratio", 0.0))
 
     @property
     def _held(self) -> list[Parameter]:
         return [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
 
-    def _watch(self, gradient: Tensor, parameters: Tensor) -> None:
-        """Takes all products of gₜ, gₜ₋₁, gₜ₋₂, Δθₜ, Δθₜ₋₁ and θₜ at once; what came before the window is zero."""
-        if not self._products:
-            nothing = torch.zeros_like(gradient)
-            self._last = (nothing, nothing, nothing, parameters)
-            self._most = nothing
-        last, before_last, last_step, start = self._last
-        step = parameters - start
-        vectors = torch.stack([gradient, last, before_last, step, last_step, start])
-        self._products.append(vectors @ vectors.T)
-        self._most = torch.maximum(self._most, gradient.abs())
-        self._last = (gradient, last, step, parameters)
-
-    def _name(self, parameter: Tensor) -> str:
-        return self._names.get(id(parameter), "?")
-
     def evidence(
         self,
-        frozen: Mapping[str, int] | None = None,
+        frozen: Iterable[str] = (),
         sharpness: float | None = None,
+        forgotten: Iterable[str] = (),
+        has_ended: bool = False,
+        tried: Iterable[float] = (),
     ) -> Evidence:
         """Returns what was seen, and begins a new window.
 
         Args:
-            frozen: Parameters of the module that no optimizer can move, and their sizes.
+            frozen: Parameters of the module that are not to move.
             sharpness: λ, where somebody has measured it.
+            forgotten: Parameters that get a gradient, though no optimizer holds them.
+            has_ended: Whether training ends here: it need not, where it was planned.
+            tried: Learning rates of the sweep that it is part of.
         """
-        losses = torch.stack(self._losses).cpu().double().tolist() if self._losses else []
-        rows = [Row.of(each) for each in torch.stack(self._products).cpu().double().tolist()] if self._products else []
-        largest = self._largest_by_parameter()
-        non_finite = sum(not math.isfinite(value) for value in [*losses, *largest])
+        losses = torch.stack(self._recent).cpu().double().tolist() if self._recent else []
+        rows, largest = self._window.rows(), self._window.largest()
+        num_non_finite = sum(not math.isfinite(value) for value in [*losses, *largest])
+        seen = self._of_the_run(sharpness) | self._of_the_parameters(largest)
+        seen |= {"frozen": tuple(frozen), "forgotten": tuple(forgotten), "tried_learning_rates": tuple(tried)}
+        seen["has_ended"] = has_ended or self.step == self._last_step
+        if not num_non_finite:
+            seen |= self._losses.add(losses, self._window_size)
+            seen |= self._of_the_gradients(rows, losses, seen.get("loss_trend", 0.0))
+        evidence = Evidence(num_non_finite=num_non_finite, **seen)
+        excess = self._exact_excess() if self._line is not None else _gradient_excess(evidence)
+        self._recent.clear()
+        self._window.clear()
+        self._leftover = None
+        if excess:
+            self._lasting["gradient_excess"] = excess
+        return replace(evidence, gradient_excess=self._lasting.get("gradient_excess"))
+
+    def _of_the_run(self, sharpness: float | None) -> dict[str, Any]:
+        """The optimizer's settings, and what the closed form knows."""
         method, momentum = _method(self.optimizer)
         seen: dict[str, Any] = {
             "step": self.step,
@@ -273,193 +329,105 @@ class EvidenceCollector:
             "method": method,
             "momentum": momentum,
             "full_batch": self._full_batch,
-            "num_non_finite": non_finite,
-            "sharpness": self._line.sharpness if self._line else sharpness,
-            "line": self._outlook(self._rate),
-            "first_excess": self._first_excess,
-            "best_learning_rate": self._best_learning_rate,
-            "frozen": tuple(frozen or ()),
-            "without_gradient": self._missing,
-            "leftover_gradient": self._leftover is not None and bool(self._leftover > 0),
-            **self._of_the_parameters(largest, frozen or {}),
+            "sharpness": sharpness,
         }
-        if not non_finite:
-            seen |= self._of_the_losses(losses)
-            seen |= self._of_the_gradients(rows, losses, seen)
-        self._losses.clear()
-        self._leftover = None
-        self._begin_window()
-        evidence = Evidence(**seen)
-        self._gradient_excess = _gradient_excess(evidence) or self._gradient_excess
-        return replace(evidence, gradient_excess=self._gradient_excess)
+        if self._line is not None:
+            weights = flat(self._line_parameters)
+            seen["line"] = outlook(
+                self._line, weights, self._rate, self._target, self._line_names, self._lasting["time"]
+            )
+            seen["sharpness"] = self._line.sharpness
+        return seen | {name: value for name, value in self._lasting.items() if name in Evidence.__dataclass_fields__}
 
-    def _largest_by_parameter(self) -> list[float]:
-        """The largest element that each parameter's gradient had in the window."""
-        if not self._products:
-            return []
-        parts = self._most.split([parameter.numel() for parameter in self._moved])
-        return torch.stack([part.max() if part.numel() else part.new_zeros(()) for part in parts]).tolist()
-
-    def _of_the_parameters(self, largest: Sequence[float], frozen: Mapping[str, int]) -> dict[str, Any]:
-        """Which have a gradient that is not zero."""
-        count = sum(parameter.numel() for parameter in self._held) + sum(frozen.values())
-        moving = [parameter for parameter, most in zip(self._moved, largest, strict=True) if most != 0]
-        still = [parameter for parameter, most in zip(self._moved, largest, strict=True) if most == 0]
-        return {
-            "zero_gradient": tuple(self._name(parameter) for parameter in still if parameter.numel()),
-            "share_moving": sum(parameter.numel() for parameter in moving) / max(count, 1),
-        }
-
-    def _of_the_losses(self, losses: Sequence[float]) -> dict[str, Any]:
-        if not losses:
+    def _of_the_parameters(self, largest: Sequence[float]) -> dict[str, Any]:
+        """Which have a gradient, and one that is not zero."""
+        if not self._window.num_steps:
             return {}
-        if self._first_loss is None:
-            self._first_loss = losses[0]
-        recent = _block(losses)
-        self._blocks.append(recent)
-        if len(self._blocks) > MOST_BLOCKS:
-            *pairs, newest = self._blocks
-            self._blocks = [*(_merged(*pair) for pair in zip(pairs[::2], pairs[1::2], strict=True)), newest]
-        best = min(self._blocks, key=lambda block: block.mean)
-        least = min(best.mean, min(losses)) if self._full_batch else best.mean
-        half = len(losses) // 2
-        rise = _certainty([_block(losses[:half])], [_block(losses[half:])]) if half else 0.0
-        late = self._blocks[len(self._blocks) // 2 :]
-        middle = len(late) // 2
-        growth = losses[-1] / losses[-self._window] if len(losses) >= self._window and losses[-self._window] else None
+        still = [parameter for parameter, most in zip(self._window.moved, largest, strict=True) if most == 0]
+        moved = {*map(id, self._window.moved)}
+        without = [each for each in self._held if each.requires_grad and id(each) not in moved]
+        moving = sum(map(torch.numel, self._window.moved)) - sum(map(torch.numel, still))
+        share_moving = moving / max(moving + sum(map(torch.numel, [*still, *without])), 1)
         return {
-            "first_loss": self._first_loss,
-            "loss": losses[-1] if self._full_batch else recent.mean,
-            "best_loss": least,
-            "loss_growth": _certainty([best], [recent]),
-            "loss_rise": rise,
-            "loss_trend": _certainty(late[:middle], late[middle:]) if middle else rise,
-            "window_growth": growth,
+            "without_gradient": self._names_of(without),
+            "zero_gradient": self._names_of([each for each in still if each.numel()]),
+            "leftover_gradient": self._leftover is not None and bool(self._leftover > 0),
+            "share_moving": share_moving,
+            "first_share_moving": self._lasting.setdefault("first_share_moving", share_moving),
         }
 
-    def _of_the_gradients(
-        self, rows: Sequence[Row], losses: Sequence[float], seen: Mapping[str, Any]
-    ) -> dict[str, Any]:
+    def _names_of(self, parameters: Sequence[Parameter]) -> tuple[str, ...]:
+        return tuple(self._names.get(id(parameter), "?") for parameter in parameters)
+
+    def _of_the_gradients(self, rows: Sequence[Row], losses: Sequence[float], loss_trend: float) -> dict[str, Any]:
         if not rows:
             return {}
         if not all(math.isfinite(value) for row in rows for value in row):
             return {"gradient_norm": math.inf}  # each element is finite, but their squares no longer are
         norm = math.sqrt(fmean(row.square for row in rows))
-        self._history.append(Glance(self.step, norm, self._time))
-        first_cosine, cosine_after_two = _cosine(rows, 1), _cosine(rows, 2)
-        noise = 0.0
-        if not self._full_batch and first_cosine is not None:
-            # A step that overshoots turns the gradient round, and the next one back: noise does not come back.
-            bounces = first_cosine < -0.8 and (cosine_after_two or 0.0) > 0.8
-            noise = 0.0 if bounces else 1 - max(0.0, first_cosine)
-        curvature = self._curvature(rows) if noise < 0.1 else None
-        if curvature and curvature > (self._largest_curvature or 0.0):
-            self._largest_curvature = curvature
+        self._glances.append(Glance(self.step, norm, self._lasting["time"]))
+        noise = 0.0 if self._full_batch else window.noise_share(rows)
+        curvature = window.curvature(rows, self._glances[0].norm) if noise < 0.1 else None
+        if curvature and curvature > self._lasting.get("largest_curvature", 0.0):
+            self._lasting["largest_curvature"] = curvature
         decay = self._decay()
-        ratios = [later.square / earlier.square for earlier, later in pairwise(rows) if earlier.square and later.square]
-        moved, size = fmean(row.moved for row in rows[1:] or rows), fmean(row.size for row in rows)
-        figures = {
+        is_of_the_loss = self._full_batch and not any(_decays(self.optimizer))
+        return {
             "gradient_norm": norm,
-            "first_gradient_norm": self._history[0].norm,
-            "gradient_ratio": math.exp(fmean(map(math.log, ratios)) / 2) if ratios else None,
+            "first_gradient_norm": self._glances[0].norm,
+            "gradient_ratio": window.gradient_ratio(rows),
             "gradient_decay": None if decay is None else math.exp(max(-50.0, min(50.0, -decay * self._rate))),
-            "gradient_cosine": first_cosine,
+            "gradient_cosine": window.cosine(rows, 1),
             "noise_share": noise,
             "curvature": curvature,
-            "largest_curvature": self._largest_curvature,
-            "update_ratio": math.sqrt(moved / size) if size and len(rows) > 1 else None,
+            "largest_curvature": self._lasting.get("largest_curvature"),
+            "update_ratio": window.update_ratio(rows),
+            "left_to_gain": self._left_to_gain(rows, curvature, decay, noise, loss_trend),
+            "descent_ratio": window.descent_ratio(rows, losses) if is_of_the_loss else None,
         }
-        if len(rows) > 1:
-            promise = -fmean(row.promise for row in rows[1:])
-            gain = promise - (curvature or 0.0) * moved / 2
-            trend = seen.get("loss_trend", 0.0)
-            figures["left_to_gain"] = self._left_to_gain(promise, gain, norm**2, decay, noise, trend)
-        if self._full_batch and len(losses) >= len(rows) > 2:
-            figures["descent_ratio"] = _descent_ratio(rows, losses)
-        return figures
 
-    def _curvature(self, rows: Sequence[Row]) -> float | None:
-        """The median along the steps; shorter steps and gradients would drown in the rounding of float32."""
-        heard = [row for row in rows if row.square > ROUNDING**2 * self._history[0].norm ** 2]
-        curvatures = [row.turn / row.before for row in heard if row.before > ROUNDING**2 * row.size]
-        return median(curvatures) if curvatures else None
+    def _exact_excess(self) -> float | None:
+        """⟨g, ∇L⟩ / ‖∇L‖², with the slope ∇L = H(θ − θ*) of a line where the last step began."""
+        moved = [*map(id, self._window.moved)]
+        if not self._full_batch or self._window.last_step is None or moved != [*map(id, self._line_parameters)]:
+            return None
+        assert self._line
+        gradient, start = (each.cpu().double() for each in self._window.last_step)
+        along = self._line.eigenvectors.T @ (start - self._line.parameters)
+        slope = self._line.eigenvectors @ (self._line.eigenvalues * along)
+        heard = window.ROUNDING * 100 * self._glances[0].norm if self._glances else math.inf
+        return float(gradient @ slope / (slope @ slope)) if float(slope.norm()) > heard else None
 
     def _decay(self) -> float | None:
         """How quickly ln ‖g‖ falls per unit of time, where a step takes η: the same whatever the schedule does."""
-        now = self._history[-1]
+        now = self._glances[-1]
         # A long look back, because what is slow shows only there.
-        earlier = [each for each in self._history[:-1] if each.step <= 0.75 * now.step] or self._history[:-1]
-        if len(self._history) > 2 * MOST_BLOCKS:
-            del self._history[1:-MOST_BLOCKS:2]
+        earlier = [each for each in self._glances[:-1] if each.step <= 0.75 * now.step] or self._glances[:-1]
+        if len(self._glances) > MOST_GLANCES:
+            del self._glances[1 : -MOST_GLANCES // 2 : 2]
         if not earlier or earlier[-1].norm <= 0 or now.norm <= 0 or now.time <= earlier[-1].time:
             return None
         return math.log(earlier[-1].norm / now.norm) / (now.time - earlier[-1].time)
 
     def _left_to_gain(
-        self, promise: float, gain: float, square: float, decay: float | None, noise: float, trend: float
-    ) -> float:
+        self, rows: Sequence[Row], curvature: float | None, decay: float | None, noise: float, trend: float
+    ) -> float | None:
         """∫ of what is gained per unit of time, which falls as the gradient's square does: gain / (2 · decay).
 
         But never more than ten times the time so far would bring at an undiminished pace. Where noise prevails, the
         excess at which a rate η holds the weights, ησ²/4 for isotropic noise of variance σ² (per step, all elements).
         """
+        if len(rows) < 2:
+            return None
+        promise = -fmean(row.promise for row in rows[1:])
+        square, time = fmean(row.square for row in rows), self._lasting["time"]
         if noise > 0.5:
             floor = abs(promise) / max(square, FEW) * noise * square / 4
             return floor if trend > -3.0 else math.inf
-        if self._rate <= 0 or self._time <= 0:
+        if self._rate <= 0 or time <= 0:
             return math.inf
-        return abs(gain) / self._rate * (1 - noise) / max(2 * (decay or 0.0), 0.1 / self._time)
-
-
-@torch.no_grad()
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """All elements as one vector of its own, in float32."""
-    parts = [tensor.to_dense().reshape(-1) if tensor.is_sparse else tensor.reshape(-1) for tensor in tensors]
-    return torch.cat(parts).float()
-
-
-def _cosine(rows: Sequence[Row], lag: int) -> float | None:
-    """Mean cosine of gradients so many steps apart; None where there are none."""
-    products = [row.one if lag == 1 else row.two for row in rows[lag:]]
-    sizes = [math.sqrt(one.square) * math.sqrt(other.square) for one, other in zip(rows, rows[lag:], strict=False)]
-    cosines = [product / size for product, size in zip(products, sizes, strict=True) if size > 0]
-    return max(-1.0, min(1.0, fmean(cosines))) if cosines else None
-
-
-def _descent_ratio(rows: Sequence[Row], losses: Sequence[float]) -> float | None:
-    """What the window's steps changed the loss by, over what the gradient promised; the last one's is not known."""
-    change = losses[-1] - losses[-len(rows) + 1]
-    promise = sum(row.promise for row in rows[1:-1])
-    return change / promise if promise < 0 and abs(change) > 1e-4 * abs(losses[-1]) else None
-
-
-def _block(losses: Sequence[float]) -> Block:
-    """In logarithms, so that a factor counts the same up and down; a loss that can be negative is taken as it is."""
-    levels = [math.log(loss) for loss in losses] if min(losses) > 0 else losses
-    return Block(len(losses), fmean(losses), fmean(levels), variance(levels) if len(levels) > 1 else 0.0)
-
-
-def _merged(one: Block, other: Block) -> Block:
-    num = one.num + other.num
-    mean, level = ((one.num * a + other.num * b) / num for a, b in ((one.mean, other.mean), (one.level, other.level)))
-    inside = one.num * one.spread + other.num * other.spread
-    between = one.num * (one.level - level) ** 2 + other.num * (other.level - level) ** 2
-    return Block(num, mean, level, (inside + between) / num)
-
-
-def _certainty(before: Sequence[Block], after: Sequence[Block]) -> float:
-    """Welch's t: standard errors by which the later losses lie above the earlier."""
-
-    def total(blocks: Sequence[Block]) -> Block:
-        whole = blocks[0]
-        for block in blocks[1:]:
-            whole = _merged(whole, block)
-        return whole
-
-    one, other = total(before), total(after)
-    error = math.sqrt(one.spread / one.num + other.spread / other.num)
-    difference = other.level - one.level
-    return difference / max(error, FEW + 1e-7 * abs(one.level)) if difference else 0.0
+        gain = promise - (curvature or 0.0) * fmean(row.moved for row in rows[1:]) / 2
+        return abs(gain) / self._rate * (1 - noise) / max(2 * (decay or 0.0), 0.1 / time)
 
 
 def _gradient_excess(seen: Evidence) -> float | None:
@@ -467,12 +435,10 @@ def _gradient_excess(seen: Evidence) -> float | None:
 
     Along a step Δθ a parabola's loss changes by ⟨∇L, Δθ⟩ + ½c‖Δθ‖². Of a gradient g = k∇L both are seen k times as
     large, so that the descent ratio is (1 − s)/k instead of 1 − s, where s = ½c‖Δθ‖² / −⟨g, Δθ⟩ is of the gradients
-    alone. Or, for a line: by how much the curvature along the steps exceeds the exact λ.
+    alone.
     """
     if not seen.full_batch or seen.method != "gradient_descent" or not seen.curvature:
         return None
-    if seen.line is not None and seen.sharpness and seen.curvature > 1.05 * seen.sharpness:
-        return seen.curvature / seen.sharpness
     overshoot = seen.learning_rate * seen.curvature / 2
     if seen.descent_ratio is None or overshoot > 0.5 or seen.descent_ratio < 0.05:
         return None
@@ -489,4 +455,16 @@ def _method(optimizer: Optimizer) -> tuple[Method, float]:
     if isinstance(optimizer, SGD) and not group.get("dampening") and not group.get("maximize"):
         momentum = float(group["momentum"])
         return ("nesterov" if group["nesterov"] else "momentum") if momentum else "gradient_descent", momentum
+    if isinstance(optimizer, LBFGS):
+        return "lbfgs", 0.0
     return ("adam" if isinstance(optimizer, Adam | NAdam | RAdam | RMSprop) else "other"), 0.0
+
+
+def _decays(optimizer: Optimizer) -> list[float]:
+    """What is added of each parameter to its gradient; AdamW shortens the weights apart from that."""
+    is_coupled = isinstance(optimizer, SGD | Adam | NAdam | RAdam | RMSprop) and not isinstance(optimizer, AdamW)
+    return [
+        float(group["weight_decay"]) if is_coupled and not group.get("decoupled_weight_decay") else 0.0
+        for group in optimizer.param_groups
+        for _ in group["params"]
+    ]

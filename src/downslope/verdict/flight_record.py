@@ -7,13 +7,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-
-from downslope.runs.whole_files import whole_file
 
 FILE_NAME = "flight_record.json"
 
@@ -84,13 +81,11 @@ class FlightRecord:
         at = self.offending
         return f"{self.diagnosis.why} at step {at.step} (epoch {at.epoch}, batch {at.batch_index})"
 
-    def write(self, folder: Path) -> None:
-        """Writes the file, whole or not at all."""
+    def json(self) -> str:
+        """Returns what the file holds."""
         record = _words(asdict(self))
         record = record.pop("diagnosis") | record.pop("offending") | record
-        text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        with whole_file(folder / FILE_NAME) as stream:
-            stream.write(text.encode())
+        return json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def diagnose(record: StepRecord, first_loss: float | None, diverged_beyond: float) -> Diagnosis | None:

@@ -13,6 +13,7 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder
+from downslope.gradients import finiteness, vectors
 from downslope.gradients.finiteness import wide_norms
 from downslope.steps import measured_step
 
@@ -295,6 +296,77 @@ def test_a_finite_gradient_that_overflows_the_weight_is_taken_back(tmp_path: Pat
     assert (record["reason"], record["parameter"], record["step"]) == ("parameter", "weight", 0)
 
 
+class Masked(Foreign):
+    """A mask kept as a frozen parameter, and one that learns nothing: infinite from the beginning, and harmless."""
+
+    def __init__(self, mode: str = "automatic") -> None:
+        super().__init__(mode)
+        self.mask = nn.Parameter(torch.tensor([0.0, -math.inf]), requires_grad=False)
+        self.other_mask = nn.Parameter(torch.tensor([0.0, -math.inf]))
+
+    def training_step(self, batch: Any) -> Tensor:
+        features = batch["x"] * torch.softmax(self.other_mask, 0)[0]
+        return super().training_step({**batch, "x": features})
+
+
+class Mending(Foreign):
+    """Deals with gradients that are not finite itself, in the hook that is made for it."""
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        for parameter in self.parameters():
+            assert parameter.grad is not None
+            parameter.grad.nan_to_num_(0.0)
+
+
+class Weighed(Foreign):
+    """A loss whose weight is warmed up from almost nothing."""
+
+    def training_step(self, batch: Any) -> Tensor:
+        return super().training_step(batch) * min(1.0, 1e-9 + self.num_batches / 20)
+
+
+class PassesOver(Foreign):
+    """By hand: a batch whose loss is not finite is left out."""
+
+    def __init__(self, mode: str = "wrapper") -> None:
+        super().__init__(mode)
+
+    def training_step(self, batch: Any) -> Tensor:
+        return super().training_step(batch) if self.num_batches != 3 else self._left_out()
+
+    def _left_out(self) -> Tensor:
+        self.num_batches += 1
+        return torch.tensor(math.nan)
+
+
+@pytest.mark.parametrize("kind", [Masked, Mending, Weighed, PassesOver])
+@pytest.mark.parametrize("every_n_steps", [1, 3])
+@pytest.mark.usefixtures("place")
+def test_what_is_sound_is_not_ended(tmp_path: Path, kind: type[Foreign], every_n_steps: int) -> None:
+    modules = []
+    for observers in ([], [FlightRecorder(folder=str(tmp_path), every_n_steps=every_n_steps)]):
+        seed_everything(0, verbose=False)
+        module = kind()
+        module.spoil = nan_loss if kind is Mending else None
+        fit(module, *observers)
+        modules.append(module)
+        assert module.num_batches == 12
+    states = [module.state_dict() for module in modules]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_breaks_after_a_warm_up_is_ended(tmp_path: Path) -> None:
+    class Breaks(Weighed):
+        def training_step(self, batch: Any) -> Tensor:
+            return super().training_step(batch) * (1e9 if self.num_batches == 9 else 1.0)
+
+    seed_everything(0, verbose=False)
+    stopped(tmp_path, Breaks())
+    record = read(tmp_path)
+    assert (record["reason"], record["step"]) == ("growth", 8)
+
+
 @pytest.mark.parametrize("growth", [10.0, 1e6])
 def test_the_loss_may_grow_by_a_setting(tmp_path: Path, growth: float) -> None:
     recorder = FlightRecorder(folder=str(tmp_path), diverged_beyond=growth)
@@ -392,13 +464,15 @@ class Witness(Callback):
         self.steps.append((float(outputs["loss"]), norms, trainer.optimizers[0].param_groups[0]["lr"]))
 
 
-@pytest.fixture(params=["cpu", "as on a GPU"])
+@pytest.fixture(params=["cpu", "as on a GPU", "by what torch documents"])
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU norms stay tensors until they are read, and no shortcut is taken: so it is done here, on the CPU."""
-    if request.param != "cpu":
-        monkeypatch.setattr(measured_step, "TINY", 0)
-        monkeypatch.setattr(measured_step, "SMALL", 0)
+    """On a GPU norms stay tensors until they are read: so it is done here, on the CPU."""
+    if request.param == "as on a GPU":
         monkeypatch.setattr(measured_step, "_norms", wide_norms)
+        monkeypatch.setattr(finiteness.RowNorms, "of", lambda _, tensors: wide_norms(tensors))
+    if request.param == "by what torch documents":
+        monkeypatch.setattr(vectors, "_flatten", None)
+        monkeypatch.setattr(vectors, "_copy", None)
 
 
 @pytest.mark.usefixtures("place")
@@ -439,14 +513,17 @@ class Summed(LightningModule):
 
 
 class DoubleNorms(Callback):
-    """Looks for itself: the norms of gradients and parameters after a step, in float64, added up one by one."""
+    """Looks for itself: the norms of gradients and of the parameters that moved, in float64, added up one by one."""
 
     def __init__(self) -> None:
         self.steps: list[tuple[list[float], list[float]]] = []
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         held = list(pl_module.parameters())
-        tensors = [each.grad.to_dense() for each in held if each.grad is not None], [each.detach() for each in held]
+        tensors = (
+            [each.grad.to_dense() for each in held if each.grad is not None],
+            [each.detach() for each in held if each.grad is not None],
+        )
         norms = [[math.sqrt(math.fsum(each.double().square().flatten().tolist())) for each in kind] for kind in tensors]
         self.steps.append((norms[0], norms[1]))
 

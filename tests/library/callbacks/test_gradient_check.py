@@ -28,12 +28,15 @@ class Network(LightningModule):
         self.network = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.3), nn.Linear(4, 1))
         self.detached = detached
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         features, target = batch
         prediction = self.network(features)
         loss = nn.functional.mse_loss(prediction.detach() if self.detached else prediction, target)
         self.log("train/loss", loss)
         return loss + 1e-3 * self.network[0].weight.square().sum()
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.loss(batch)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.parameters())
@@ -104,6 +107,20 @@ def test_wrong_gradient_is_a_warning_where_asked_for() -> None:
     assert trainer.global_step == 6
 
 
+def test_without_leave_one_line_says_so_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    class Foreign(Network):
+        loss = None
+
+        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return nn.functional.mse_loss(self.network(batch[0]), batch[1])
+
+    callback = GradientCheck()
+    assert fit(Foreign(), callback).global_step == 6
+    assert callback.report is None
+    (line,) = [message for message in caplog.messages if "GradientCheck" in message]
+    assert line.startswith("GradientCheck is off. This is because Foreign has no method `loss(batch)`: add one")
+
+
 def test_check_runs_once() -> None:
     callback = GradientCheck()
     fit(network(), callback)
@@ -114,9 +131,9 @@ def test_check_runs_once() -> None:
 
 def test_nothing_is_written_to_the_logger(tmp_path: Path) -> None:
     class Writes(Network):
-        def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
             self.logger.experiment.add_scalar("mine", 1.0)
-            return super().training_step(batch)
+            return super().loss(batch)
 
     written: list[str] = []
 

@@ -50,19 +50,34 @@ class Automatic(LightningModule):
         super().__init__()
         self.network = network or globals()["network"]()
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+    def loss(self, batch: list[Tensor]) -> Tensor:
         return nn.functional.mse_loss(self.network(batch[0]), batch[1])
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Any:
+        return self.loss(batch)
 
     def configure_optimizers(self) -> Any:
         return SGD(self.parameters(), lr=self.learning_rate)
 
 
-class OneArgument(Automatic):
+class WithoutLoss(Automatic):
+    """Gives no leave."""
+
+    loss = None
+
+
+class TwoArguments(WithoutLoss):
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        assert batch_idx == 0
+        return nn.functional.mse_loss(self.network(batch[0]), batch[1])
+
+
+class OneArgument(WithoutLoss):
     def training_step(self, batch: list[Tensor]) -> dict[str, Tensor]:
         return {"loss": nn.functional.mse_loss(self.network(batch[0]), batch[1])}
 
 
-class ManualWithoutLoss(Automatic):
+class ManualWithoutLoss(WithoutLoss):
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -126,10 +141,22 @@ def values(folder: Path, tag: str = SHARPNESS) -> list[float]:
     return [value for _, value in scalars(folder, tag)]
 
 
-@pytest.mark.parametrize("kind", [Automatic, OneArgument, Manual])
-def test_the_sharpness_is_that_of_the_dense_hessian(tmp_path: Path, kind: type[Automatic]) -> None:
+LEAVE = {
+    "loss(batch)": (Automatic, None),
+    "manual": (Manual, None),
+    "training_step(batch, batch_idx)": (TwoArguments, "training_step"),
+    "training_step(batch)": (OneArgument, "training_step"),
+    "a function": (
+        ManualWithoutLoss,
+        lambda module, batch: nn.functional.mse_loss(module.network(batch[0]), batch[1]),
+    ),
+}
+
+
+@pytest.mark.parametrize(("kind", "loss"), LEAVE.values(), ids=LEAVE)
+def test_the_sharpness_is_that_of_the_dense_hessian(tmp_path: Path, kind: type[Automatic], loss: Any) -> None:
     witness = Witness()
-    fit(tmp_path, kind(), SharpnessMonitor(every_n_steps=1), witness)
+    fit(tmp_path, kind(), SharpnessMonitor(every_n_steps=1, loss=loss), witness)
     assert [step for step, _ in scalars(tmp_path, SHARPNESS)] == list(range(6))
     assert values(tmp_path) == pytest.approx(witness.sharpness(), rel=CLOSE)
     assert values(tmp_path, STABILITY) == pytest.approx([0.05 * value for value in witness.sharpness()], rel=CLOSE)
@@ -203,19 +230,23 @@ class Stateful(Automatic):
     def seen(self, gradient: Tensor) -> None:
         self.num_gradients += 1
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: list[Tensor]) -> Tensor:
         batch[0].mul_(1.01)
         noise = random.random() + float(np.random.standard_normal()) + float(torch.rand(()))  # noqa: NPY002
         loss = nn.functional.mse_loss(self.network(batch.pop(0) + 0.1 * noise), batch[0])
         with torch.no_grad():
             self.network[0].bias.clamp_(-0.1, 0.1)
-            self.running += loss.detach()
         self.mean_loss(loss.detach())
-        self.losses.append(loss.detach())
-        self.num_calls += 1
         self.log("loss", loss, on_step=True, on_epoch=True)
         self.log_dict({"calls": float(self.num_calls)}, on_epoch=True, reduce_fx="sum")
         self.logger.experiment.add_scalar("direct", loss, self.global_step)
+        return loss
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        loss = self.loss(batch)
+        self.running += loss.detach()
+        self.losses.append(loss.detach())
+        self.num_calls += 1
         return loss
 
 
@@ -340,12 +371,12 @@ class Sparse(Automatic):
     def __init__(self) -> None:
         super().__init__(nn.Embedding(5, 1, sparse=True))
 
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: list[Tensor]) -> Tensor:
         return nn.functional.mse_loss(self.network(batch[0][:, 0].long().clamp(0, 4)), batch[1])
 
 
 class NotTwice(Automatic):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+    def loss(self, batch: list[Tensor]) -> Tensor:
         class Once(torch.autograd.Function):
             @staticmethod
             def forward(context: Any, inputs: Tensor) -> Tensor:
@@ -360,7 +391,7 @@ class NotTwice(Automatic):
 
 
 class NoLoss(Automatic):
-    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:
+    def loss(self, batch: list[Tensor]) -> None:
         return None
 
 
@@ -369,10 +400,11 @@ class NoLoss(Automatic):
     ("make", "reason"),
     [
         (TwoOptimizers, "2 optimizers descend on several losses"),
-        (ManualWithoutLoss, "give the module a method `loss(batch)`"),
+        (OneArgument, "OneArgument has no method `loss(batch)`: add one, or give the callback `loss=`"),
+        (ManualWithoutLoss, "ManualWithoutLoss has no method `loss(batch)`: add one"),
         (Sparse, "a gradient is sparse"),
         (NotTwice, "is `once_differentiable`"),
-        (NoLoss, "no loss came back to take derivatives of, but NoneType"),
+        (NoLoss, "`loss` must return the loss, one number, got None"),
     ],
 )
 def test_where_it_cannot_be_had_one_warning_says_why_and_training_goes_on(
@@ -417,6 +449,7 @@ def test_the_option_is_the_default_of_the_class() -> None:
     [
         ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1, got 0"),
         ({"num_products": 1.5}, "`num_products` must be a whole number of at least 1, got 1.5"),
+        ({"loss": "loss"}, "`loss` must be a function of module and batch, 'training_step' or null, got 'loss'"),
         ({"batch": "all"}, "`batch` must be 'probe' or 'training', got 'all'"),
     ],
 )

@@ -1,3 +1,4 @@
+import contextlib
 import functools
 import itertools
 import math
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from downslope.callbacks import FlightRecorder, SharpnessMonitor, VerdictMonitor
+from downslope.callbacks import DivergenceError, FlightRecorder, SharpnessMonitor, VerdictMonitor
 from downslope.verdict.evidence import EvidenceCollector
 from template.regression.data import TableData
 from template.regression.manual import ManualLinearRegression
@@ -103,7 +104,7 @@ def fit(
     [
         (Line, 0.5, {"converged"}, None),
         (Line, 0.001, {"too_slow"}, None),
-        (Line, 1.2, {"diverging"}, None),
+        (Line, 1.2, {"too_large"}, None),
         (NoZeroGrad, 0.1, {"oscillating", "diverging"}, "zero_grad() missing"),
         (Summed, 0.5, {"diverging", "non_finite"}, "about 6 × that of the loss"),
         (Frozen, 0.5, {"stalled"}, "`linear.weight` is frozen"),
@@ -162,7 +163,7 @@ def test_observing_changes_no_bit(name: str, caplog: pytest.LogCaptureFixture) -
     alone = fit_setting(kind, [], False, **settings())
     assert all(torch.equal(*pair) for pair in zip(watched.parameters(), alone.parameters(), strict=True))
     assert monitor.verdict
-    assert monitor.verdict.word not in ("diverging", "non_finite")
+    assert monitor.verdict.word not in ("diverging", "too_large", "non_finite")
     assert "is off" not in caplog.text
 
 
@@ -174,14 +175,17 @@ class Network(LightningModule):
         self.net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
         self.learning_rate = learning_rate
 
-    def training_step(self, batch: Any) -> Tensor:
+    def loss(self, batch: Any) -> Tensor:
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self.loss(batch)
 
     def configure_optimizers(self) -> Optimizer:
         return SGD(self.parameters(), lr=self.learning_rate)
 
 
-def network(folder: Path, learning_rate: float, *callbacks: Callback) -> None:
+def network(folder: Path, learning_rate: float, *callbacks: Callback, kind: type[Network] = Network) -> None:
     seed_everything(1, verbose=False)
     generator = torch.Generator().manual_seed(2)
     rows = TensorDataset(torch.randn(32, 3, generator=generator), torch.randn(32, 1, generator=generator))
@@ -194,7 +198,7 @@ def network(folder: Path, learning_rate: float, *callbacks: Callback) -> None:
         enable_model_summary=False,
         callbacks=list(callbacks),
     )
-    trainer.fit(Network(learning_rate), DataLoader(rows, batch_size=32))
+    trainer.fit(kind(learning_rate), DataLoader(rows, batch_size=32))
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -224,11 +228,65 @@ def test_a_fault_of_its_own_turns_it_off_and_training_goes_on(
     assert caplog.text.count("VerdictMonitor is off from here on: RuntimeError: unforeseen") == 1
 
 
+class Breaks(Network):
+    """Sound for 35 steps, three after a judgement; then its loss is NaN, or 1e9 times itself."""
+
+    factor = math.nan
+
+    def training_step(self, batch: Any) -> Tensor:
+        return super().training_step(batch) * (self.factor if self.global_step == 35 else 1.0)
+
+
+class Explodes(Breaks):
+    factor = 1e9
+
+
+@pytest.mark.parametrize(("kind", "word"), [(Breaks, "non_finite"), (Explodes, "diverging")])
+@pytest.mark.parametrize("on_divergence", ["stop", "raise"])
+@pytest.mark.filterwarnings("ignore:Diverged", "ignore:.*does not have many workers")
+def test_what_a_flight_recorder_ends_is_judged_to_the_end_and_printed(
+    kind: type[Network], word: str, on_divergence: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor, recorder = VerdictMonitor(), FlightRecorder(folder=str(tmp_path), on_divergence=on_divergence)
+    with contextlib.suppress(DivergenceError):
+        network(tmp_path, 0.02, monitor, recorder, kind=kind)
+    assert recorder.flight_record
+    assert recorder.flight_record.offending.step == 35
+    assert monitor.verdict
+    assert monitor.verdict.word == word
+    assert capsys.readouterr().out.count(f"Verdict: {monitor.verdict.sentence}\n") == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_run_that_ends_between_two_judgements_is_judged_by_what_was_seen_before(tmp_path: Path) -> None:
+    class Stops(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step >= 35
+
+    monitor = VerdictMonitor()
+    network(tmp_path, 0.02, monitor, Stops())
+    assert monitor.verdict
+    assert monitor.verdict.figures["step"] == 35
+    assert monitor.verdict.word == "converging"
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("prints", [True, False])
+def test_the_last_sentence_is_printed_once_unless_it_shall_not(
+    prints: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monitor = VerdictMonitor(print_verdict=prints)
+    network(tmp_path, 0.02, monitor)
+    assert monitor.verdict
+    out = capsys.readouterr().out
+    assert out == (f"Verdict: {monitor.verdict.sentence}\n" if prints else "")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"every_n_steps": 0}, "`every_n_steps` must"),
-        ({"window": 2}, "`window` must be at least 3"),
+        ({"window": 2}, "`window` must be a whole number of at least 3"),
         ({"thresholds": {"tolerence": 1.0}}, "`thresholds` must be of tolerance"),
         ({"thresholds": {"growth": 0.5}}, "`growth` must"),
     ],
@@ -250,9 +308,7 @@ def test_the_console_and_the_result_say_it(script: Any, tmp_path: Path) -> None:
     suggested = result["suggested_learning_rate"]
     assert result["evidence"]["condition_number"] > 100
     assert "s1 − s2" in result["evidence"]["sentence"]
-    again = (
-        f"again   python scripts/train.py data.batch_size=1000 trainer.max_epochs=60 model=manual lr={suggested:.3g}"
-    )
+    again = f"scripts/train.py data.batch_size=1000 trainer.max_epochs=60 model=manual lr={suggested:.3g}"
     assert again in outcome.out
     after = script("train", "data.batch_size=1000", f"lr={suggested:.3g}", "trainer.max_epochs=60", "model=manual")
     assert "verdict   conver" in after.out
@@ -264,7 +320,7 @@ def test_a_diverged_run_says_so_with_a_rate_to_try(script: Any, tmp_path: Path) 
     result = read_json(only_run(tmp_path))
     assert outcome.code == 3
     assert result["status"] == "diverged"
-    assert result["verdict"] in ("diverging", "non_finite")
+    assert result["verdict"] in ("too_large", "non_finite")
     assert result["suggested_learning_rate"] < LIMIT
     assert "Try" in outcome.out
 

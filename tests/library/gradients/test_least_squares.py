@@ -1,9 +1,10 @@
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from downslope.gradients import least_squares as module
 from downslope.gradients.least_squares import least_squares
 
 
@@ -60,10 +61,70 @@ def test_a_constant_feature_leaves_the_optimum_finite() -> None:
     assert torch.isfinite(line.parameters).all()
 
 
+def test_rows_that_come_twice_hide_no_curvature() -> None:
+    features, target = problem(6, 20, seed=7)
+    line = least_squares(features.repeat(2, 1), target.repeat(2))
+    assert line.loss == pytest.approx(0, abs=1e-24)
+    torch.testing.assert_close(line.eigenvalues, least_squares(features, target).eigenvalues)
+
+
 def test_many_rows_are_added_up_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     features, target = problem(50, 2, seed=4)
     whole = least_squares(features, target)
-    monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(sys.modules[least_squares.__module__], "ROWS_AT_ONCE", 7)
     parts = least_squares(features, target)
     torch.testing.assert_close(parts.parameters, whole.parameters)
     assert parts.loss == pytest.approx(whole.loss, rel=1e-12)
+
+
+def test_a_time_stamp_keeps_its_slope_next_to_its_intercept() -> None:
+    when = 1_700_000_000 + torch.arange(240, dtype=torch.float64)[:, None]
+    target = 0.05 + 0.004 * torch.arange(240, dtype=torch.float64) + 0.01 * torch.sin(torch.arange(240.0)).double()
+    line, near = least_squares(when, target), least_squares(when - 1_700_000_000, target)
+    assert line.loss == pytest.approx(near.loss, rel=1e-9)
+    assert float(line.parameters[0]) == pytest.approx(float(near.parameters[0]), rel=1e-9)
+    assert not line.is_complete  # float64 has no room for both curvatures
+    assert near.is_complete
+
+
+def test_more_features_than_rows_leave_no_loss_and_as_many_curvatures_as_rows() -> None:
+    features, target = problem(12, 40, seed=5)
+    line = least_squares(features, target)
+    inputs = torch.cat([features, torch.ones(12, 1)], dim=1).double()
+    assert line.loss == pytest.approx(0, abs=1e-24)
+    torch.testing.assert_close(inputs @ line.parameters, target.double())
+    expected = torch.linalg.eigvalsh(2 / 12 * inputs.T @ inputs)[-12:]
+    torch.testing.assert_close(line.eigenvalues, expected)
+    hessian = line.eigenvectors * line.eigenvalues @ line.eigenvectors.T
+    torch.testing.assert_close(hessian, 2 / 12 * inputs.T @ inputs)
+
+
+def test_too_many_curvatures_are_not_all_looked_for_but_the_optimum_and_the_largest_are_exact(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    features, target = problem(90, 30, seed=6)
+    whole = least_squares(features, target)
+    monkeypatch.setattr(sys.modules[least_squares.__module__], "MOST_CURVATURES", 20)
+    state = torch.get_rng_state()
+    line = least_squares(features, target)
+    assert torch.equal(state, torch.get_rng_state())
+    assert not line.is_complete
+    assert "Of 31 curvatures only the largest" in caplog.text
+    assert line.loss == pytest.approx(whole.loss, rel=1e-12)
+    assert line.sharpness == pytest.approx(whole.sharpness, rel=1e-6)
+
+
+def test_with_weight_decay_gradient_descent_comes_to_rest_at_the_decayed_optimum() -> None:
+    features, target = problem(40, 3, seed=8)
+    line = least_squares(features, target).decayed(0.3)
+    inputs = torch.cat([features, torch.ones(40, 1)], dim=1).double()
+    theta = torch.zeros(4, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.SGD([theta], lr=1 / line.sharpness, weight_decay=0.3)
+    for _ in range(400):
+        optimizer.zero_grad()
+        (inputs @ theta - target).square().mean().backward()
+        optimizer.step()
+    torch.testing.assert_close(theta.detach(), line.parameters)
+    theta = theta.detach()
+    objective = (inputs @ theta - target).square().mean() + 0.15 * theta.square().sum()
+    assert line.loss == pytest.approx(float(objective), rel=1e-12)

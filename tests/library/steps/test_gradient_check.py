@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchmetrics import MeanMetric
 
-from downslope.gradients import check
+from downslope.steps import check
 from template.regression.manual import ManualLinearRegression
 from template.regression.model import LinearRegression
+from tests.conftest import ROOT
 
 NUM_SOUND = 200
 NUM_ROWS, NUM_FEATURES, WIDTH = 6, 3, 5
@@ -36,11 +37,14 @@ class Regression(LightningModule):
         super().__init__()
         self.network = network
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         features, target = batch
         loss = functional.mse_loss(self.network(features), target)
         self.log("train/loss", loss)
-        return {"loss": loss}
+        return loss
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return {"loss": self.loss(batch)}
 
 
 def make_batch(seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -412,17 +416,28 @@ def test_line_passes_without_a_trainer(kind: type[LightningModule]) -> None:
     assert report.num_parameters == 2
 
 
-def test_manual_module_without_a_loss_says_what_to_do() -> None:
-    module = around(nn.Tanh())
-    module.automatic_optimization = False
-    with pytest.raises(ValueError, match=r"`training_step` takes a step: .* or pass `loss`"):
+class WithoutLoss(Regression):
+    loss = None
+    network: nn.Module
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return {"loss": functional.mse_loss(self.network(batch[0]), batch[1])}
+
+
+def test_module_without_a_loss_says_what_to_do() -> None:
+    module = WithoutLoss(around(nn.Tanh()).network)
+    with pytest.raises(ValueError, match=r"WithoutLoss has no method `loss\(batch\)`: add one, or give .* `loss=`"):
         check(module, make_batch())
     assert check(module, make_batch(), loss=lambda module, batch: module.network(batch[0]).square().mean()).passed
+    assert check(module, make_batch(), loss="training_step").passed
+    module.automatic_optimization = False
+    with pytest.raises(ValueError, match="under manual optimization `training_step` takes a step"):
+        check(module, make_batch(), loss="training_step")
 
 
 def test_batch_may_be_nested() -> None:
     class Nested(Regression):
-        def training_step(self, batch: dict[str, list[Tensor]]) -> Tensor:
+        def loss(self, batch: dict[str, list[Tensor]]) -> Tensor:
             return functional.mse_loss(self.network(batch["inputs"][0]), batch["targets"][0])
 
     features, target = make_batch()
@@ -436,13 +451,13 @@ def test_batch_may_be_nested() -> None:
         (lambda loss: None, "must return the loss, one number, got None"),
         (lambda loss: loss * torch.ones(2), "must return the loss, one number, got a tensor of shape"),
         (lambda loss: loss * float("nan"), "the loss is not finite: nan"),
-        (lambda loss: loss * next(COUNTER), "make `training_step` repeatable"),
+        (lambda loss: loss * next(COUNTER), "make `loss` repeatable"),
     ],
 )
 def test_loss_that_cannot_be_checked_is_refused(returned, message: str) -> None:
     class Odd(Regression):
-        def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int):
-            return returned(super().training_step(batch, batch_idx)["loss"])
+        def loss(self, batch: tuple[Tensor, Tensor]):
+            return returned(super().loss(batch))
 
     with pytest.raises(ValueError, match=message):
         check(Odd(around(nn.Tanh()).network), make_batch())
@@ -460,5 +475,6 @@ def test_more_directions_check_more() -> None:
 
 def test_gradients_import_torch_alone() -> None:
     code = "import sys, downslope.gradients, derivatives; print({'lightning', 'hydra', 'sympy'} & set(sys.modules))"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=ROOT / "scripts", capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

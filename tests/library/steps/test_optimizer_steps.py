@@ -22,8 +22,11 @@ class Line(LightningModule):
         super().__init__()
         self.line = nn.Linear(2, 1)
 
-    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+    def loss(self, batch: tuple[Tensor, Tensor]) -> Tensor:
         return nn.functional.mse_loss(self.line(batch[0]).squeeze(-1), batch[1])
+
+    def training_step(self, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return self.loss(batch)
 
     def configure_optimizers(self) -> Optimizer:
         return SGD(self.parameters(), lr=0.1)

@@ -1,0 +1,168 @@
+"""The last few steps, watched closely: what products of gradients and steps say of curvature and noise."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from downslope.gradients.norms import norms
+from downslope.gradients.vectors import num_elements, real
+
+ROUNDING = 1e-5  # in units of the weights' size, or of the first gradient's
+
+
+class Row(NamedTuple):
+    """Products of one step's vectors; 0 where a predecessor is missing."""
+
+    square: float  # ‖gₜ‖²
+    one: float  # ⟨gₜ, gₜ₋₁⟩
+    two: float  # ⟨gₜ, gₜ₋₂⟩
+    moved: float  # ‖Δθₜ‖²
+    size: float  # ‖θₜ‖²
+    promise: float  # ⟨gₜ, Δθₜ⟩
+    after: float  # ⟨gₜ, Δθₜ₋₁⟩
+
+
+class Window:
+    """Watches successive steps, and keeps seven products of each on its device until it is asked."""
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Begins anew."""
+        self.num_steps = 0
+        self.moved: list[Parameter] = []
+        self._products: list[Tensor] = []
+        self._last: list[Tensor] = []
+        self._largest: Tensor | None = None
+
+    def add(self, held: Sequence[Parameter], decays: Sequence[float]) -> None:
+        """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied.
+
+        Args:
+            held: The optimizer's parameters.
+            decays: What it adds of each to its gradient: g + wθ is the gradient of what it minimises.
+        """
+        moved = [parameter for parameter in held if parameter.grad is not None]
+        if [*map(id, moved)] != [*map(id, self.moved)]:
+            self.clear()  # another set of parameters has a gradient now
+            self.moved = moved
+        self.num_steps += 1
+        gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
+        if gradients:
+            weights = [decay for parameter, decay in zip(held, decays, strict=True) if parameter.grad is not None]
+            self._watch(flat(gradients), flat(moved), norms(gradients, math.inf), weights)
+
+    def _watch(self, gradient: Tensor, parameters: Tensor, largest: Tensor, decays: Sequence[float]) -> None:
+        if not self._last:
+            nothing = torch.zeros_like(gradient)
+            self._last, self._largest = [nothing, nothing, nothing, parameters], largest
+        last, before_last, last_step, start = self._last
+        step = parameters - start
+        if any(decays):
+            sizes = zip(self.moved, decays, strict=True)
+            gradient += torch.cat([gradient.new_full((num_elements(each),), decay) for each, decay in sizes]) * start
+        pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
+        pairs += [(gradient, step), (gradient, last_step)]
+        self._products.append(torch.stack([one @ other for one, other in pairs]))
+        self._largest = torch.maximum(self._largest, largest) if self._largest is not None else largest
+        self._last = [gradient, last, step, parameters]
+
+    def rows(self) -> list[Row]:
+        """Returns the products of each step, by one synchronisation."""
+        if not self._products:
+            return []
+        return [Row(*each) for each in torch.stack(self._products).cpu().double().tolist()]
+
+    @property
+    def last_step(self) -> tuple[Tensor, Tensor] | None:
+        """The last gradient, and the parameters that it was taken at; None where nothing has moved."""
+        return (self._last[0], self._last[3] - self._last[2]) if self._last else None
+
+    def largest(self) -> list[float]:
+        """Returns the largest element that each moved parameter's gradient had."""
+        return [] if self._largest is None else [float(each) for each in self._largest.tolist()]
+
+    def state_dict(self, held: Sequence[Parameter]) -> dict[str, Any]:
+        """Returns plain data and tensors; parameters by their place among those held."""
+        moved = {*map(id, self.moved)}
+        return {
+            "num_steps": self.num_steps,
+            "products": self._products,
+            "last": self._last,
+            "largest": self._largest,
+            "moved": [index for index, parameter in enumerate(held) if id(parameter) in moved],
+        }
+
+    def load_state_dict(self, state: dict[str, Any], held: Sequence[Parameter]) -> None:
+        """Resumes there."""
+        device = held[0].device
+        self.num_steps = state["num_steps"]
+        self._products = [products.to(device) for products in state["products"]]
+        self._last = [tensor.to(device) for tensor in state["last"]]
+        self._largest = None if state["largest"] is None else state["largest"].to(device)
+        self.moved = [held[index] for index in state["moved"]]
+
+
+@torch.no_grad()
+def flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns all elements as one vector of its own, in float32."""
+    return torch.cat([real(tensor.to_dense()).reshape(-1) for tensor in tensors]).float()
+
+
+def cosine(rows: Sequence[Row], lag: int) -> float | None:
+    """Returns the mean cosine of gradients 1 or 2 steps apart; None where there are none."""
+    products = [row.one if lag == 1 else row.two for row in rows[lag:]]
+    sizes = [math.sqrt(one.square) * math.sqrt(other.square) for one, other in zip(rows, rows[lag:], strict=False)]
+    cosines = [product / size for product, size in zip(products, sizes, strict=True) if size > 0]
+    return max(-1.0, min(1.0, fmean(cosines))) if cosines else None
+
+
+def noise_share(rows: Sequence[Row]) -> float:
+    """Returns which share of ‖g‖² differs from batch to batch.
+
+    A step that overshoots turns the gradient round, and the next one back: noise does not come back.
+    """
+    first, second = cosine(rows, 1), cosine(rows, 2)
+    bounces = first is not None and first < -0.8 and (second or 0.0) > 0.8
+    return 0.0 if first is None or bounces else 1 - max(0.0, first)
+
+
+def curvature(rows: Sequence[Row], first_norm: float) -> float | None:
+    """Returns the median of ⟨gₜ − gₜ₋₁, Δθₜ₋₁⟩ / ‖Δθₜ₋₁‖²: on a parabola never above λ.
+
+    Shorter steps than `ROUNDING` of the weights, and gradients of the first, would drown in the rounding of float32.
+    """
+    curvatures = [
+        (row.after - last.promise) / last.moved
+        for last, row in pairwise(rows)
+        if row.square > (ROUNDING * first_norm) ** 2 and last.moved > ROUNDING**2 * row.size
+    ]
+    return median(curvatures) if curvatures else None
+
+
+def gradient_ratio(rows: Sequence[Row]) -> float | None:
+    """Returns the geometric mean of ‖gₜ₊₁‖ / ‖gₜ‖."""
+    ratios = [later.square / earlier.square for earlier, later in pairwise(rows) if earlier.square and later.square]
+    return math.exp(fmean(map(math.log, ratios)) / 2) if ratios else None
+
+
+def update_ratio(rows: Sequence[Row]) -> float | None:
+    """Returns the root mean square of ‖Δθ‖ over that of ‖θ‖; the first step of a window is not known."""
+    size = fmean(row.size for row in rows)
+    return math.sqrt(fmean(row.moved for row in rows[1:]) / size) if size and len(rows) > 1 else None
+
+
+def descent_ratio(rows: Sequence[Row], losses: Sequence[float]) -> float | None:
+    """Returns what the steps changed the loss by, over what the gradient promised; the last one's is not known."""
+    if not len(losses) >= len(rows) > 2:
+        return None
+    change = losses[-1] - losses[-len(rows) + 1]
+    promise = sum(row.promise for row in rows[1:-1])
+    return change / promise if promise < 0 and abs(change) > 1e-4 * abs(losses[-1]) else None

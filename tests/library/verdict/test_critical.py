@@ -1,0 +1,303 @@
+"""What the critical learning rate decides: `too_large`, `too_slow`, and which rate to try next."""
+
+import contextlib
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR
+
+from downslope.gradients import critical_learning_rate, least_squares
+from downslope.verdict import Evidence, EvidenceCollector, Verdict, judge, suggest
+
+SOUND = Evidence(
+    step=100,
+    learning_rate=0.1,
+    method="adam",
+    full_batch=False,
+    first_loss=2.0,
+    loss=0.8,
+    best_loss=0.8,
+    loss_trend=-9.0,
+    gradient_norm=0.5,
+    first_gradient_norm=1.0,
+    gradient_decay=0.99,
+    noise_share=0.8,
+    left_to_gain=0.5,
+    update_ratio=1e-2,
+    critical_learning_rate=0.6,
+    least_critical_learning_rate=0.5,
+    early_critical_ratio=0.2,
+)
+THROWN = replace(SOUND, early_growth=30.0, early_critical_ratio=4.0, least_critical_learning_rate=0.03)
+
+
+def test_a_rate_far_below_the_critical_one_is_too_slow_whatever_the_optimizer_and_a_sixth_is_suggested() -> None:
+    for method in ("gradient_descent", "momentum", "adam", "other"):
+        verdict = judge(replace(SOUND, method=method, learning_rate=1e-3))  # type: ignore[arg-type]
+        assert verdict.word == "too_slow"
+        assert verdict.suggestion.learning_rate == pytest.approx(0.1)
+        assert "Try lr=0.1." in verdict.sentence
+
+
+def test_it_is_the_peak_of_a_schedule_that_is_held_against_the_critical_rate() -> None:
+    assert judge(replace(SOUND, learning_rate=1e-5, peak_learning_rate=0.1)).word == "converging"
+    assert judge(replace(SOUND, learning_rate=1e-5, peak_learning_rate=1e-3)).word == "too_slow"
+
+
+def test_a_sound_run_gets_no_advice() -> None:
+    verdict = judge(SOUND)
+    assert verdict.word == "converging"
+    assert verdict.suggestion.learning_rate is None
+    assert "Try" not in verdict.sentence
+
+
+def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_sixth_of_the_least_critical_rate() -> None:
+    for later in ({}, {"gradient_norm": 0.0}, {"loss": 1e-3}, {"critical_learning_rate": 1e6, "loss_trend": 0.0}):
+        verdict = judge(replace(THROWN, **later))  # type: ignore[arg-type]
+        assert verdict.word == "too_large"
+        assert verdict.suggestion.learning_rate == pytest.approx(0.005)
+        assert "30 × where it began, at 4 × the critical learning rate" in verdict.sentence
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"early_growth": 1.9}, "converging"),  # uphill at first, but it came down
+        ({"early_growth": 1.9, "loss": 1.9}, "too_large"),  # … and did not
+        ({"early_critical_ratio": 0.5}, "converging"),  # a jump that no rate explains, and it came down
+        ({"early_critical_ratio": None, "loss": 1.9}, "too_large"),
+        ({"early_critical_ratio": None, "loss": 1.9, "sharpness": 1.0, "method": "momentum"}, "converging"),
+    ],
+)
+def test_what_counts_as_thrown(change: dict[str, object], word: str) -> None:
+    assert judge(replace(THROWN, **change)).word == word  # type: ignore[arg-type]
+
+
+def test_units_that_a_large_step_killed_are_too_large_and_not_just_stalled() -> None:
+    killed = replace(SOUND, share_moving=0.1, first_share_moving=1.0, loss_trend=0.0, early_critical_ratio=0.5)
+    assert judge(killed).word == "too_large"
+    assert judge(replace(killed, first_share_moving=0.1)).word == "stalled"
+    assert judge(replace(killed, early_critical_ratio=0.01)).word == "stalled"
+
+
+def test_while_it_diverges_that_is_said_and_the_cause_at_the_end() -> None:
+    grows = {"loss": 300.0, "gradient_ratio": 2.0, "window_growth": 9.0, "gradient_norm": 9.0}
+    during = replace(THROWN, **grows)  # type: ignore[arg-type]
+    assert judge(during).word == "diverging"
+    assert judge(replace(during, has_ended=True)).word == "too_large"
+    innocent = replace(during, has_ended=True, early_growth=1.0, early_critical_ratio=0.1)
+    assert judge(innocent).word == "diverging"
+    assert judge(replace(during, has_ended=True, num_non_finite=1)).word == "non_finite"
+
+
+@pytest.mark.parametrize("tried", [(0.1,), (0.5, 0.0999)])
+def test_a_rate_that_was_tried_is_never_suggested(tried: tuple[float, ...]) -> None:
+    slow = replace(SOUND, learning_rate=1e-3)
+    assert suggest(slow, "too_slow").learning_rate == pytest.approx(0.1)
+    assert suggest(replace(slow, tried_learning_rates=tried), "too_slow").learning_rate is None
+
+
+def test_no_suggestion_goes_the_wrong_way() -> None:
+    contradictory = replace(SOUND, critical_learning_rate=None, method="gradient_descent", largest_curvature=1e-6)
+    assert suggest(contradictory, "too_large").learning_rate is None  # flat where it was thrown to
+    assert suggest(replace(contradictory, largest_curvature=1e6), "too_slow").learning_rate is None
+    assert suggest(replace(SOUND, method="lbfgs"), "too_slow").learning_rate is None
+
+
+def test_where_noise_holds_the_weights_no_rate_is_suggested_but_a_decaying_one() -> None:
+    held = replace(SOUND, critical_learning_rate=None, loss_trend=0.0, gradient_decay=1.0, left_to_gain=0.1)
+    verdict = judge(held)
+    assert verdict.word == "oscillating"
+    assert verdict.suggestion.learning_rate is None
+    assert "decays" in verdict.sentence
+    assert "larger batch" in verdict.sentence
+
+
+# --- collected in a loop ---
+
+
+def train(make: type[Optimizer], learning_rate: float, num_steps: int = 64, decays: bool = False) -> Verdict:
+    """A small network on mini-batches; the critical rate is measured at steps 0 and 8, as a callback does."""
+    torch.manual_seed(2)
+    features = torch.randn(256, 4)
+    target = torch.tanh(features).sum(1)
+    module = nn.Sequential(nn.Linear(4, 24), nn.Tanh(), nn.Linear(24, 1), nn.Flatten(0))
+    parameters = list(module.parameters())
+    optimizer = make(parameters, lr=learning_rate)  # type: ignore[call-arg]
+    schedule = CosineAnnealingLR(optimizer, num_steps) if decays else None
+    collector = EvidenceCollector(optimizer, {}, last_step=num_steps)
+    for step in range(num_steps):
+        rows = torch.randint(0, 256, (64,))
+        before = [parameter.detach().clone() for parameter in parameters]
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(module(features[rows]), target[rows])
+        loss.backward()
+        optimizer.step()
+        collector.add_step()
+        collector.add_loss(loss)
+        if step in (0, 8):
+            after = [parameter.detach().clone() for parameter in parameters]
+            rate = optimizer.param_groups[0]["lr"]
+
+            @torch.no_grad()
+            def along(eta: float, b=before, a=after, r=rate, rows=rows) -> float:
+                for parameter, start, end in zip(parameters, b, a, strict=True):
+                    parameter.copy_(start + (end - start) * eta / r)
+                return float(nn.functional.mse_loss(module(features[rows]), target[rows]))
+
+            with contextlib.suppress(ValueError):  # momentum's and Adam's step need not go downhill
+                collector.add_critical(step, critical_learning_rate(along, rate))
+            along(rate)
+        if schedule:
+            schedule.step()
+    return judge(collector.evidence())
+
+
+@pytest.mark.parametrize("make", [SGD, Adam, AdamW])
+def test_following_the_advice_from_far_too_slow_comes_to_rest_in_one_step(make: type[Optimizer]) -> None:
+    slow = train(make, 1e-5)
+    assert slow.word == "too_slow"
+    assert slow.suggestion.learning_rate
+    followed = train(make, slow.suggestion.learning_rate)
+    assert followed.word == "converging"
+    assert followed.suggestion.learning_rate is None
+
+
+@pytest.mark.parametrize("make", [SGD, Adam, AdamW])
+def test_a_rate_that_is_far_too_large_is_said_and_the_advice_is_sound(make: type[Optimizer]) -> None:
+    large = train(make, {SGD: 1.0}.get(make, 3.0))
+    assert large.word in ("too_large", "non_finite")
+    assert large.suggestion.learning_rate
+    assert train(make, large.suggestion.learning_rate).word == "converging"
+
+
+def test_a_cosine_schedule_that_ends_at_nothing_is_sound() -> None:
+    assert train(Adam, 0.03, decays=True).word == "converging"
+
+
+def test_a_resumed_collector_remembers_the_critical_rates() -> None:
+    optimizer = SGD(nn.Linear(1, 1).parameters(), lr=0.5)
+    one, other = EvidenceCollector(optimizer, {}), EvidenceCollector(optimizer, {})
+    one.add_critical(0, 0.25)
+    one.add_critical(8, 4.0)
+    other.load_state_dict(one.state_dict())
+    seen = other.evidence()
+    assert seen.critical_learning_rate == 4.0
+    assert seen.least_critical_learning_rate == 0.25
+    assert seen.early_critical_ratio == 2.0
+
+
+def test_the_short_first_step_of_momentum_is_not_taken_for_a_steady_one() -> None:
+    collector = EvidenceCollector(SGD(nn.Linear(1, 1).parameters(), lr=0.5, momentum=0.9), {})
+    collector.add_critical(0, 2.0)
+    assert collector.evidence().critical_learning_rate == pytest.approx(0.2)
+    collector.add_critical(200, 2.0)
+    assert collector.evidence().critical_learning_rate == pytest.approx(2.0)
+
+
+def test_lbfgs_is_known_by_name() -> None:
+    assert EvidenceCollector(LBFGS(nn.Linear(1, 1).parameters()), {}).evidence().method == "lbfgs"
+
+
+# --- lines ---
+
+
+def line_run(
+    features: torch.Tensor, target: torch.Tensor, rate: float, num_steps: int, decay: float = 0.0, batch: int = 10**6
+) -> tuple[Evidence, float]:
+    torch.manual_seed(0)
+    module = nn.Linear(features.shape[1], 1)
+    optimizer = SGD(module.parameters(), lr=rate, weight_decay=decay)
+    full = batch >= len(target)
+    collector = EvidenceCollector(optimizer, {}, full_batch=full, last_step=num_steps)
+    line = least_squares(features, target)
+    collector.set_line(line.decayed(decay) if decay else line, list(module.parameters()), 1e-3)
+    for step in range(num_steps):
+        rows = torch.arange(step * batch, step * batch + batch) % len(target) if not full else torch.arange(len(target))
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(module(features[rows]).squeeze(-1), target[rows])
+        loss.backward()
+        optimizer.step()
+        collector.add_step()
+        collector.add_loss(loss)
+        if collector.is_due:
+            evidence = collector.evidence()
+    with torch.no_grad():
+        final = float(nn.functional.mse_loss(module(features).squeeze(-1), target))
+    return evidence, final
+
+
+def correlated(num_rows: int = 400) -> tuple[torch.Tensor, torch.Tensor]:
+    """Features that share nearly all they have, and a target that asks for the rest."""
+    generator = torch.Generator().manual_seed(4)
+    common = torch.randn(num_rows, 1, generator=generator)
+    features = common + 0.05 * torch.randn(num_rows, 5, generator=generator)
+    target = features @ torch.tensor([3.0, -3.0, 2.0, -2.0, 1.0]) + 0.5 * torch.randn(num_rows, generator=generator)
+    return features, target
+
+
+def test_slow_directions_of_correlated_features_are_not_taken_for_noise() -> None:
+    features, target = correlated()
+    evidence, _ = line_run(features, target, rate=0.01, num_steps=500, batch=32)
+    assert evidence.noise_share > 0.5
+    assert evidence.line
+    assert evidence.line.young_share > 0.9
+    assert judge(evidence).word in ("converging", "too_slow")
+
+
+def test_weight_decay_is_judged_against_the_optimum_that_it_has() -> None:
+    features, target = correlated(60)
+    evidence, _ = line_run(features, target, rate=0.02, num_steps=600, decay=0.5)
+    verdict = judge(evidence)
+    assert verdict.word == "converged"
+    assert verdict.hints == ()
+
+
+def test_at_rest_under_weight_decay_the_gradient_is_that_of_the_objective() -> None:
+    evidence, _ = line_run(*correlated(60), rate=0.02, num_steps=600, decay=0.5)
+    assert evidence.gradient_norm is not None
+    assert evidence.first_gradient_norm is not None
+    assert evidence.gradient_norm < 1e-3 * evidence.first_gradient_norm
+
+
+def test_following_the_advice_on_a_line_ends_no_higher_and_is_not_complained_of() -> None:
+    features, target = correlated(40)
+    evidence, before = line_run(features, target, rate=0.01, num_steps=50)
+    rate = judge(evidence).suggestion.learning_rate
+    assert rate
+    followed, after = line_run(features, target, rate=rate, num_steps=50)
+    verdict = judge(followed)
+    assert after <= before
+    assert verdict.suggestion.learning_rate is None
+    assert "Try" not in verdict.sentence
+    assert verdict.word != "oscillating"
+
+
+@pytest.mark.parametrize("factor", [5.0, 0.06, 1.0])
+def test_a_gradient_of_another_length_is_measured_exactly_on_a_line(factor: float) -> None:
+    features, target = correlated(40)
+    module = nn.Linear(5, 1)
+    optimizer = SGD(module.parameters(), lr=1e-3)
+    collector = EvidenceCollector(optimizer, {}, full_batch=True, last_step=8)
+    collector.set_line(least_squares(features, target), list(module.parameters()), 1e-3)
+    for _ in range(8):
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(module(features).squeeze(-1), target)
+        (factor * loss).backward()
+        optimizer.step()
+        collector.add_step()
+        collector.add_loss(loss / 100)  # as it is logged matters no more
+    evidence = collector.evidence()
+    assert evidence.gradient_excess == pytest.approx(factor, rel=1e-3)
+    assert bool(judge(evidence).hints) == (factor > 1.8)
+
+
+def test_nothing_early_is_said_of_losses_that_can_be_negative() -> None:
+    collector = EvidenceCollector(SGD(nn.Linear(1, 1).parameters(), lr=0.1), {})
+    for value in (-1.0, 5.0, math.pi):
+        collector.add_loss(torch.tensor(value))
+    assert collector.evidence().early_growth is None
