@@ -9,6 +9,8 @@ import pytest
 from tests.browser.conftest import RATES
 from tests.conftest import read_json
 
+pytestmark = pytest.mark.slow
+
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 

@@ -4,7 +4,11 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
 from tests.browser.conftest import RATES
+
+pytestmark = pytest.mark.slow
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

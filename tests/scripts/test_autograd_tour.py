@@ -144,8 +144,8 @@ def test_gradient_descent_is_the_same_four_ways_to_the_bit(tour: ModuleType) -> 
     assert weight.abs().min() > 0.5  # it moved
     for other in (
         tour.by_optimizer(),
-        tour.by_lightning("ManualLinearRegression"),
-        tour.by_lightning("LinearRegression"),
+        tour.by_lightning("manual"),
+        tour.by_lightning("automatic"),
     ):
         assert torch.equal(other[0], weight)
         assert torch.equal(other[1], bias)

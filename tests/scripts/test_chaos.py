@@ -10,7 +10,13 @@ from downslope.runs.checkpoints import load_checkpoint, write_checkpoint
 from tests.conftest import ROOT
 
 
-@pytest.mark.parametrize("only", ["manual, schedule by step", "accumulation", "foreign, 2 workers"])
+@pytest.mark.parametrize(
+    "only",
+    [
+        "manual, schedule by step",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("accumulation", "foreign, 2 workers")),
+    ],
+)
 def test_a_killed_run_that_is_gone_on_with_ends_in_the_same_bits(only: str) -> None:
     command = [
         sys.executable,

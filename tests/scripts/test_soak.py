@@ -8,6 +8,8 @@ import pytest
 
 from tests.conftest import ROOT, run_process
 
+pytestmark = pytest.mark.slow
+
 FLAT = {"memory": 400 * 2**20, "files": 7, "threads": 2, "event_bytes": 0}
 
 

@@ -188,6 +188,7 @@ def test_every_option_trains(script: Script, tmp_path: Path, overrides: list[str
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("overrides", [[], ["+trainer.accumulate_grad_batches=2"], ["model=manual"]], ids=str)
 def test_two_processes_are_one_on_the_joined_batch(script: Script, tmp_path: Path, overrides: list[str]) -> None:
     given = ["device=cpu", *overrides, *EVERY_5, *FAST]

@@ -78,7 +78,7 @@ def _run(folder: Path, jobs: int) -> list[Row]:
         *("+hydra.callbacks.probe._target_=benchmarks.sweep.Probe", f"+hydra.callbacks.probe.file={file}"),
         f"hydra.sweep.dir={folder}/sweep",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(TRAIN.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(TRAIN.parent / "laboratory")}
     process = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if process.returncode:
         raise SystemExit(f"train.py ended with exit code {process.returncode}:\n{process.stdout}\n{process.stderr}")

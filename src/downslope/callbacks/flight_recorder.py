@@ -123,7 +123,7 @@ class FlightRecorder(Observer):
         return [step.record() if isinstance(step, MeasuredStep) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._first = {name: (loss, norm) for name, (loss, norm) in state_dict["first"].items()}
+        self._first = {name: (loss, norm) for name, (loss, norm) in state_dict.get("first", {}).items()}
         self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=self.num_steps)
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:

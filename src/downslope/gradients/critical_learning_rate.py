@@ -5,6 +5,7 @@ from collections.abc import Callable
 
 MAX_EVALUATIONS = 12
 PRECISION = 1.03  # two guesses in a row that agree so well are believed
+FARTHEST = 1e-6  # of the rate in use: what falls below that alone falls by chance
 ROUNDING = 1e-6  # of the loss: some units of float32
 
 Points = list[tuple[float, float]]
@@ -70,11 +71,13 @@ def critical_learning_rate(
         low, high = (low, rate) if rises else (rate, high)
         if high < 2 * low and not _falls(points):
             low, high = 0.0, low  # it was rounding that hid whether it falls there
+        if high < FARTHEST * learning_rate:
+            break
         guess = _zero(points, low, high)
         if 0 < low < guess <= high < math.inf and 1 / PRECISION < guess / rate < PRECISION:
             break
         rate = _next(guess, low, high, turn)
-    if not _falls(points):
+    if not _falls(points) or high < FARTHEST * learning_rate:
         reason = f"no descent direction: the loss falls at no rate down to {high:.3g}"
         raise _no_rate("the loss changes by no more than rounding" if high == math.inf else f"the step has {reason}")
     return guess if low < guess <= high < math.inf else math.sqrt(low * high)

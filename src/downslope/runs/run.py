@@ -151,9 +151,11 @@ class Run:
             self.result.write(self.folder)
             print_interrupted(self.result, self.folder, error.saved)
         elif isinstance(error, Exception):
+            log.info("failed", exc_info=error)
+            if self.checkpoint and not self._outside.has_begun:
+                return  # a resume that was refused: what there was of the run stays as it is
             self.result.status = "failed"
             self.result.error = {"type": type(error).__name__, "message": explain(error)}
-            log.info("failed", exc_info=error)
             with contextlib.suppress(OSError):  # a disk that is full must not hide the error
                 self.result.write(self.folder)
 
@@ -180,6 +182,7 @@ class Outside(Callback):
 
     def __init__(self, run: Run) -> None:
         self.run = run
+        self.has_begun = False
         self.validated_at: int | None = None
         self._first: float | None = None
         self._last: Any = None
@@ -198,6 +201,9 @@ class Outside(Callback):
             self.on_train_batch_end = None  # type: ignore[assignment,method-assign]  # Lightning passes it over
         if trainer.is_global_zero:
             print_header(self.run.choices, self.run._data, pl_module, trainer, result)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.has_begun = True
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

@@ -266,10 +266,14 @@ class EvidenceCollector:
     def add_critical(self, step: int, value: float) -> None:
         """Takes the critical learning rate of a step: `downslope.gradients.critical_learning_rate`.
 
+        Momentum's first steps are short: (1 − βᵗ⁺¹) of what they come to be along a constant gradient, and so η_c is
+        taken for as many times less.
+
         Args:
-            step: Steps taken before it.
+            step: t, steps taken before it.
             value: η_c, along the step that was really made, above 0.
         """
+        value *= 1 - _method(self.optimizer)[1] ** (step + 1)
         known = self._lasting
         known["critical_learning_rate"] = value
         known["least_critical_learning_rate"] = min(value, known.get("least_critical_learning_rate", math.inf))

@@ -1,17 +1,17 @@
 """Mistakes by name: a hint says what was seen, and asks."""
 
 from downslope.verdict.evidence import Evidence
-from downslope.verdict.thresholds import Thresholds
+from downslope.verdict.thresholds import Thresholds, Word
 
 
-def hints(seen: Evidence, limits: Thresholds) -> tuple[str, ...]:
+def hints(seen: Evidence, word: Word, limits: Thresholds) -> tuple[str, ...]:
     """Returns the mistakes that leave these traces."""
     found = []
     if seen.leftover_gradient:
         found.append("the last step's gradient is still in `.grad` when the next one comes: is zero_grad() missing?")
     if seen.without_gradient:
         found.append(f"no gradient reaches {listed(seen.without_gradient)}: detached, or not used by the loss?")
-    if seen.zero_gradient:
+    if seen.zero_gradient and word != "converged":
         found.append(f"the gradient of {listed(seen.zero_gradient)} is exactly zero: dead units, or a constant loss?")
     if seen.frozen and seen.line is not None:
         found.append(f"{listed(seen.frozen)} is frozen, and the closed form is that of all weights: on purpose?")

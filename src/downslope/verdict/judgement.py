@@ -44,8 +44,8 @@ def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
         diverging: the loss is 18 × its best and grows, at 1.04 × the largest stable rate (0.25). Try lr=0.125.
     """
     limits = thresholds or Thresholds()
-    named = hints(evidence, limits)
     word, why = _word(evidence, limits)
+    named = hints(evidence, word, limits)
     suggestion = suggest(evidence, word, limits)
     sentence = f"{word}: {why}."
     if evidence.frozen and evidence.line is None:
@@ -89,15 +89,16 @@ def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:
     if seen.gradient_norm > 0:
         arrived = seen.gradient_norm < limits.tolerance * (seen.first_gradient_norm or 0.0)
     else:  # rounding never makes all of a gradient zero, but a perfect fit does
-        arrived = seen.loss is not None and abs(seen.loss) <= limits.tolerance * abs(seen.first_loss or 0.0)
+        left = limits.tolerance if not seen.frozen else 1.0  # … and so does the optimum of the few that are trained
+        arrived = seen.loss is not None and abs(seen.loss) <= left * abs(seen.first_loss or 0.0)
     if seen.line is not None:
         arrived = seen.first_excess is not None and seen.line.excess <= limits.tolerance * seen.first_excess
     if seen.line is not None and seen.frozen and not arrived and _have_done_what_they_can(seen, limits):
         excess = seen.line.excess / (seen.first_excess or seen.line.excess)
         return f"what is trained has done what it can, and {excess:.0%} of the excess loss is left to what is frozen"
-    if seen.gradient_norm == 0 and not arrived:
-        return "the gradient is exactly zero"
-    if seen.update_ratio == 0 and seen.gradient_norm > 0 and not arrived:
+    if seen.gradient_norm == 0:
+        return None if arrived else "the gradient is exactly zero"
+    if seen.update_ratio == 0 and not arrived:
         return f"the steps at lr={seen.learning_rate:.3g} are too short to change a weight"
     if seen.share_moving < 0.5 and seen.loss_trend > -limits.trend_certainty:
         return f"{1 - seen.share_moving:.0%} of the weights get no gradient, and the others have done what they can"

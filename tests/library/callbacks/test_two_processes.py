@@ -19,6 +19,8 @@ from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEff
 from tests.conftest import ROOT, read_events
 from tests.library.callbacks.test_every_setting import Manual, ManualClip, Net
 
+pytestmark = pytest.mark.slow
+
 NUM_ROWS, BATCH, BROKEN = 48, 8, 29  # of the fourth batch, and in the second process
 EVENTS = "events.out.tfevents.*"
 

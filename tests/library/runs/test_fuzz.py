@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from downslope.runs.checkpoints import CHECKSUM, COMMENT_LENGTH
 from tests.conftest import Outcome
 
+pytestmark = pytest.mark.slow
+
 Script = Callable[..., Outcome]
 # In `make fuzz` 10,000 in all, over the five tests.
 NUM_EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200")) // 5

@@ -13,6 +13,8 @@ import pytest
 
 from tests.conftest import ROOT, read_json, run_process
 
+pytestmark = pytest.mark.slow
+
 SMALL = ("data=synthetic", "data.num_rows=60", "trainer=fast", "callbacks=none", "hydra.sweep.dir=s")
 JOBLIB = ("hydra/launcher=joblib", "hydra.launcher.n_jobs=2")
 SUBMITIT = ("hydra/launcher=submitit_local",)

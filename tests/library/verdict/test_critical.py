@@ -191,6 +191,14 @@ def test_a_resumed_collector_remembers_the_critical_rates() -> None:
     assert seen.early_critical_ratio == 2.0
 
 
+def test_the_short_first_step_of_momentum_is_not_taken_for_a_steady_one() -> None:
+    collector = EvidenceCollector(SGD(nn.Linear(1, 1).parameters(), lr=0.5, momentum=0.9), {})
+    collector.add_critical(0, 2.0)
+    assert collector.evidence().critical_learning_rate == pytest.approx(0.2)
+    collector.add_critical(200, 2.0)
+    assert collector.evidence().critical_learning_rate == pytest.approx(2.0)
+
+
 def test_lbfgs_is_known_by_name() -> None:
     assert EvidenceCollector(LBFGS(nn.Linear(1, 1).parameters()), {}).evidence().method == "lbfgs"
 

@@ -248,6 +248,14 @@ def test_a_collector_goes_on_where_another_stopped() -> None:
     assert other.state_dict() == one.state_dict()
 
 
+def test_a_gradient_that_ends_at_zero_beside_frozen_weights_has_arrived() -> None:
+    arrived = replace(SOUND, gradient_norm=0.0, left_to_gain=0.0, zero_gradient=("bias",), share_moving=0.0)
+    assert judge(arrived).word == "stalled"
+    verdict = judge(replace(arrived, frozen=("weight",)))
+    assert verdict.word == "converged"
+    assert verdict.hints == ()
+
+
 def lora_of(width: int) -> tuple[nn.Module, list[nn.Parameter]]:
     """A frozen layer with a thin one beside it, and the optimizer's parameters: all of them, as many scripts do it."""
     torch.manual_seed(3)

@@ -1,0 +1,125 @@
+"""Is the rate too large or too small? The critical learning rate of the steps that were really taken."""
+
+import logging
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lightning import LightningModule, Trainer
+
+from downslope.gradients.critical_learning_rate import critical_learning_rate
+from downslope.gradients.vectors import flat
+from downslope.logs.tensorboard import Measurement, step_writer
+from downslope.runs.result import Result
+from downslope.steps.batch_step import why_no_batch_step
+from downslope.steps.due import check_count
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
+from downslope.steps.loss import BatchLoss, Loss, check_loss
+from downslope.steps.observer import Observer, say_off
+from downslope.steps.optimizer_steps import OptimizerStep
+
+log = logging.getLogger(__name__)
+
+TAGS = ("learning_rate_effect/critical", "learning_rate_effect/critical_ratio")
+MEASURED = Measurement(TAGS, lambda row: row)
+
+
+class CriticalLearningRate(Observer):
+    """Measures η_c, from where on a step along its real direction no longer lowers the loss of its batch, and η/η_c.
+
+    Above η_c a step goes uphill, whatever the optimizer, clipping and weight decay made of the gradient
+    (`downslope.gradients.critical_learning_rate`). It takes up to 12 forwards on the batch of the step, with its random
+    numbers, and needs leave to compute the loss again: a method `loss(batch)` of the module, or `loss=`. Of several
+    parameter groups η is the first one's rate.
+
+    Args:
+        steps: Optimizer steps, counted from 0, that are measured in the beginning.
+        max_share: Of the time from the last of them on so much at most goes into measuring; 0 for none.
+        loss: Maps module and batch to the loss, or `"training_step"` where calling that again has no consequences.
+
+    Attributes:
+        least: The least η_c that was seen; None before the first.
+        measured: Step, η_c and η of each measurement of this fit.
+    """
+
+    def __init__(
+        self, steps: Sequence[int] = (0, 8, 32, 128), max_share: float = 0.01, loss: Loss | None = None
+    ) -> None:
+        check_loss(loss)
+        for step in steps:
+            check_count("steps", step, least=0)
+        if not 0 <= max_share < 1:
+            raise ValueError(f"`max_share` must be a number from 0 to below 1, got {max_share!r}.")
+        self.steps = tuple(sorted(steps))
+        self.max_share = max_share
+        self.loss = loss
+        self.least: float | None = None
+        self.measured: list[tuple[int, float, float]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            self.least, self.measured = None, []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"least": self.least}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.least = state_dict["least"]
+
+    def add_to(self, result: Result) -> None:
+        """Fills in the least η_c."""
+        result.critical_learning_rate = self.least
+
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        disable(self, *STEP_HOOKS)
+        self._batch_loss: BatchLoss | None = None
+        if reason := why_no_batch_step(trainer, module, self.loss):
+            say_off(TAGS[0], ValueError(reason))
+            return
+        self._writer = step_writer(trainer)
+        self._first, self._began, self._spent = trainer.global_step, time.perf_counter(), 0.0
+        self._next: float = next((step for step in self.steps if step >= self._first), self._first)
+        enable(self, "on_train_batch_start", when=self._next == self._first)
+        self.follow(trainer, self._before, self._after)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._batch_loss = BatchLoss(pl_module, batch, self.loss, batch_idx)  # before its forward draws a number
+
+    def _before(self, step: OptimizerStep) -> None:
+        if self._batch_loss:
+            self._start = flat(step.parameters)
+
+    def _after(self, step: OptimizerStep) -> None:
+        loss, self._batch_loss = self._batch_loss, None
+        if loss:
+            began = time.perf_counter()
+            self._measure(step, loss)
+            took = time.perf_counter() - began
+            self._spent += took
+            self._next = self._step_after(step.step, took)
+        enable(self, "on_train_batch_start", when=step.step + 1 == self._next)
+
+    def _step_after(self, step: int, took: float) -> float:
+        """The next one of the list; then as many steps away as make a measurement take its small share of the time."""
+        if later := [each for each in self.steps if each > step]:
+            return later[0]
+        a_step = (time.perf_counter() - self._began - self._spent) / (step + 1 - self._first)
+        return step + math.ceil(took / (self.max_share * a_step)) if self.max_share and a_step else math.inf
+
+    def _measure(self, step: OptimizerStep, loss: BatchLoss) -> None:
+        rate = float(step.optimizer.param_groups[0].get("lr") or 0.0)
+        change = flat(step.parameters).sub_(self._start)
+        start, direction = (loss.pieces(step.parameters, vector) for vector in (self._start, change))
+        critical = None
+        with loss.measuring():
+            along = loss.along(start, direction)
+            try:
+                critical = critical_learning_rate(lambda each: float(along(each / rate)), rate)
+            except ValueError as reason:  # momentum's step, or Adam's, need not go downhill
+                log.info("Step %d: %s", step.step, reason)
+        if critical is not None and math.isfinite(critical):
+            self.least = critical if self.least is None else min(self.least, critical)
+            self.measured.append((step.step, critical, rate))
+            self._writer.add(step.step, MEASURED, [critical, rate / critical])
