@@ -138,8 +138,6 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if trainer.fit_loop.restarting:  # else Lightning leaves out a plateau's step at this epoch's end
-            trainer.fit_loop.restarting = False
         step, before = trainer.global_step, self._step
         self._step = step
         if step == before or not (self._is_shared or self._stop.number or self._is_due(step)):
@@ -152,6 +150,7 @@ class Checkpoints(Checkpoint):
             self._keep_best(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.fit_loop._restarting = False  # else Lightning leaves out a plateau's step of the epoch that was resumed
         if not trainer.enable_validation:  # then it is a metric of the training epoch, if of any
             self._keep_best(trainer, pl_module)
 

@@ -121,7 +121,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
             for reason in bad:
                 log.warning("Passed over: %s Going on from %s, step %d.", reason, file.name, checkpoint["global_step"])
             return file, checkpoint
-        bad.append(f"{file} holds weights that can be used, but not gone on from.")
+        bad.append(f"{file} holds weights that can be used, but not resumed from.")
     reasons = "; ".join(bad) or "it has no checkpoint"
     raise ValueError(f"`resume` must be the folder of a run that has saved a checkpoint, got {str(run)!r}: {reasons}.")
 

@@ -92,7 +92,7 @@ def _change(override: Override, config: DictConfig, saved: DictConfig, hydra: Di
     values = f"{key} is {_words(old)} in the run, got {_words(new)}"
     if key.split(".")[0] in FIXED or override.is_delete():
         raise ValueError(
-            f"Cannot change `{key}` of a run that is gone on with: {values}. This is because it would be "
+            f"Cannot change `{key}` of a run that is resumed: {values}. This is because it would be "
             f"another run: leave {key} out, or start one of its own without resume=."
         )
     if key not in allowed:
