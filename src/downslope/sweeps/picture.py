@@ -68,7 +68,7 @@ def _draw_lines(axes: "Axes", lines: Iterable[Sequence[Job]], label: str, edge: 
         points.append((math.nan, math.nan))
     axes.plot(*zip(*points[1:], strict=True), label=label, marker="o", markersize=6, linewidth=2, clip_on=False, **look)
     for status, symbol in SYMBOLS.items():
-        without = [job.learning_rate for line in lines for job in line if job.status == status]
+        without = [job.learning_rate or math.nan for line in lines for job in line if job.status == status]
         fill = look["color"] if status == "diverged" else "none"
         if without:
             axes.plot(without, [edge] * len(without), symbol, transform=axes.get_xaxis_transform(), markersize=9,
