@@ -9,7 +9,7 @@ from lightning import LightningModule, Trainer
 from downslope.steps.due import check_count
 from downslope.steps.gradient_check import GradientReport, check
 from downslope.steps.hooks import disable
-from downslope.steps.loss import Loss, check_loss
+from downslope.steps.loss import Loss, check_loss, say_no_loss, why_no_loss
 from downslope.steps.observer import Observer
 
 log = logging.getLogger(__name__)
@@ -58,6 +58,9 @@ class GradientCheck(Observer):
         """Checks, once. Not on_train_start: to take a batch there would move the dataloader on."""
         disable(self, "on_train_batch_start")
         if self.report:  # by an earlier fit
+            return
+        if reason := why_no_loss(pl_module, self.loss):
+            say_no_loss(trainer, "GradientCheck", reason)
             return
         self.report = check(pl_module, batch, self.loss, self.num_directions, self.seed)
         if self.report.passed:

@@ -14,7 +14,7 @@ from downslope.gradients.vectors import flat, num_elements
 from downslope.logs.tensorboard import Measurement, step_writer
 from downslope.steps.due import check_count, is_due
 from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import BatchLoss, Loss, check_loss, why_no_loss_of_a_step
+from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss, why_no_loss_of_a_step
 from downslope.steps.observer import Observer, say_off
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 
@@ -93,7 +93,8 @@ class LearningRateEffects(Observer):
         if not self._has_loss:
             return
         if reason := why_no_loss_of_a_step(trainer, module, self.loss):
-            self._leave_out_descent_ratio(ValueError(reason))
+            self._has_loss = False
+            say_no_loss(trainer, DESCENT_RATIO.tags[0], reason)
         self._steps.on_next = self.guarded(self._sleep_till_due)
         self._sleep_till_due()
 

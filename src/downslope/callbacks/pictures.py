@@ -19,7 +19,7 @@ from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import png
 from downslope.steps.batch_step import BatchStep, why_no_batch_step
 from downslope.steps.due import check_count
-from downslope.steps.loss import BatchLoss, Loss, check_loss
+from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -73,7 +73,7 @@ class Pictures(Observer):
         self._batch_step: BatchStep | None = None
         reason = why_no_batch_step(trainer, module, self.loss) if self._line is None else None
         if reason:
-            self._tell(reason)
+            say_no_loss(trainer, "step_along_gradient.png", reason)
         if reason or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
             return
         self._parameters = [parameter.detach() for parameter in module.parameters()]

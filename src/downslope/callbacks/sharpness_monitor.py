@@ -11,7 +11,7 @@ from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.logs.tensorboard import write_scalars
 from downslope.steps.due import check_count, is_due
 from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import BatchLoss, Loss, check_loss, copied
+from downslope.steps.loss import SEVERAL_OPTIMIZERS, BatchLoss, Loss, check_loss, copied, say_no_loss, why_no_loss
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -100,6 +100,10 @@ class SharpnessMonitor(Observer):
             (self._measured_on, self._eigenvector), module.device
         )
         self._exact = module.exact_sharpness() if isinstance(module, HasExactSharpness) else None
+        if self._exact is None and (reason := _why_not(trainer, module, self.loss)):
+            say_no_loss(trainer, "curvature/sharpness", reason)
+            disable(self, *STEP_HOOKS)
+            return
         self._num_steps, self._measured_at = trainer.global_step, -1
         steps = self.follow(trainer, after=self._count)
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # which skips steps that are counted all the same
@@ -127,10 +131,6 @@ class SharpnessMonitor(Observer):
         self._forget()
 
     def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> float:
-        if len(trainer.optimizers) != 1:
-            raise ValueError(f"{len(trainer.optimizers)} optimizers descend on several losses")
-        if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
-            raise ValueError(f"{type(trainer.strategy).__name__} does not keep the whole module on each device")
         if self._measured_on is None or self.batch == "training":
             self._measured_on = copied(batch), batch_idx
         kept, kept_index = self._measured_on
@@ -152,6 +152,15 @@ class SharpnessMonitor(Observer):
                 found = largest_eigenvalue(product, self._eigenvector, self.num_products)
         self._eigenvector = found.vector
         return found.value
+
+
+def _why_not(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
+    """Why there is no Hessian of one loss, None where there is."""
+    if len(trainer.optimizers) != 1:
+        return SEVERAL_OPTIMIZERS
+    if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
+        return f"{type(trainer.strategy).__name__} does not keep the whole module on each device"
+    return why_no_loss(module, loss)
 
 
 def _is_plain(batch: Any) -> bool:
