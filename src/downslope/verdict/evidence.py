@@ -327,8 +327,7 @@ class EvidenceCollector:
             tried_learning_rates=tuple(tried),
             has_ended=has_ended or self.step == self._last_step,
             num_non_finite=num_non_finite,
-            **seen,
-            **self._lasting,
+            **(seen | self._lasting),
         )
 
     def _of_the_parameters(self, largest: Sequence[float]) -> dict[str, Any]:
