@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from downslope.gradients.least_squares import HasLeastSquares
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
+from downslope.runs.checkpoints import checkpoint_of
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
 from downslope.runs.excess_loss import training_loss
 from downslope.runs.log import begin_log
 from downslope.runs.result import Result
-from downslope.runs.resuming import checkpoint_of
 from downslope.runs.signals import Interrupted
 from downslope.runs.stored import passes
 
@@ -210,7 +210,7 @@ class Outside(Callback):
         if any(hasattr(callback, "diverged") for callback in trainer.callbacks):  # type: ignore[attr-defined]
             self.on_train_batch_end = None  # type: ignore[assignment,method-assign]  # Lightning passes it over
         if trainer.is_global_zero:
-            print_header(self.run.choices, self.run._data, pl_module, trainer, result)
+            print_header(self.run._data, pl_module, trainer, result)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_begun = True

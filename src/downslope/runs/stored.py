@@ -1,6 +1,5 @@
 """A run that has ended, to be looked at: its configuration as data, and the weights of its best checkpoint."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig, open_dict
-from torch import Tensor
+from omegaconf import DictConfig
 
 from downslope.runs.checkpoints import BEST, LAST, load_checkpoint
 from downslope.runs.log import begin_log
@@ -19,8 +17,6 @@ log = logging.getLogger(__name__)
 
 LOADERS = {"validation": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 QUIET = {
-    "callbacks": {},
-    "logger": {},
     "device": {"accelerator": "auto", "devices": 1},
     "trainer": {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False},
 }
@@ -57,11 +53,9 @@ class StoredRun:
             log.warning("%s has no best checkpoint, since no metric chose one: this is of the last.", run)
         stored = read_untrusted(file, [*config.trust, *names_in(config)])
         asked = {key: value for key, value in config.get("data", {}).items() if value is not None}
-        with open_dict(stored):
-            stored.callbacks, stored.logger = {}, {}
-            stored.trainer.pop("strategy", None)
-        for change in (QUIET, {"data": asked}):
-            stored.merge_with(change)
+        stored.callbacks, stored.logger = {}, {}
+        stored.trainer.pop("strategy", None)
+        stored.merge_with(QUIET, {"data": asked})
         self.config = stored
         self.checkpoint = load_checkpoint(self.file)
 
@@ -71,17 +65,12 @@ class StoredRun:
         Raises:
             ValueError: The checkpoint is not one of this configuration.
         """
-        with self._belonging():
+        try:
             for part in parts:
                 if isinstance(part, LightningModule):
                     part.load_state_dict(self.checkpoint["state_dict"])
                 elif state := self.checkpoint.get(type(part).__qualname__):
                     part.load_state_dict(state)
-
-    @contextlib.contextmanager
-    def _belonging(self) -> Iterator[None]:
-        try:
-            yield
         except (AttributeError, LookupError, RuntimeError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"{self.file} does not belong to the configuration of its run: {reason}") from error
@@ -135,7 +124,7 @@ def columns(outputs: Iterable[Any]) -> dict[str, list[Any]]:
     for output in outputs:
         named = output if isinstance(output, Mapping) else {"prediction": output}
         for name, values in named.items():
-            values = values.tolist() if isinstance(values, Tensor) or hasattr(values, "tolist") else values
+            values = values.tolist() if hasattr(values, "tolist") else values
             if not isinstance(values, list):
                 raise ValueError(f"`predict_step` must return columns of values, got {type(values).__name__}.")
             table.setdefault(str(name), []).extend(values)
