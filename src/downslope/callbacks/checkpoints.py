@@ -77,6 +77,7 @@ class Checkpoints(Checkpoint):
         self._best_weights: dict[str, Any] | None = None  # not written yet
         self._seconds_before = 0.0
         self._resumed: Progress | None = None
+        self._sums: dict[str, dict[str, Any]] = {}  # of what was logged in the epoch that is resumed in its middle
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -116,6 +117,7 @@ class Checkpoints(Checkpoint):
         self._seconds_before = progress["seconds"]
         for name, state in mine["metrics"].items():
             _restore(module.get_submodule(name), state, module.device)
+        self._sums = mine.get("sums", {})
         self._epoch_random = RandomState.from_state_dict(mine["epoch_random"])
         self._epoch_random.restore()
         _start_at(trainer, progress["batch"])
@@ -138,6 +140,8 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._sums:
+            self._sums = _add_sums(trainer, self._sums)
         step, before = trainer.global_step, self._step
         self._step = step
         if step == before or not (self._is_shared or self._stop.number or self._is_due(step)):
@@ -226,6 +230,7 @@ class Checkpoints(Checkpoint):
             "random": RandomState().state_dict(),
             "epoch_random": self._epoch_random.state_dict(),
             "metrics": {name: _state(part) for name, part in pl_module.named_modules() if isinstance(part, Metric)},
+            "sums": _sums_of(trainer) | self._sums if self._batch else {},
         }
         processes = [mine]
         if trainer.world_size > 1:
@@ -255,6 +260,34 @@ def _unlogged(trainer: Trainer) -> tuple[dict[str, float], int] | None:
         return None
     step = int(values.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped))
     return {"epoch": trainer.current_epoch, **values}, step
+
+
+def _sums_of(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """What `self.log(on_epoch=True)` has added up of this epoch: Lightning keeps it in no checkpoint."""
+    results = trainer.fit_loop.epoch_loop._results
+    return {
+        key: {name: value.detach().cpu() for name, value in result.metric_state.items()}
+        for key, result in results.items()
+        if result.is_tensor and result.meta.on_epoch
+    }
+
+
+def _add_sums(trainer: Trainer, sums: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Adds those of before a resume to those of the first batch after it, in the order of a run that never stopped.
+
+    Returns:
+        Of what has not been logged again yet: Lightning knows how a value is reduced only when it is.
+    """
+    results = trainer.fit_loop.epoch_loop._results
+    for key, states in sums.items():
+        if key in results:
+            metric = results[key]
+            is_extreme = metric.meta.is_max_reduction or metric.meta.is_min_reduction
+            for name, before in states.items():
+                now = getattr(metric, name)
+                add = metric.meta.reduce_fx if is_extreme else torch.add
+                setattr(metric, name, add(before.to(now.device), now))
+    return {key: states for key, states in sums.items() if key not in results}
 
 
 def _has_diverged(trainer: Trainer) -> bool:

@@ -101,7 +101,12 @@ def one_line(message: str) -> str:
 
 
 def explain(error: BaseException, config_name: str = "train", folder: Path | None = None) -> str:
-    """Returns what is wrong, in words for the person who typed the command."""
+    """Returns what is wrong, in words for the person who typed the command; notes on the error stand behind it."""
+    notes = (f" ({note})" for note in getattr(error, "__notes__", ()))
+    return _explain(error, config_name, folder) + "".join(notes)
+
+
+def _explain(error: BaseException, config_name: str, folder: Path | None) -> str:
     if isinstance(error, InstantiationException) and error.__cause__:
         key = re.search(r"full_key: (\S+)", str(error))
         message = explain(error.__cause__)

@@ -15,6 +15,7 @@ from downslope.runs.trust import check_local, names_in, read_untrusted
 
 log = logging.getLogger(__name__)
 
+LOADERS = {"validation": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 QUIET = {
     "device": {"accelerator": "auto", "devices": 1},
     "trainer": {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False},
@@ -78,13 +79,32 @@ class StoredRun:
 def passes(
     data: LightningDataModule, module: LightningModule, trainer: Trainer, names: Iterable[str] = ("validation", "test")
 ) -> Iterator[Callable[..., Any]]:
-    """Yields the Trainer's passes, `validate` and `test`, that the module and its data have steps and rows for."""
-    trainer_passes = {"validation": trainer.validate, "test": trainer.test}
-    loaders = {"validation": "val_dataloader", "test": "test_dataloader"}
+    """Yields the Trainer's passes that the module and its data are made for: `validate`, `test`, `predict`."""
+    made: dict[str, Callable[..., Any]] = {
+        "validation": trainer.validate,
+        "test": trainer.test,
+        "predict": trainer.predict,
+    }
     for name in names:
-        served = any(is_overridden(loaders[name], each) for each in (data, module))
+        served = any(is_overridden(LOADERS[name], each) for each in (data, module))
         if served and is_overridden(f"{name}_step", module):
-            yield trainer_passes[name]
+            yield made[name]
+
+
+def required_passes(
+    data: LightningDataModule, module: LightningModule, trainer: Trainer, *names: str
+) -> list[Callable[..., Any]]:
+    """Returns those of the Trainer's passes that can be made.
+
+    Raises:
+        ValueError: None of them; the message says what each takes.
+    """
+    found = list(passes(data, module, trainer, names))
+    if not found:
+        needed = ", or ".join(f"`{name}_step` and `{LOADERS[name]}`" for name in names)
+        got = f"{type(module).__name__} on {type(data).__name__}"
+        raise ValueError(f"`run` must be of a model and of data that have {needed}: {got} have not.")
+    return found
 
 
 def columns(outputs: Iterable[Any]) -> dict[str, list[Any]]:
