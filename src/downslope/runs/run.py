@@ -67,7 +67,6 @@ class Run:
     def __init__(self, config: DictConfig) -> None:
         hydra = HydraConfig.get()
         self.config = config
-        self.choices: dict[str, Any] = dict(hydra.runtime.choices)
         self.folder = Path(hydra.runtime.output_dir)
         self.checkpoint: Path | None = None
         self.has_test = False
@@ -78,11 +77,8 @@ class Run:
             mode=config.get("mode", "min"),
             overrides=typed(hydra.overrides.task),
             seed=config.get("seed"),
-            versions={
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                **{name: version(name) for name in PACKAGES},
-            },
+            versions={"python": platform.python_version(), "torch": torch.__version__}
+            | {name: version(name) for name in PACKAGES},
         )
         self._trainer: Trainer | None = None
 
@@ -177,7 +173,8 @@ class Run:
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
             result.write(self.folder)
-            asked = {"lr": result.learning_rate, **{name: self.choices.get(name) for name in CHOICES}}
+            choices = HydraConfig.get().runtime.choices
+            asked = {"lr": result.learning_rate, **{name: choices.get(name) for name in CHOICES}}
             asked["verdict"] = result.verdict or result.status
             came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
             if result.excess_loss is not None:
