@@ -153,7 +153,7 @@ class Run:
                 return  # a resume that was refused: what there was of the run stays as it is
             self.result.status = "failed"
             if self._is_of_the_first_step(trace):
-                model, data = self.choices.get("model"), self.choices.get("data")
+                model, data = (HydraConfig.get().runtime.choices.get(name) for name in ("model", "data"))
                 error.add_note(f"in the first step of model={model} on data={data}: do they belong to one task?")
             self.result.error = {"type": type(error).__name__, "message": explain(error)}
             with contextlib.suppress(OSError):  # a disk that is full must not hide the error
