@@ -65,12 +65,12 @@ class Job:
     @property
     def limit(self) -> float | None:
         """2/λ, the largest stable rate for plain gradient descent."""
-        return self.result and self.result.largest_stable_learning_rate
+        return self.result.largest_stable_learning_rate if self.result else None
 
     @property
     def suggested_rate(self) -> float | None:
         """The rate to try next."""
-        return self.result and self.result.suggested_learning_rate
+        return self.result.suggested_learning_rate if self.result else None
 
     @property
     def objective(self) -> float:
