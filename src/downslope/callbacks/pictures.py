@@ -12,6 +12,7 @@ from torch import Tensor
 
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.gradients.quadratic import loss_along_gradient, plane_of
+from downslope.gradients.vectors import clones
 from downslope.logs.tensorboard import write_picture
 from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
@@ -21,7 +22,6 @@ from downslope.steps.due import check_count
 from downslope.steps.loss import BatchLoss, Loss, check_loss
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
-from downslope.steps.unclipped_gradients import clones
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

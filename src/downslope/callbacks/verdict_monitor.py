@@ -8,7 +8,9 @@ from typing import Any, TypeVar
 import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.nn import Parameter
 
+from downslope.callbacks.critical_learning_rate import CriticalLearningRate
 from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
 from downslope.gradients.least_squares import HasLeastSquares
@@ -106,11 +108,14 @@ class VerdictMonitor(Observer):
         self._losses: list[Tensor] = []
         self._taken = trainer.global_step
         self._judged_at = trainer.global_step
+        self._critical = next(iter(_beside(trainer, CriticalLearningRate)), None)
         self.follow(trainer, after=self._after)
 
     def _after(self, step: OptimizerStep) -> None:
         if self._collector and step.optimizer is self._collector.optimizer:
             self._collector.add_step()
+            if self._critical and self._critical.measured and self._critical.measured[-1][0] == step.step:
+                self._collector.add_critical(*self._critical.measured[-1][:2])
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._collector and self._collector.is_watching:
@@ -131,7 +136,12 @@ class VerdictMonitor(Observer):
             collector.add_loss(self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean())
             self._losses.clear()
         if collector.is_due:
-            self._judge(trainer, collector.evidence(_frozen(trainer), _sharpness(trainer)))
+            self._judge(trainer, self._seen(trainer, collector))
+
+    def _seen(self, trainer: Trainer, collector: EvidenceCollector, has_ended: bool = False) -> Evidence:
+        still = _not_held(trainer)
+        forgotten = [name for name, each in still.items() if each.requires_grad and each.grad is not None]
+        return collector.evidence(still, _sharpness(trainer), forgotten, has_ended)
 
     def _judge(self, trainer: Trainer, evidence: Evidence) -> None:
         last = self.verdict
@@ -176,9 +186,12 @@ class VerdictMonitor(Observer):
 
     def _judge_the_rest(self, trainer: Trainer) -> None:
         """Gives the last word where the run ends between two judgements: what was not watched is as it was last."""
-        if not self._collector or self._collector.step == self._judged_at:
+        if not self._collector:
             return
-        evidence = self._collector.evidence(_frozen(trainer), _sharpness(trainer))
+        if self._evidence and self._collector.step == self._judged_at:
+            evidence = replace(self._evidence, has_ended=True)
+        else:
+            evidence = self._seen(trainer, self._collector, has_ended=True)
         if self._evidence:
             unseen = [name for name, value in vars(evidence).items() if value is None]
             evidence = replace(evidence, **{name: getattr(self._evidence, name) for name in unseen})
@@ -203,11 +216,13 @@ def _sharpness(trainer: Trainer) -> float | None:
     return next((each.sharpness for each in _beside(trainer, SharpnessMonitor)), None)
 
 
-def _frozen(trainer: Trainer) -> dict[str, int]:
-    """The parameters that no optimizer can move now, and their sizes."""
-    held = {id(p) for each in trainer.optimizers for group in each.param_groups for p in group["params"]}
+def _not_held(trainer: Trainer) -> dict[str, Parameter]:
+    """The parameters that no optimizer can move now."""
+    held = {
+        id(each) for optimizer in trainer.optimizers for group in optimizer.param_groups for each in group["params"]
+    }
     named = trainer.lightning_module.named_parameters()
-    return {name: p.numel() for name, p in named if not p.requires_grad or id(p) not in held}
+    return {name: each for name, each in named if not each.requires_grad or id(each) not in held}
 
 
 def _names(trainer: Trainer) -> Sequence[str]:

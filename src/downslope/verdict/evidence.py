@@ -249,7 +249,7 @@ class EvidenceCollector:
         Not before all: micro-batches add up, and another loss, a discriminator's, finds the gradient of this one.
         """
         left = [parameter.grad for parameter in self._held if parameter.grad is not None]
-        found = norms(left).sum() if left else self._held[0].new_zeros(())
+        found = norms(left).sum() if left else torch.zeros((), device=self._held[0].device)
         self._least_found = found if self._least_found is None else torch.minimum(self._least_found, found)
 
     def add_step(self) -> None:
