@@ -1,7 +1,6 @@
-"""One look for every picture: colours that colour-blind readers tell apart, quiet axes, on paper or a dark screen."""
+"""One look for every picture: colours that colour-blind readers tell apart, quiet axes."""
 
 import io
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -9,37 +8,20 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-@dataclass(frozen=True)
-class Theme:
-    """Colours; those of lines after Okabe and Ito (2008), Color Universal Design."""
-
-    paper: str
-    ink: str
-    quiet: str
-    grid: str
-    lines: tuple[str, ...]
-
-
-LIGHT = Theme(
-    "#ffffff", "#1f2328", "#656d76", "#e4e7ea",
-    ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#7A3B9A"),
-)  # fmt: skip
-DARK = Theme(
-    "#161b22", "#e6edf3", "#9198a1", "#30363d",
-    ("#58A6FF", "#FF9E57", "#3FC99B", "#F29CC8", "#E8C547", "#8ED1F5", "#C297E8"),
-)  # fmt: skip
-BLUE, RED, GREEN, _, ORANGE = LIGHT.lines[:5]
-INK, QUIET = LIGHT.ink, LIGHT.quiet
+PAPER, INK, QUIET, GRID = "#ffffff", "#1f2328", "#656d76", "#e4e7ea"
+# After Okabe and Ito (2008), Color Universal Design.
+LINES = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#B58900", "#56B4E9", "#7A3B9A")
+BLUE, RED, GREEN, _, ORANGE = LINES[:5]
 # In shares of a picture with one pair of axes. To let matplotlib find them takes as long as all the drawing.
 MARGINS = {"left": 0.14, "right": 0.97, "bottom": 0.165, "top": 0.87}
 
 
-def new_figure(width: float, height: float, theme: Theme = LIGHT, **settings: Any) -> "Figure":
+def new_figure(width: float, height: float, **settings: Any) -> "Figure":
     """Returns an empty figure, its size in inches; no display, no pyplot, no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=150, facecolor=theme.paper, **settings)
+    figure = Figure(figsize=(width, height), dpi=150, facecolor=PAPER, **settings)
     FigureCanvasAgg(figure)
     return figure
 
@@ -55,16 +37,16 @@ def new_axes() -> "tuple[Figure, Axes]":
     return figure, axes
 
 
-def paint(axes: "Axes", theme: Theme = LIGHT) -> None:
+def paint(axes: "Axes") -> None:
     """Gives axes the project's look."""
-    axes.set_facecolor(theme.paper)
-    axes.grid(color=theme.grid, linewidth=0.8)
+    axes.set_facecolor(PAPER)
+    axes.grid(color=GRID, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.quiet)
-    axes.tick_params(which="both", colors=theme.quiet, labelsize=9)
-    axes.xaxis.label.set_color(theme.ink)
-    axes.yaxis.label.set_color(theme.ink)
+    axes.spines[["left", "bottom"]].set_color(QUIET)
+    axes.tick_params(which="both", colors=QUIET, labelsize=9)
+    axes.xaxis.label.set_color(INK)
+    axes.yaxis.label.set_color(INK)
 
 
 def title(axes: "Axes", text: str, below: str) -> None:

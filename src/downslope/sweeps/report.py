@@ -8,18 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from downslope.pictures.style import DARK, LIGHT, png
+from downslope.pictures.style import png
 from downslope.runs.console import one_line
 from downslope.runs.whole_files import whole_file
-from downslope.sweeps.picture import MOST_PANELS, draw_curves, draw_learning_rate
+from downslope.sweeps.picture import MOST_CURVES, draw_curves, draw_learning_rate
 from downslope.sweeps.table import Job, csv_of, judged_by, read_jobs, rows, varied_keys
 
 MOST_ROWS = 30  # in the terminal
 MOST_COLUMNS, MOST_ERRORS = 60, 5  # of the page
 LONG = ("job", "error")
 EXTREMES = {"min": "least", "max": "greatest"}
-
-Picture = tuple[str, str, bytes, bytes]  # its title, what it shows, and how it looks on paper and on a dark screen
 
 
 @dataclass(frozen=True)
@@ -39,12 +37,13 @@ def make_report(sweep: Path) -> Report:
         ValueError: The folder holds no job.
     """
     jobs = read_jobs(sweep)
-    pictures = _pictures(jobs)
+    picture, curves = png(draw_learning_rate(jobs)), draw_curves(jobs)
+    page = _page(sweep.resolve().name, jobs, picture, png(curves) if curves else None)
     report = Report(jobs, sweep / "sweep.csv", sweep / "learning_rate.png", sweep / "report.html")
     files = {
         report.table: csv_of(jobs).encode(),
-        report.picture: pictures[0][2],
-        report.page: _page(jobs, pictures, title=sweep.resolve().name).encode(errors="replace"),
+        report.picture: picture,
+        report.page: page.encode(errors="replace"),
     }
     for file, content in files.items():
         with whole_file(file) as stream:
@@ -84,8 +83,8 @@ def _columns(jobs: Sequence[Job], table: Sequence[Mapping[str, Any]]) -> list[st
     return [*(keys or ["job"]), "status", *shown]
 
 
-def _page(jobs: Sequence[Job], pictures: Sequence[Picture], title: str) -> str:
-    """A page that opens from disk: pictures for light and dark, a row a job and the command that runs it."""
+def _page(title: str, jobs: Sequence[Job], picture: bytes, curves: bytes | None) -> str:
+    """A page that opens from disk: the pictures, a row a job and the command that runs it."""
     from jinja2 import Environment, PackageLoader
 
     monitor, mode = judged_by(jobs)
@@ -104,24 +103,12 @@ def _page(jobs: Sequence[Job], pictures: Sequence[Picture], title: str) -> str:
         extreme=EXTREMES.get(mode),
         monitor=monitor,
         suggested=jobs[0].suggested_rate,
-        pictures=[(name, shows, _data_uri(light), _data_uri(dark)) for name, shows, light, dark in pictures],
-        most_panels=MOST_PANELS,
+        picture=_data_uri(picture),
+        curves=curves and _data_uri(curves),
+        most_curves=MOST_CURVES,
         columns=columns,
         rows=[(job, [_cell(name, row[name]) for name in columns]) for job, row in zip(jobs, table, strict=True)],
     )
-
-
-def _pictures(jobs: Sequence[Job]) -> list[Picture]:
-    monitor, _ = judged_by(jobs)
-    pictures = []
-    for name, shows, draw in (
-        ("Learning rate", f"{monitor} against the learning rate", draw_learning_rate),
-        ("Curves", f"{monitor} and gradient norm against steps, a column a job", draw_curves),
-    ):
-        light, dark = draw(jobs, LIGHT), draw(jobs, DARK)
-        if light and dark:
-            pictures.append((name, shows, png(light), png(dark)))
-    return pictures
 
 
 def _data_uri(content: bytes) -> str:

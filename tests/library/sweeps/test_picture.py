@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from downslope.pictures.style import png
-from downslope.sweeps.picture import MOST_LINES, MOST_PANELS, draw_curves, draw_learning_rate
+from downslope.sweeps.picture import MOST_CURVES, MOST_LINES, draw_curves, draw_learning_rate
 from downslope.sweeps.table import read_jobs
 from tests.library.sweeps.conftest import MakeJob
 
@@ -116,28 +116,44 @@ def test_many_lines_are_one_with_gaps_and_none_is_lost(make_job: MakeJob, sweep:
     assert [rate for rate, _ in marked(axes, "X")] == [0.2]
 
 
-def test_the_small_multiples_show_loss_and_gradient_norm_on_one_scale(four_jobs: Path) -> None:
+def test_the_curves_are_a_line_a_job_from_the_least_rate_to_the_largest(four_jobs: Path) -> None:
     figure = draw_curves(read_jobs(four_jobs))
     assert figure
-    assert [axes.get_title() for axes in figure.axes[:2]] == ["lr=0.1\ndevice=cpu", "lr=0.2\ndevice=cpu"]
-    losses, norms = figure.axes[:2], figure.axes[2:]
-    assert points(losses[0].lines[0]) == [(1, pytest.approx(0.9)), (2, pytest.approx(0.3)), (3, pytest.approx(0.5))]
-    assert points(norms[1].lines[0]) == [(1, 1.0), (3, pytest.approx(0.1))]
-    assert losses[0].get_ylim() == losses[1].get_ylim()
-    assert norms[0].get_ylim() == norms[1].get_ylim()
+    losses, norms = figure.axes
+    assert (losses.get_ylabel(), norms.get_ylabel()) == ("val/loss", "gradient norm")
+    assert legend(figure) == ["lr=0.1, device=cpu", "lr=0.2, device=cpu"]
+    (loss, *_), norm = losses.lines, norms.lines[1]
+    assert points(loss) == [(1, pytest.approx(0.9)), (2, pytest.approx(0.3)), (3, pytest.approx(0.5))]
+    assert points(norm) == [(1, 1.0), (3, pytest.approx(0.1))]
+    assert losses.get_yscale() == norms.get_yscale() == "log"
 
 
-def test_the_small_multiples_stay_few_and_keep_the_best(make_job: MakeJob, sweep: Path) -> None:
+def test_the_curve_of_the_training_rows_is_dotted_and_one_that_blew_up_leaves_the_others_their_height(
+    make_job: MakeJob, sweep: Path
+) -> None:
+    falling = {step: 1.0 / step for step in range(1, 9)}
+    make_job("lr=0.1", status="completed", loss=0.1, curves={"val/loss": falling, "train/loss": falling})
+    make_job("lr=9", lr=9, status="diverged", curves={"val/loss": {1: 1.0, 2: 1e12}})
+    figure = draw_curves(read_jobs(sweep))
+    assert figure
+    axes = figure.axes[0]
+    assert [points(line)[:2] for line in axes.lines if line.get_linestyle() == ":" and points(line)] == [
+        [(1, 1.0), (2, 0.5)]
+    ]
+    assert axes.get_ylim()[1] < 1000
+    assert legend(figure) == ["lr=0.1", "lr=9 (diverged)"]
+
+
+def test_the_curves_stay_few_and_keep_the_best(make_job: MakeJob, sweep: Path) -> None:
     for index in range(40):
         make_job(f"lr={index + 1}", lr=index + 1, status="completed", loss=2.0 if index != 18 else 1.0,
                  curves={"val/loss": {1: 1.0}})  # fmt: skip
     figure = draw_curves(read_jobs(sweep))
     assert figure
-    titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
-    assert len(titles) == MOST_PANELS
-    assert {"lr=1", "lr=19", "lr=40"} <= set(titles)
+    assert len(legend(figure)) == MOST_CURVES
+    assert {"lr=1", "lr=19", "lr=40"} <= set(legend(figure))
 
 
-def test_without_curves_there_are_no_small_multiples(make_job: MakeJob, sweep: Path) -> None:
+def test_without_curves_no_curves_are_drawn(make_job: MakeJob, sweep: Path) -> None:
     make_job("lr=0.1", status="failed")
     assert draw_curves(read_jobs(sweep)) is None

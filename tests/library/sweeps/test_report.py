@@ -92,7 +92,7 @@ class Page(HTMLParser):
 
 def test_the_page_holds_everything_itself(four_jobs: Path) -> None:
     page = Page(make_report(four_jobs).page)
-    assert len(page.addresses) == 5  # the icon, and two pictures for light and for dark
+    assert len(page.addresses) == 3  # the icon and two pictures
     assert all(address.startswith("data:") for address in page.addresses)
     assert "http" not in re.sub(r"base64,[^\"]*", "", page.html)
     assert "4 jobs" in page.html
