@@ -400,7 +400,7 @@ class NoLoss(Automatic):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (TwoOptimizers, "2 there is not one optimizer"),
+        (TwoOptimizers, "there is not one optimizer"),
         (OneArgument, "OneArgument has no method `loss(batch)`: add one, or give the callback `loss=`"),
         (ManualWithoutLoss, "ManualWithoutLoss has no method `loss(batch)`: add one"),
         (Sparse, "a gradient is sparse"),
