@@ -143,5 +143,6 @@ def say_off(what: str, error: Exception) -> None:
     """
     first_line = str(error).partition("\n")[0].rstrip(".")
     reason = first_line if type(error) is ValueError else f"{type(error).__name__}: {first_line}"
-    log.warning("%s is off from here on: %s.", what, reason)
+    # A full disk as it is: of several who meet it the terminal shows the first.
+    log.warning("%s is off from here on: %s.", what, error if isinstance(error, OSError) else reason)
     log.debug("%s failed", what, exc_info=error)
