@@ -92,6 +92,10 @@ benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README 
 chaos: $(VENV)/.installed-dev ## Kill 200 runs at random moments, go on with them, compare every bit (KILLS=, SEED=)
 	$(BIN)/python scripts/laboratory/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
+.PHONY: peers
+peers: $(VENV)/.installed-dev ## Watch other people's modules, with and without observers: not a bit may change (SEED=, ONLY=)
+	$(BIN)/python scripts/laboratory/peers.py $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
+
 .PHONY: fuzz
 fuzz: $(VENV)/.installed-dev ## Try 10,000 broken inputs
 	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/library/runs/test_fuzz.py
