@@ -23,7 +23,8 @@ def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
 def test_the_default_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     ended = run_process(tmp_path, "train")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stderr == ""
+    # On a machine that takes more than ten seconds, a line now and then says how far it is.
+    assert [line for line in ended.stderr.splitlines() if not line.startswith("  epoch ")] == []
     run = only_run(tmp_path)
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[a-z2-9]{4}", run.name)
     events = [file.name for file in run.iterdir() if file.name.startswith("events.out.tfevents.")]

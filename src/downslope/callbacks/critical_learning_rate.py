@@ -15,8 +15,8 @@ from downslope.runs.result import Result
 from downslope.steps.batch_step import why_no_batch_step
 from downslope.steps.due import check_count
 from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import BatchLoss, Loss, check_loss
-from downslope.steps.observer import Observer, say_off
+from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss
+from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class CriticalLearningRate(Observer):
         disable(self, *STEP_HOOKS)
         self._batch_loss: BatchLoss | None = None
         if reason := why_no_batch_step(trainer, module, self.loss):
-            say_off(TAGS[0], ValueError(reason))
+            say_no_loss(trainer, TAGS[0], reason)
             return
         self._writer = step_writer(trainer)
         self._first, self._began, self._spent = trainer.global_step, time.perf_counter(), 0.0

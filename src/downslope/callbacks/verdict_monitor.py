@@ -1,6 +1,6 @@
 """How does it do, and which learning rate should be tried? Said while it trains, early enough to save the run."""
 
-from collections.abc import Sequence
+import logging
 from dataclasses import replace
 from math import inf
 from typing import Any, TypeVar
@@ -9,11 +9,12 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
+from torch.optim import SGD
 
 from downslope.callbacks.critical_learning_rate import CriticalLearningRate
 from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.callbacks.sharpness_monitor import SharpnessMonitor
-from downslope.gradients.least_squares import HasLeastSquares
+from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.logs.tensorboard import write_markdown
 from downslope.runs.result import Result
 from downslope.steps.due import check_count
@@ -21,6 +22,8 @@ from downslope.steps.hooks import STEP_HOOKS, disable
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, num_steps
 from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, judge
+
+log = logging.getLogger(__name__)
 
 Kind = TypeVar("Kind", bound=Callback)
 
@@ -66,7 +69,7 @@ class VerdictMonitor(Observer):
         self.verdict: Verdict | None = None
         self.first_diverging_step: int | None = None
         self._collector: EvidenceCollector | None = None
-        self._evidence: Evidence | None = None
+        self._evidence: Evidence | None = None  # what the verdict was made of
         self._resumed: dict[str, Any] | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -101,13 +104,16 @@ class VerdictMonitor(Observer):
         if self._resumed:
             self._collector.load_state_dict(self._resumed)
             self._resumed = None
-        decays = any(group.get("weight_decay") for group in optimizer.param_groups)  # another optimum than the line's
-        line = module.least_squares() if isinstance(module, HasLeastSquares) and not decays else None
-        if line:
-            self._collector.set_line(line, list(module.parameters()), self.thresholds.tolerance, _names(trainer))
+        if line := _line(trainer, module):
+            table = getattr(getattr(trainer, "datamodule", None), "table", None)
+            names = tuple(getattr(table, "feature_names", ()))
+            self._collector.set_line(line, list(module.parameters()), self.thresholds.tolerance, names)
+        if trainer.num_training_batches < trainer.accumulate_grad_batches:
+            num, most = trainer.num_training_batches, trainer.accumulate_grad_batches
+            text = "accumulate_grad_batches=%d exceeds the %d of an epoch: each step is %d/%d of their mean gradient."
+            log.warning(text, most, num, num, most)
         self._losses: list[Tensor] = []
         self._taken = trainer.global_step
-        self._judged_at = trainer.global_step
         self._critical = next(iter(_beside(trainer, CriticalLearningRate)), None)
         self.follow(trainer, after=self._after)
 
@@ -128,12 +134,13 @@ class VerdictMonitor(Observer):
         assert collector
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor):
-            self._losses.append(loss.detach() if loss.dim() == 0 else loss.detach().mean())
+            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._losses.append(loss.detach().mean() * divided_by)
         if collector.step == self._taken:
             return  # the batch was one of several before a step
         self._taken = collector.step
         if self._losses:
-            collector.add_loss(self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean())
+            collector.add_loss(torch.stack(self._losses).mean())
             self._losses.clear()
         if collector.is_due:
             self._judge(trainer, self._seen(trainer, collector))
@@ -144,8 +151,7 @@ class VerdictMonitor(Observer):
         return collector.evidence(still, _sharpness(trainer), forgotten, has_ended)
 
     def _judge(self, trainer: Trainer, evidence: Evidence) -> None:
-        last = self.verdict
-        self._evidence, self._judged_at = evidence, evidence.step
+        last, self._evidence = self.verdict, evidence
         self.verdict = judge(evidence, self.thresholds)
         if self.verdict.word == "diverging" and self.first_diverging_step is None:
             self.first_diverging_step = evidence.step
@@ -188,13 +194,14 @@ class VerdictMonitor(Observer):
         """Gives the last word where the run ends between two judgements: what was not watched is as it was last."""
         if not self._collector:
             return
-        if self._evidence and self._collector.step == self._judged_at:
-            evidence = replace(self._evidence, has_ended=True)
+        last = self._evidence
+        if last and last.step == self._collector.step:
+            evidence = replace(last, has_ended=True)
         else:
             evidence = self._seen(trainer, self._collector, has_ended=True)
-        if self._evidence:
+        if last:
             unseen = [name for name, value in vars(evidence).items() if value is None]
-            evidence = replace(evidence, **{name: getattr(self._evidence, name) for name in unseen})
+            evidence = replace(evidence, **{name: getattr(last, name) for name in unseen})
         evidence = _as_recorded(evidence, trainer)
         if evidence.gradient_norm is not None or evidence.num_non_finite:
             self._judge(trainer, evidence)
@@ -225,7 +232,11 @@ def _not_held(trainer: Trainer) -> dict[str, Parameter]:
     return {name: each for name, each in named if not each.requires_grad or id(each) not in held}
 
 
-def _names(trainer: Trainer) -> Sequence[str]:
-    """The columns' own names, where the data has a table."""
-    table = getattr(getattr(trainer, "datamodule", None), "table", None)
-    return tuple(getattr(table, "feature_names", ()))
+def _line(trainer: Trainer, module: LightningModule) -> LeastSquares | None:
+    """The closed form of what the optimizer minimises; None where it is not known."""
+    optimizer = trainer.optimizers[0]
+    decays = {float(group.get("weight_decay") or 0.0) for group in optimizer.param_groups}
+    line = module.least_squares() if isinstance(module, HasLeastSquares) else None
+    if not line or decays == {0.0}:
+        return line
+    return line.decayed(decays.pop()) if len(decays) == 1 and isinstance(optimizer, SGD) else None

@@ -6,17 +6,12 @@ from collections.abc import Callable
 MAX_EVALUATIONS = 12
 PRECISION = 1.03  # two guesses in a row that agree so well are believed
 FARTHEST = 1e-6  # of the rate in use: what falls below that alone falls by chance
-ROUNDING = 1e-6  # of the loss: some units of float32
+ROUNDING = 1e-6  # of the loss, some units of float32: smaller changes tell nothing
 
 Points = list[tuple[float, float]]
 
 
-def critical_learning_rate(
-    loss: Callable[[float], float],
-    learning_rate: float,
-    slope: float | None = None,
-    rounding: float = ROUNDING,
-) -> float:
+def critical_learning_rate(loss: Callable[[float], float], learning_rate: float, slope: float | None = None) -> float:
     """Returns η_c = min {η > 0 : L(θ − ηd) ≥ L(θ)}, for the direction d = −Δθ/η of a step that an optimizer took.
 
     It serves any optimizer, with clipping, weight decay and momentum, since the direction is the step's own: above η_c
@@ -31,7 +26,6 @@ def critical_learning_rate(
             called at most 12 times, the first time at 0. A loss that is not finite counts as higher.
         learning_rate: η, where the search begins.
         slope: g·d, where it is known: it saves evaluations.
-        rounding: Smaller changes than this share of the loss tell nothing.
 
     Returns:
         η_c, as good as the loss is a quadratic within the last bracket; infinite where the loss still falls at the
@@ -64,7 +58,7 @@ def critical_learning_rate(
     for turn in range(MAX_EVALUATIONS - 1):
         value = loss(rate)
         change = value - start if math.isfinite(value) else math.inf
-        is_heard = abs(change) > rounding * abs(start)
+        is_heard = abs(change) > ROUNDING * abs(start)
         rises = change > 0 if is_heard else high < math.inf or _falls(points)
         if change < math.inf and (is_heard or rises):
             points.append((rate, change / rate if is_heard else 0.0))

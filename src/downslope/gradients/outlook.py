@@ -1,6 +1,7 @@
 """What is left to do on a line's parabola, exactly: along which direction, and how many steps."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,6 @@ class Outlook:
     Attributes:
         excess: L(θ) − L(θ*) = ½ Σ λᵢ cᵢ², with cᵢ the distance to the optimum along the i-th eigenvector of H.
         condition_number: λ_max / λ_min, of the eigenvalues that are not zero.
-        smallest_curvature: λ_min, the least of them.
         direction: The eigen-direction that will be the last to hold error, in the features' names: `s1 − s2`.
         share: Of the excess, what that direction holds.
         decay: |1 − ηλ|, the factor of its error at each step of plain gradient descent.
@@ -31,7 +31,6 @@ class Outlook:
 
     excess: float
     condition_number: float
-    smallest_curvature: float
     direction: str
     share: float
     decay: float
@@ -77,7 +76,6 @@ def outlook(
     return Outlook(
         excess=excess,
         condition_number=float(curvatures[-1] / curvatures[0]),
-        smallest_curvature=float(curvatures[0]),
         direction=_name(line.eigenvectors[:, last - len(curvatures)], names),
         share=float(energies[last]) / excess if excess > 0 else 0.0,
         decay=float(factors[last]),
@@ -123,25 +121,17 @@ def _energies(line: LeastSquares, parameters: Tensor) -> tuple[Tensor, Tensor]:
     return curvatures, 0.5 * curvatures * (line.eigenvectors.T @ error)[kept].square()
 
 
-def _excess_after(energies: Tensor, factors: Tensor, num_steps: int) -> float:
-    return float((energies * factors.pow(2.0 * num_steps)).sum())
-
-
 def _num_steps(energies: Tensor, factors: Tensor, target: float) -> int | None:
     """The fewest steps, by bisection: below the edge the excess only falls."""
-    if not math.isfinite(float(energies.sum())) or bool((factors[energies > 0] >= 1).any()):
-        return 0 if float(energies.sum()) <= target else None
-    low, high = -1, 1
-    if float(energies.sum()) <= target:
+
+    def has_arrived(num_steps: int) -> bool:
+        return float((energies * factors.pow(2.0 * num_steps)).sum()) <= target
+
+    if has_arrived(0):
         return 0
-    while _excess_after(energies, factors, high) > target:
-        low, high = high, 2 * high
-        if high > MAX_STEPS:
-            return None
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if _excess_after(energies, factors, middle) > target else (low, middle)
-    return high
+    if not energies.isfinite().all() or (factors[energies > 0] >= 1).any() or not has_arrived(MAX_STEPS):
+        return None
+    return bisect_left(range(MAX_STEPS), True, key=has_arrived)
 
 
 def _last_to_hold_error(energies: Tensor, factors: Tensor, target: float) -> int:

@@ -3,9 +3,11 @@
 import copy
 import dataclasses
 import inspect
+import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning import LightningModule, Trainer
@@ -14,9 +16,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from downslope.gradients.vectors import clones
 from downslope.steps.attributes import Attributes
 from downslope.steps.random_state import RandomState, own_generators, random_state
-from downslope.steps.unclipped_gradients import clones
+
+log = logging.getLogger(__name__)
+
+SEVERAL_OPTIMIZERS = "there is not one optimizer, and it is not known which loss belongs to whom"
 
 Loss = Callable[[Any, Any], Tensor] | Literal["training_step"]
 Parameters = dict[str, Tensor]  # by name
@@ -77,12 +83,29 @@ def why_no_loss(module: nn.Module, loss: Loss | None) -> str | None:
 def why_no_loss_of_a_step(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
     """Returns why a step cannot be held against the loss of its batches, None where it can."""
     if len(trainer.optimizers) != 1:
-        return "there are several optimizers, and it is not known which loss belongs to whom"
+        return SEVERAL_OPTIMIZERS
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         return "LBFGS evaluates the loss many times a step"
     if trainer.world_size > 1:
         return "each process knows the loss of its own share of the batch alone"
     return why_no_loss(module, loss)
+
+
+_TOLD: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
+
+
+def say_no_loss(trainer: Trainer, what: str, reason: str) -> None:
+    """Warns of what cannot be measured for want of the loss: one line for all observers of a trainer.
+
+    Args:
+        trainer: Fits the module.
+        what: Is off, a tag or a file.
+        reason: As `why_no_loss` and its like give it.
+    """
+    told = _TOLD.setdefault(trainer, set())
+    level = logging.INFO if reason in told else logging.WARNING
+    told.add(reason)
+    log.log(level, "%s, like all that needs the loss of a step again, is off: %s.", what, reason)
 
 
 class BatchLoss:

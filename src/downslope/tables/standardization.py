@@ -1,5 +1,6 @@
 """Standardisation: features and target in units of the training rows' spread, and back."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,15 +11,14 @@ from torch import Tensor
 
 from downslope.tables.table import Array
 
+log = logging.getLogger(__name__)
+
+FEW_STEPS = 10_000  # of float32 within a column's range: more are enough for any line, though some values may merge
+
 
 @dataclass(frozen=True, eq=False)
 class Standardization:
-    """z = (x − mean) / scale, column by column.
-
-    Attributes:
-        mean: One value a column.
-        scale: One value a column, greater than 0.
-    """
+    """z = (x − mean) / scale, one mean and one scale above 0 a column."""
 
     mean: Array
     scale: Array
@@ -30,12 +30,12 @@ class Standardization:
         magnitude[magnitude == 0.0] = 1.0  # in these units neither squares nor sums can overflow
         mean = (values / magnitude).mean(axis=0) * magnitude
         scale = (values / magnitude).std(axis=0) * magnitude
-        constant = is_constant(values) | (scale == 0.0)
-        return cls(mean, np.where(constant, 1.0, scale))
+        return cls(mean, np.where(is_constant(values) | (scale == 0.0), 1.0, scale))
 
     @classmethod
     def none(cls, values: Array) -> "Standardization":
-        """Returns the one that changes nothing."""
+        """Returns the one that changes nothing; where float32 cannot tell a column's values apart, one warning."""
+        _warn_of_merged(values)
         return cls(np.zeros(values.shape[1]), np.ones(values.shape[1]))
 
     def apply(self, values: Array) -> Tensor:
@@ -72,3 +72,15 @@ def is_constant(values: Array) -> NDArray[np.bool_]:
     """Tells for each column whether all its values are the same."""
     constant: NDArray[np.bool_] = values.max(axis=0) == values.min(axis=0)
     return constant
+
+
+def _warn_of_merged(values: Array) -> None:
+    """A time stamp in seconds, as it is, has steps of two minutes in float32."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        step = np.spacing(np.abs(values).max(axis=0).astype(np.float32))
+        narrow = np.flatnonzero(np.ptp(values, axis=0) < FEW_STEPS * step)
+    for column in values.T[narrow]:
+        distinct, left = np.unique(column), np.unique(column.astype(np.float32))
+        if len(left) < len(distinct):
+            text = "From %.12g to %.12g float32 leaves %d of a column's %d values: use `data.standardize=true`."
+            log.warning(text, distinct[0], distinct[-1], len(left), len(distinct))

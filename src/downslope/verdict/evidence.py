@@ -11,7 +11,7 @@ for batch in batches:
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
@@ -23,9 +23,10 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, NAdam, Optimizer, RAdam, RMSpro
 from downslope.gradients.least_squares import LeastSquares
 from downslope.gradients.norms import norms
 from downslope.gradients.outlook import Outlook, best_learning_rate, outlook
+from downslope.gradients.vectors import flat
 from downslope.verdict import window
 from downslope.verdict.losses import EARLY, FEW, Losses
-from downslope.verdict.window import Row, Window, flat
+from downslope.verdict.window import Row, Window
 
 Method = Literal["gradient_descent", "momentum", "nesterov", "adam", "lbfgs", "other"]
 FIRST_JUDGEMENTS = (8, 16, 32)  # at 10 × the limit float32 overflows after some 30 steps
@@ -69,7 +70,6 @@ class Evidence:
     curvature: float | None = None  # ⟨Δg, Δθ⟩ / ‖Δθ‖² along the steps of the window: on a parabola never above λ
     largest_curvature: float | None = None  # the largest one so far
     noise_share: float = 0.0  # share of ‖g‖² that differs from batch to batch: 0 for full batches
-    descent_ratio: float | None = None  # change of the loss in the window over the Σ⟨g, Δθ⟩ that was promised
     gradient_excess: float | None = None  # how many times the loss's slope the gradient is: 1 in a sound run
     update_ratio: float | None = None  # ‖Δθ‖ / ‖θ‖, mean of the window
     # By how much the loss will still fall if the gradient goes on to fall as it does; where noise prevails, how far
@@ -175,8 +175,8 @@ class EvidenceCollector:
         self._names = names
         self._every_n_steps, self._window_size = every_n_steps, window
         self._full_batch = full_batch
-        self._last_step, self._next_due = last_step, step
-        self._others = sorted({*FIRST_JUDGEMENTS, *([] if last_step is None else [last_step])})
+        self._last_step = last_step
+        self._others = (*FIRST_JUDGEMENTS, last_step or 0)
         self._line: LeastSquares | None = None
         self._recent: list[Tensor] = []
         self._losses, self._window = Losses(full_batch), Window()
@@ -184,11 +184,13 @@ class EvidenceCollector:
         self._rate = _rate(optimizer)
         self._leftover: Tensor | None = None
         self._least_found: Tensor | None = None  # since the last step
-        self._lasting: dict[str, float] = {"time": 0.0}  # what one judgement finds and later ones need
+        self._lasting: dict[str, float] = {}  # what one judgement finds and later ones need, by its name in `Evidence`
+        self._time = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs to know of its beginning and of its window: plain data and tensors."""
+        """Returns what a resumed run needs to know of its beginning and of its window: plain data and tensors."""
         return {
+            "time": self._time,
             "lasting": self._lasting,
             "losses": self._losses.state_dict(),
             "glances": [list(glance) for glance in self._glances],
@@ -199,7 +201,7 @@ class EvidenceCollector:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Resumes there."""
-        self._lasting = dict(state["lasting"])
+        self._time, self._lasting = state["time"], dict(state["lasting"])
         self._losses.load_state_dict(state["losses"])
         self._glances = [Glance(*glance) for glance in state["glances"]]
         self._recent = [loss.to(self._held[0].device) for loss in state["recent"]]
@@ -234,13 +236,11 @@ class EvidenceCollector:
     @property
     def is_watching(self) -> bool:
         """Tells whether the next step is one of a window."""
-        if self.step >= self._next_due:
-            nearest = (self.step // self._every_n_steps + 1) * self._every_n_steps
-            self._next_due = min([nearest, *(step for step in self._others if step > self.step)])
-        return self._next_due - self.step <= self._window_size
+        to_go = [self._every_n_steps - self.step % self._every_n_steps, *(step - self.step for step in self._others)]
+        return any(0 < steps <= self._window_size for steps in to_go)
 
     def add_loss(self, loss: Tensor) -> None:
-        """Takes the loss of a batch, before its step."""
+        """Takes the loss of a step's batch."""
         self._recent.append(loss.detach())
 
     def add_leftover(self) -> None:
@@ -254,14 +254,13 @@ class EvidenceCollector:
 
     def add_step(self) -> None:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied."""
-        watching = self.is_watching
+        if self.is_watching:
+            self._window.add(self._held, _decays(self.optimizer))
         self.step += 1
         self._rate = _rate(self.optimizer)  # a schedule may change it before anybody asks
-        self._lasting["time"] += self._rate
+        self._time += self._rate
         self._lasting["peak_learning_rate"] = max(self._rate, self._lasting.get("peak_learning_rate", 0.0))
         self._leftover, self._least_found = self._least_found, None
-        if watching:
-            self._window.add(self._held, _decays(self.optimizer))
 
     def add_critical(self, step: int, value: float) -> None:
         """Takes the critical learning rate of a step: `downslope.gradients.critical_learning_rate`.
@@ -304,74 +303,67 @@ class EvidenceCollector:
         losses = torch.stack(self._recent).cpu().double().tolist() if self._recent else []
         rows, largest = self._window.rows(), self._window.largest()
         num_non_finite = sum(not math.isfinite(value) for value in [*losses, *largest])
-        seen = self._of_the_run(sharpness) | self._of_the_parameters(largest)
-        seen |= {"frozen": tuple(frozen), "forgotten": tuple(forgotten), "tried_learning_rates": tuple(tried)}
-        seen["has_ended"] = has_ended or self.step == self._last_step
+        method, momentum = _method(self.optimizer)
+        seen: dict[str, Any] = self._of_the_parameters(largest)
         if not num_non_finite:
             seen |= self._losses.add(losses, self._window_size)
             seen |= self._of_the_gradients(rows, losses, seen.get("loss_trend", 0.0))
-        evidence = Evidence(num_non_finite=num_non_finite, **seen)
-        excess = self._exact_excess() if self._line is not None else _gradient_excess(evidence)
+        if self._line is not None:
+            now = (flat(self._line_parameters), self._rate, self._target, self._line_names, self._time)
+            seen["line"], sharpness = outlook(self._line, *now), self._line.sharpness
         self._recent.clear()
         self._window.clear()
         self._leftover = None
-        if excess:
-            self._lasting["gradient_excess"] = excess
-        return replace(evidence, gradient_excess=self._lasting.get("gradient_excess"))
-
-    def _of_the_run(self, sharpness: float | None) -> dict[str, Any]:
-        """The optimizer's settings, and what the closed form knows."""
-        method, momentum = _method(self.optimizer)
-        seen: dict[str, Any] = {
-            "step": self.step,
-            "planned_steps": self._last_step,
-            "learning_rate": self._rate,
-            "method": method,
-            "momentum": momentum,
-            "full_batch": self._full_batch,
-            "sharpness": sharpness,
-        }
-        if self._line is not None:
-            weights = flat(self._line_parameters)
-            seen["line"] = outlook(
-                self._line, weights, self._rate, self._target, self._line_names, self._lasting["time"]
-            )
-            seen["sharpness"] = self._line.sharpness
-        return seen | {name: value for name, value in self._lasting.items() if name in Evidence.__dataclass_fields__}
+        return Evidence(
+            step=self.step,
+            planned_steps=self._last_step,
+            learning_rate=self._rate,
+            method=method,
+            momentum=momentum,
+            full_batch=self._full_batch,
+            sharpness=sharpness,
+            frozen=tuple(frozen),
+            forgotten=tuple(forgotten),
+            tried_learning_rates=tuple(tried),
+            has_ended=has_ended or self.step == self._last_step,
+            num_non_finite=num_non_finite,
+            **(seen | self._lasting),
+        )
 
     def _of_the_parameters(self, largest: Sequence[float]) -> dict[str, Any]:
         """Which have a gradient, and one that is not zero."""
         if not self._window.num_steps:
             return {}
-        still = [parameter for parameter, most in zip(self._window.moved, largest, strict=True) if most == 0]
-        moved = {*map(id, self._window.moved)}
-        without = [each for each in self._held if each.requires_grad and id(each) not in moved]
-        moving = sum(map(torch.numel, self._window.moved)) - sum(map(torch.numel, still))
-        share_moving = moving / max(moving + sum(map(torch.numel, [*still, *without])), 1)
+        moved = self._window.moved
+        still = [parameter for parameter, most in zip(moved, largest, strict=True) if most == 0]
+        without = [each for each in self._held if each.requires_grad and id(each) not in {*map(id, moved)}]
+        num_still, num_moved = (sum(map(torch.numel, each)) for each in (still, moved))
+        share_moving = (num_moved - num_still) / max(num_moved + sum(map(torch.numel, without)), 1)
+        self._lasting.setdefault("first_share_moving", share_moving)
         return {
             "without_gradient": self._names_of(without),
             "zero_gradient": self._names_of([each for each in still if each.numel()]),
             "leftover_gradient": self._leftover is not None and bool(self._leftover > 0),
             "share_moving": share_moving,
-            "first_share_moving": self._lasting.setdefault("first_share_moving", share_moving),
         }
 
     def _names_of(self, parameters: Sequence[Parameter]) -> tuple[str, ...]:
         return tuple(self._names.get(id(parameter), "?") for parameter in parameters)
 
-    def _of_the_gradients(self, rows: Sequence[Row], losses: Sequence[float], loss_trend: float) -> dict[str, Any]:
+    def _of_the_gradients(self, rows: Sequence[Row], losses: Sequence[float], trend: float) -> dict[str, Any]:
         if not rows:
             return {}
         if not all(math.isfinite(value) for row in rows for value in row):
             return {"gradient_norm": math.inf}  # each element is finite, but their squares no longer are
         norm = math.sqrt(fmean(row.square for row in rows))
-        self._glances.append(Glance(self.step, norm, self._lasting["time"]))
+        self._glances.append(Glance(self.step, norm, self._time))
         noise = 0.0 if self._full_batch else window.noise_share(rows)
         curvature = window.curvature(rows, self._glances[0].norm) if noise < 0.1 else None
         if curvature and curvature > self._lasting.get("largest_curvature", 0.0):
             self._lasting["largest_curvature"] = curvature
+        if excess := self._exact_excess() if self._line is not None else self._excess(rows, losses, curvature):
+            self._lasting["gradient_excess"] = excess
         decay = self._decay()
-        is_of_the_loss = self._full_batch and not any(_decays(self.optimizer))
         return {
             "gradient_norm": norm,
             "first_gradient_norm": self._glances[0].norm,
@@ -380,23 +372,35 @@ class EvidenceCollector:
             "gradient_cosine": window.cosine(rows, 1),
             "noise_share": noise,
             "curvature": curvature,
-            "largest_curvature": self._lasting.get("largest_curvature"),
             "update_ratio": window.update_ratio(rows),
-            "left_to_gain": self._left_to_gain(rows, curvature, decay, noise, loss_trend),
-            "descent_ratio": window.descent_ratio(rows, losses) if is_of_the_loss else None,
+            "left_to_gain": self._left_to_gain(rows, curvature, decay, noise, trend),
         }
 
     def _exact_excess(self) -> float | None:
         """⟨g, ∇L⟩ / ‖∇L‖², with the slope ∇L = H(θ − θ*) of a line where the last step began."""
         moved = [*map(id, self._window.moved)]
-        if not self._full_batch or self._window.last_step is None or moved != [*map(id, self._line_parameters)]:
+        if not self._full_batch or moved != [*map(id, self._line_parameters)]:
             return None
         assert self._line
         gradient, start = (each.cpu().double() for each in self._window.last_step)
         along = self._line.eigenvectors.T @ (start - self._line.parameters)
         slope = self._line.eigenvectors @ (self._line.eigenvalues * along)
-        heard = window.ROUNDING * 100 * self._glances[0].norm if self._glances else math.inf
+        heard = window.ROUNDING * 100 * self._glances[0].norm
         return float(gradient @ slope / (slope @ slope)) if float(slope.norm()) > heard else None
+
+    def _excess(self, rows: Sequence[Row], losses: Sequence[float], curvature: float | None) -> float | None:
+        """By how much the gradient is longer than the loss's slope; None where that cannot be told.
+
+        Along a step Δθ a parabola's loss changes by ⟨∇L, Δθ⟩ + ½c‖Δθ‖². Of a gradient g = k∇L both are seen k times as
+        large, so that the descent ratio is (1 − s)/k instead of 1 − s, where s = ½c‖Δθ‖² / −⟨g, Δθ⟩ is of the gradients
+        alone.
+        """
+        is_plain = _method(self.optimizer)[0] == "gradient_descent" and not any(_decays(self.optimizer))
+        descent = window.descent_ratio(rows, losses)
+        overshoot = self._rate * (curvature or 0.0) / 2
+        if not self._full_batch or not is_plain or not curvature or descent is None:
+            return None
+        return (1 - overshoot) / descent if overshoot <= 0.5 and descent >= 0.05 else None
 
     def _decay(self) -> float | None:
         """How quickly ln ‖g‖ falls per unit of time, where a step takes η: the same whatever the schedule does."""
@@ -420,29 +424,14 @@ class EvidenceCollector:
         if len(rows) < 2:
             return None
         promise = -fmean(row.promise for row in rows[1:])
-        square, time = fmean(row.square for row in rows), self._lasting["time"]
         if noise > 0.5:
+            square = fmean(row.square for row in rows)
             floor = abs(promise) / max(square, FEW) * noise * square / 4
             return floor if trend > -3.0 else math.inf
-        if self._rate <= 0 or time <= 0:
+        if self._rate <= 0 or self._time <= 0:
             return math.inf
         gain = promise - (curvature or 0.0) * fmean(row.moved for row in rows[1:]) / 2
-        return abs(gain) / self._rate * (1 - noise) / max(2 * (decay or 0.0), 0.1 / time)
-
-
-def _gradient_excess(seen: Evidence) -> float | None:
-    """By how much the gradient is longer than the loss's slope; None where that cannot be told.
-
-    Along a step Δθ a parabola's loss changes by ⟨∇L, Δθ⟩ + ½c‖Δθ‖². Of a gradient g = k∇L both are seen k times as
-    large, so that the descent ratio is (1 − s)/k instead of 1 − s, where s = ½c‖Δθ‖² / −⟨g, Δθ⟩ is of the gradients
-    alone.
-    """
-    if not seen.full_batch or seen.method != "gradient_descent" or not seen.curvature:
-        return None
-    overshoot = seen.learning_rate * seen.curvature / 2
-    if seen.descent_ratio is None or overshoot > 0.5 or seen.descent_ratio < 0.05:
-        return None
-    return (1 - overshoot) / seen.descent_ratio
+        return abs(gain) / self._rate * (1 - noise) / max(2 * (decay or 0.0), 0.1 / self._time)
 
 
 def _rate(optimizer: Optimizer) -> float:
@@ -450,7 +439,7 @@ def _rate(optimizer: Optimizer) -> float:
 
 
 def _method(optimizer: Optimizer) -> tuple[Method, float]:
-    """What the theory knows of the optimizer."""
+    """What the theory knows of the optimizer, and β."""
     group = optimizer.param_groups[0]
     if isinstance(optimizer, SGD) and not group.get("dampening") and not group.get("maximize"):
         momentum = float(group["momentum"])

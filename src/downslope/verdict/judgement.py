@@ -74,7 +74,8 @@ def _word(seen: Evidence, limits: Thresholds) -> tuple[Word, str]:
     if _is_far_below_critical(seen, limits) and (seen.noise_share > limits.noisy or not is_converged):
         return "too_slow", _progress(seen, limits)
     if is_converged:
-        return "converged", _why_converged(seen, limits)
+        exactly = "the closed form says that " if seen.line else ""
+        return "converged", f"{exactly}less than {limits.tolerance:.1%} of what there was to gain is left"
     if why := _why_oscillating(seen, limits):
         return "oscillating", why
     if _is_too_slow(seen, limits):
@@ -124,11 +125,6 @@ def _left(seen: Evidence) -> tuple[float, float] | None:
 def _is_converged(seen: Evidence, limits: Thresholds) -> bool:
     left = _left(seen)
     return left is not None and math.isfinite(left[0]) and left[1] >= 0 and left[0] <= limits.tolerance * left[1]
-
-
-def _why_converged(seen: Evidence, limits: Thresholds) -> str:
-    exactly = "the closed form says that " if seen.line else ""
-    return f"{exactly}less than {limits.tolerance:.1%} of what there was to gain is left"
 
 
 def _why_oscillating(seen: Evidence, limits: Thresholds) -> str | None:
@@ -249,20 +245,11 @@ def _is_worth_saying(seen: Evidence, word: Word, suggestion: Suggestion, limits:
 
 def _figures(seen: Evidence) -> dict[str, float]:
     """The numbers of the evidence, those that were measured."""
-    figures = {
-        name: value
-        for name, value in vars(seen).items()
-        if isinstance(value, int | float) and not isinstance(value, bool)
-    }
-    if seen.critical_ratio is not None:
-        figures["critical_ratio"] = seen.critical_ratio
+    found = vars(seen) | {"critical_ratio": seen.critical_ratio, "stability": seen.stability}
+    found["num_steps_left"] = num_steps_left(seen)
     if seen.line is not None:
-        figures |= {"excess_loss": seen.line.excess, "condition_number": seen.line.condition_number}
-    if seen.stability is not None:
-        figures["stability"] = seen.stability
-    if (steps := num_steps_left(seen)) is not None:
-        figures["num_steps_left"] = steps
-    return figures
+        found |= {"excess_loss": seen.line.excess, "condition_number": seen.line.condition_number}
+    return {name: value for name, value in found.items() if type(value) in (int, float)}
 
 
 def _percent(share: float) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from downslope.gradients.norms import norms
-from downslope.gradients.vectors import num_elements, real
+from downslope.gradients.vectors import flat, num_elements
 
 ROUNDING = 1e-5  # in units of the weights' size, or of the first gradient's
 
@@ -39,8 +39,8 @@ class Window:
         self.num_steps = 0
         self.moved: list[Parameter] = []
         self._products: list[Tensor] = []
-        self._last: list[Tensor] = []
-        self._largest: Tensor | None = None
+        self._last: list[Tensor] = []  # the last two gradients, the last step, and the parameters after it
+        self._largest: list[Tensor] = []
 
     def add(self, held: Sequence[Parameter], decays: Sequence[float]) -> None:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied.
@@ -54,66 +54,50 @@ class Window:
             self.clear()  # another set of parameters has a gradient now
             self.moved = moved
         self.num_steps += 1
+        if not moved:
+            return
         gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
-        if gradients:
-            weights = [decay for parameter, decay in zip(held, decays, strict=True) if parameter.grad is not None]
-            self._watch(flat(gradients), flat(moved), norms(gradients, math.inf), weights)
-
-    def _watch(self, gradient: Tensor, parameters: Tensor, largest: Tensor, decays: Sequence[float]) -> None:
-        if not self._last:
-            nothing = torch.zeros_like(gradient)
-            self._last, self._largest = [nothing, nothing, nothing, parameters], largest
-        last, before_last, last_step, start = self._last
+        self._largest.append(norms(gradients, math.inf))
+        gradient, parameters = flat(gradients).float(), flat(moved).float()
+        nothing = torch.zeros_like(gradient)
+        last, before_last, last_step, start = self._last or [nothing, nothing, nothing, parameters]
         step = parameters - start
         if any(decays):
-            sizes = zip(self.moved, decays, strict=True)
-            gradient += torch.cat([gradient.new_full((num_elements(each),), decay) for each, decay in sizes]) * start
+            sizes = torch.tensor([num_elements(each) * (each.grad is not None) for each in held])
+            gradient += torch.tensor(decays).repeat_interleave(sizes).to(start) * start
         pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
         pairs += [(gradient, step), (gradient, last_step)]
         self._products.append(torch.stack([one @ other for one, other in pairs]))
-        self._largest = torch.maximum(self._largest, largest) if self._largest is not None else largest
         self._last = [gradient, last, step, parameters]
 
     def rows(self) -> list[Row]:
         """Returns the products of each step, by one synchronisation."""
-        if not self._products:
-            return []
-        return [Row(*each) for each in torch.stack(self._products).cpu().double().tolist()]
-
-    @property
-    def last_step(self) -> tuple[Tensor, Tensor] | None:
-        """The last gradient, and the parameters that it was taken at; None where nothing has moved."""
-        return (self._last[0], self._last[3] - self._last[2]) if self._last else None
+        return [Row(*each) for each in torch.stack(self._products).cpu().double().tolist()] if self._products else []
 
     def largest(self) -> list[float]:
         """Returns the largest element that each moved parameter's gradient had."""
-        return [] if self._largest is None else [float(each) for each in self._largest.tolist()]
+        return torch.stack(self._largest).amax(0).tolist() if self._largest else []
+
+    @property
+    def last_step(self) -> tuple[Tensor, Tensor]:
+        """The last gradient, and the parameters that it was taken at."""
+        return self._last[0], self._last[3] - self._last[2]
 
     def state_dict(self, held: Sequence[Parameter]) -> dict[str, Any]:
         """Returns plain data and tensors; parameters by their place among those held."""
         moved = {*map(id, self.moved)}
         return {
             "num_steps": self.num_steps,
-            "products": self._products,
-            "last": self._last,
-            "largest": self._largest,
             "moved": [index for index, parameter in enumerate(held) if id(parameter) in moved],
+            "tensors": [self._products, self._last, self._largest],
         }
 
     def load_state_dict(self, state: dict[str, Any], held: Sequence[Parameter]) -> None:
         """Resumes there."""
-        device = held[0].device
-        self.num_steps = state["num_steps"]
-        self._products = [products.to(device) for products in state["products"]]
-        self._last = [tensor.to(device) for tensor in state["last"]]
-        self._largest = None if state["largest"] is None else state["largest"].to(device)
-        self.moved = [held[index] for index in state["moved"]]
-
-
-@torch.no_grad()
-def flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Returns all elements as one vector of its own, in float32."""
-    return torch.cat([real(tensor.to_dense()).reshape(-1) for tensor in tensors]).float()
+        self.num_steps, self.moved = state["num_steps"], [held[index] for index in state["moved"]]
+        self._products, self._last, self._largest = (
+            [tensor.to(held[0].device) for tensor in tensors] for tensors in state["tensors"]
+        )
 
 
 def cosine(rows: Sequence[Row], lag: int) -> float | None:

@@ -110,7 +110,9 @@ def test_a_module_without_leave_is_left_alone_and_one_line_says_how_to_give_it(
     fit(tmp_path, NoLoss(OPTIMIZERS["sgd"][0]), critical)
     assert critical.least is None
     (message,) = [each for each in caplog.messages if "critical" in each]
-    assert message.startswith("learning_rate_effect/critical is off from here on: NoLoss has no method `loss(batch)`")
+    assert message.startswith(
+        "learning_rate_effect/critical, like all that needs the loss of a step again, is off: NoLoss has no method"
+    )
 
 
 def test_a_step_uphill_has_a_ratio_above_one_and_the_verdict_hears_of_it(tmp_path: Path) -> None:

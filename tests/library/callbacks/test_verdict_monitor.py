@@ -17,6 +17,7 @@ from downslope.callbacks import DivergenceError, FlightRecorder, SharpnessMonito
 from downslope.verdict.evidence import EvidenceCollector
 from template.regression.data import TableData
 from template.regression.manual import ManualLinearRegression
+from template.regression.model import LinearRegression
 from tests.conftest import Outcome, only_run, read_events, read_json
 from tests.library.callbacks.test_every_setting import SETTINGS
 from tests.library.callbacks.test_every_setting import fit as fit_setting
@@ -165,6 +166,41 @@ def test_observing_changes_no_bit(name: str, caplog: pytest.LogCaptureFixture) -
     assert monitor.verdict
     assert monitor.verdict.word not in ("diverging", "too_large", "non_finite")
     assert "is off" not in caplog.text
+
+
+class Automatic(LinearRegression):
+    def __init__(self, num_features: int, learning_rate: float, weight_decay: float = 0.0) -> None:
+        optimizer = functools.partial(SGD, lr=learning_rate, weight_decay=weight_decay)
+        super().__init__(num_features, optimizer, {"scheduler": None, "interval": "epoch", "monitor": None})
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_accumulation_longer_than_an_epoch_is_a_warning_and_its_loss_is_that_of_the_batches(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monitor, _, _ = fit(Automatic, 0.01, 20)  # type: ignore[arg-type]
+    accumulated, _, _ = fit(Automatic, 0.01, 20, accumulate_grad_batches=100)  # type: ignore[arg-type]
+    assert monitor.verdict
+    assert accumulated.verdict
+    first = monitor.verdict.figures["first_loss"]
+    assert accumulated.verdict.figures["first_loss"] == pytest.approx(first, rel=1e-5)
+    assert accumulated.verdict.hints == ()
+    assert accumulated.verdict.figures["gradient_excess"] == pytest.approx(1 / 100, rel=1e-3)
+    said = "accumulate_grad_batches=100 exceeds the 1 of an epoch: each step is 1/100 of their mean gradient."
+    assert [each for each in caplog.messages if "accumulate_grad_batches" in each] == [said]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_weight_decay_is_judged_against_its_own_optimum() -> None:
+    monitor, _, module = fit(functools.partial(Automatic, weight_decay=0.5), 0.2, 200)  # type: ignore[arg-type]
+    line = module.least_squares()
+    assert monitor.verdict
+    assert line
+    assert monitor.verdict.word == "converged"
+    assert "closed form" in monitor.verdict.sentence
+    assert monitor.verdict.figures["sharpness"] == pytest.approx(line.sharpness + 0.5)  # H + wI
+    weights = torch.cat([each.detach().flatten() for each in module.parameters()]).double()
+    torch.testing.assert_close(weights, line.decayed(0.5).parameters, atol=1e-3, rtol=1e-2)
 
 
 class Network(LightningModule):

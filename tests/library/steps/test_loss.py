@@ -270,7 +270,7 @@ def test_under_all_observers_a_foreign_module_is_called_as_often_and_ends_with_t
     alone = ending(tmp_path / "alone", counted(kind), watched=False)
     assert [key for key in alone if not same(watched[key], alone[key])] == []
     assert watched["calls"]["training_step"] > 0
-    assert len(said) == 4, said  # the check, the descent ratio, the sharpness and the picture
+    assert len(said) == 1, said  # for all: the check, descent ratio, critical rate, sharpness and picture
     assert all("has no method `loss(batch)`: add one, or give the callback `loss=`" in each for each in said)
 
 

@@ -48,3 +48,14 @@ def test_the_state_is_plain_tensors() -> None:
 def test_what_float32_cannot_hold_is_refused() -> None:
     with pytest.raises(ValueError, match="do not fit into float32"):
         Standardization.none(np.array([[1e39]])).apply(np.array([[1e39]]))
+
+
+def test_values_that_float32_merges_are_one_warning_and_others_none(caplog: pytest.LogCaptureFixture) -> None:
+    seconds = 1_700_000_000 + np.arange(240.0)
+    many = np.random.default_rng(0).normal(size=240)
+    Standardization.none(np.stack([seconds, many, seconds - seconds[0], np.full(240, 0.1)], axis=1))
+    assert caplog.messages == [  # float32 has steps of 128 there
+        "From 1700000000 to 1700000239 float32 leaves 3 of a column's 240 values: use `data.standardize=true`."
+    ]
+    Standardization.of(seconds[:, None])
+    assert len(caplog.messages) == 1
