@@ -21,7 +21,7 @@ from foreign import observing
 from foreign.supervised import Regressor
 
 SEED = 13
-HARD = ("SelfDistillation", "AlternatingHeads", "Grows", "HoldsOutsideTensors", "NoRate", "Manual")
+HARD = ("SelfDistillation", "AlternatingHeads", "HoldsOutsideTensors", "Manual")
 
 
 def test_observing_changes_nothing_of_modules_whose_step_leaves_something_behind(monkeypatch) -> None:
