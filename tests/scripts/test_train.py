@@ -91,6 +91,7 @@ def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) 
         *("gradient_norm/total", "gradient_norm/linear.weight", "gradient_norm/linear.bias"),
         "gradient_norm/applied",
         *("curvature/sharpness", "learning_rate_effect/stability"),
+        *("learning_rate_effect/critical", "learning_rate_effect/critical_ratio"),
         "learning_rate/SGD",
         *(
             "learning_rate_effect/effective",
