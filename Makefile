@@ -85,11 +85,11 @@ typecheck: $(VENV)/.installed-dev ## Check types
 check: lint typecheck test-all ## Everything that CI runs
 
 .PHONY: benchmark
-benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the README claims
+benchmark: $(VENV)/.installed-benchmark ## Measure every figure that the docs claim
 	$(BIN)/python scripts/laboratory/benchmark.py
 
 .PHONY: chaos
-chaos: $(VENV)/.installed-dev ## Kill 200 runs at random moments, go on with them, compare every bit (KILLS=, SEED=)
+chaos: $(VENV)/.installed-dev ## Kill 200 runs at random moments, resume them, compare every bit (KILLS=, SEED=)
 	$(BIN)/python scripts/laboratory/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: fuzz

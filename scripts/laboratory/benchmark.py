@@ -1,4 +1,4 @@
-"""Measures the figures that the README claims: without a name all of them, each in a process of its own."""
+"""Measures the figures that the docs claim: without a name all of them, each in a process of its own."""
 
 import argparse
 import subprocess

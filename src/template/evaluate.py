@@ -2,7 +2,7 @@
 
 from omegaconf import DictConfig
 
-from downslope.runs.stored import StoredRun, passes
+from downslope.runs.stored import StoredRun, required_passes
 from template.train import build
 
 
@@ -16,7 +16,7 @@ def evaluate(config: DictConfig) -> dict[str, float]:
     data, module, trainer = build(stored.config)
     stored.load(data, module)
     metrics: dict[str, float] = {}
-    for evaluation in passes(data, module, trainer):
+    for evaluation in required_passes(data, module, trainer, "validation", "test"):
         evaluation(module, datamodule=data, verbose=False)
         metrics |= {name: float(value) for name, value in trainer.callback_metrics.items()}
     return metrics

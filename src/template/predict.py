@@ -7,7 +7,7 @@ from lightning import Trainer
 from omegaconf import DictConfig
 
 from downslope.launch.parts import make_module
-from downslope.runs.stored import StoredRun, columns
+from downslope.runs.stored import StoredRun, columns, required_passes
 
 
 def predict(config: DictConfig) -> dict[str, list[Any]]:
@@ -25,4 +25,5 @@ def predict(config: DictConfig) -> dict[str, list[Any]]:
     module = make_module(stored.config, data)
     stored.load(module)
     trainer: Trainer = instantiate(stored.config.trainer, logger=False, _convert_="all")
-    return columns(trainer.predict(module, datamodule=data) or [])
+    (prediction,) = required_passes(data, module, trainer, "predict")
+    return columns(prediction(module, datamodule=data) or [])

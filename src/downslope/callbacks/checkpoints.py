@@ -6,42 +6,40 @@ import math
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
 from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.logs.tensorboard import announce_restart, event_files, flush_step_writer
-from downslope.runs.checkpoints import SafeCheckpointIO, keep_previous
-from downslope.runs.resuming import check_same, fingerprint, name_of
+from downslope.runs.checkpoints import SafeCheckpointIO, check_same, fingerprint, keep_previous, name_of
 from downslope.runs.signals import Interrupted, StopRequest
-from downslope.steps.optimizer_steps import wake
 from downslope.steps.random_state import RandomState
 
 log = logging.getLogger(__name__)
 
 Progress = dict[str, Any]
-Mode = Literal["min", "max"]
 
 
 class Checkpoints(Checkpoint):
     """Saves the state of the run, and never one that holds a non-finite weight.
 
-    The best weights are kept in memory and written with the next `last.ckpt`, just before it: at every improvement,
-    one in each of a short run's epochs, saving would take longer than training. A run that is killed goes on from
-    `last.ckpt`, and comes upon the same weights again. The `last.ckpt` before stays as `previous.ckpt`.
-
-    A run that is killed and gone on with (`trainer.fit(ckpt_path=…)`) ends in the same bits as one that was not. So it
-    is saved where nothing is half done: after an optimizer step that no validation follows, and before an epoch. Beside
+    A run that is killed and resumed (`trainer.fit(ckpt_path=…)`) ends in the same bits as one that was not. So it is
+    saved where nothing is half done: after an optimizer step that no validation follows, and before an epoch. Beside
     what Lightning saves, a checkpoint has, in plain data and for every process, the random states, the metrics' sums,
-    and where in the epoch it is. An epoch is gone on with by making its order of rows again and passing over what was
+    and where in the epoch it is. An epoch is resumed by making its order of rows again and passing over what was
     seen. SIGINT and SIGTERM stop at such a place, and save there.
+
+    The best weights are kept in memory and written just before the next `last.ckpt`: at every improvement, saving
+    would take longer than a short run's training. The `last.ckpt` before stays as `previous.ckpt`.
 
     Args:
         folder: Where `last.ckpt` and `best.ckpt` go.
@@ -51,16 +49,13 @@ class Checkpoints(Checkpoint):
         every_n_steps: The same in optimizer steps.
         max_share: Of the time, so much at most goes into `every_n_seconds`: what takes long to write is written less
             often; 1 for no limit.
-
-    Attributes:
-        seconds: Of training, the killed processes' up to their last checkpoint included.
     """
 
     def __init__(
         self,
         folder: str,
         monitor: str = "val/loss",
-        mode: Mode = "min",
+        mode: Literal["min", "max"] = "min",
         every_n_seconds: float | None = 30.0,
         every_n_steps: int | None = None,
         max_share: float = 0.02,
@@ -69,7 +64,7 @@ class Checkpoints(Checkpoint):
             raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or null, got {every_n_steps}.")
         if not 0 < max_share <= 1:
             raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share}.")
-        if mode not in get_args(Mode):
+        if mode not in ("min", "max"):
             raise ValueError(f"`mode` must be min or max, got {mode!r}.")
         self.folder = Path(folder)
         self.monitor = monitor
@@ -82,10 +77,7 @@ class Checkpoints(Checkpoint):
         self._best_weights: dict[str, Any] | None = None  # not written yet
         self._seconds_before = 0.0
         self._resumed: Progress | None = None
-
-    @property
-    def seconds(self) -> float:
-        return self._seconds_before + time.perf_counter() - self._started_at
+        self._sums: dict[str, dict[str, Any]] = {}  # of what was logged in the epoch that is resumed in its middle
 
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best}
@@ -117,7 +109,6 @@ class Checkpoints(Checkpoint):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._step = trainer.global_step
         self._is_shared = trainer.world_size > 1
-        wake(self, "on_train_batch_start", awake=bool(trainer.fit_loop.restarting))
         self._stop.listen()
 
     def _go_on(self, trainer: Trainer, module: LightningModule, progress: Progress) -> None:
@@ -126,6 +117,7 @@ class Checkpoints(Checkpoint):
         self._seconds_before = progress["seconds"]
         for name, state in mine["metrics"].items():
             _restore(module.get_submodule(name), state, module.device)
+        self._sums = mine.get("sums", {})
         self._epoch_random = RandomState.from_state_dict(mine["epoch_random"])
         self._epoch_random.restore()
         _start_at(trainer, progress["batch"])
@@ -145,13 +137,11 @@ class Checkpoints(Checkpoint):
         self._keeps_epoch_random = False
         self._save_and_stop_if_due(trainer, pl_module, batch=0)
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        trainer.fit_loop.restarting = False  # else Lightning leaves out a plateau's step at this epoch's end
-        wake(self, "on_train_batch_start", awake=False)
-
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._sums:
+            self._sums = _add_sums(trainer, self._sums)
         step, before = trainer.global_step, self._step
         self._step = step
         if step == before or not (self._is_shared or self._stop.number or self._is_due(step)):
@@ -164,6 +154,7 @@ class Checkpoints(Checkpoint):
             self._keep_best(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.fit_loop._restarting = False  # else Lightning leaves out a plateau's step of the epoch that was resumed
         if not trainer.enable_validation:  # then it is a metric of the training epoch, if of any
             self._keep_best(trainer, pl_module)
 
@@ -174,11 +165,8 @@ class Checkpoints(Checkpoint):
         if value < self.best and _is_finite(module):
             self.best = value
             weights = copy.deepcopy(trainer.strategy.lightning_module_state_dict())
-            self._best_weights = {
-                "epoch": trainer.current_epoch,
-                "global_step": trainer.global_step,
-                "state_dict": weights,
-            }
+            place = {"epoch": trainer.current_epoch, "global_step": trainer.global_step}
+            self._best_weights = {**place, "state_dict": weights}
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch_random = RandomState()  # of the epoch that might follow
@@ -242,6 +230,7 @@ class Checkpoints(Checkpoint):
             "random": RandomState().state_dict(),
             "epoch_random": self._epoch_random.state_dict(),
             "metrics": {name: _state(part) for name, part in pl_module.named_modules() if isinstance(part, Metric)},
+            "sums": _sums_of(trainer) | self._sums if self._batch else {},
         }
         processes = [mine]
         if trainer.world_size > 1:
@@ -250,7 +239,7 @@ class Checkpoints(Checkpoint):
         checkpoint["progress"] = {
             "batch": self._batch,
             "processes": processes,
-            "seconds": self.seconds,
+            "seconds": self._seconds_before + time.perf_counter() - self._started_at,
             "model": name_of(pl_module),
             "data": fingerprint(getattr(trainer, "datamodule", None)),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -271,6 +260,34 @@ def _unlogged(trainer: Trainer) -> tuple[dict[str, float], int] | None:
         return None
     step = int(values.pop("step", trainer.fit_loop.epoch_loop._batches_that_stepped))
     return {"epoch": trainer.current_epoch, **values}, step
+
+
+def _sums_of(trainer: Trainer) -> dict[str, dict[str, Any]]:
+    """What `self.log(on_epoch=True)` has added up of this epoch: Lightning keeps it in no checkpoint."""
+    results = trainer.fit_loop.epoch_loop._results
+    return {
+        key: {name: value.detach().cpu() for name, value in result.metric_state.items()}
+        for key, result in results.items()
+        if result.is_tensor and result.meta.on_epoch
+    }
+
+
+def _add_sums(trainer: Trainer, sums: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Adds those of before a resume to those of the first batch after it, in the order of a run that never stopped.
+
+    Returns:
+        Of what has not been logged again yet: Lightning knows how a value is reduced only when it is.
+    """
+    results = trainer.fit_loop.epoch_loop._results
+    for key, states in sums.items():
+        if key in results:
+            metric = results[key]
+            is_extreme = metric.meta.is_max_reduction or metric.meta.is_min_reduction
+            for name, before in states.items():
+                now = getattr(metric, name)
+                add = metric.meta.reduce_fx if is_extreme else torch.add
+                setattr(metric, name, add(before.to(now.device), now))
+    return {key: states for key, states in sums.items() if key not in results}
 
 
 def _has_diverged(trainer: Trainer) -> bool:
@@ -321,33 +338,26 @@ def _settings(optimizer: Optimizer) -> dict[str, Any]:
 def _follow_settings(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
     """Follows what the configuration says today: the optimizer's state has the settings of the checkpoint."""
     for optimizer, before in zip(trainer.optimizers, saved, strict=True):
-        for name, value in _settings(optimizer).items():
-            if before.get(name) == value:
-                continue
-            for group in optimizer.param_groups:
-                if name == "lr":
-                    ratio = value / before["lr"]
-                    group.update({key: group[key] * ratio for key in ("lr", "initial_lr") if key in group})
-                else:
-                    group[name] = value
-            for scheduler in _schedulers(trainer) if name == "lr" else []:
-                if hasattr(scheduler, "base_lrs"):
-                    scheduler.base_lrs = [rate * ratio for rate in scheduler.base_lrs]
+        changed = {name: value for name, value in _settings(optimizer).items() if before.get(name) != value}
+        rate = changed.pop("lr", None)
+        for group in optimizer.param_groups:
+            group.update(changed)
+            for key in ("lr", "initial_lr") if rate is not None else ():
+                if key in group:
+                    group[key] *= rate / before["lr"]
+        for scheduler in _schedulers(trainer) if rate is not None else ():
+            if hasattr(scheduler, "base_lrs"):
+                scheduler.base_lrs = [base * (rate / before["lr"]) for base in scheduler.base_lrs]
 
 
 def _state(metric: Metric) -> dict[str, Any]:
-    states = {name: _copied(value) for name, value in metric.metric_state.items()}
+    states = apply_to_collection(metric.metric_state, Tensor, lambda value: value.detach().cpu())
     return {"update_count": metric.update_count, "states": states}
-
-
-def _copied(value: Any) -> Any:
-    return [each.detach().cpu() for each in value] if isinstance(value, list) else value.detach().cpu()
 
 
 def _restore(metric: Any, state: dict[str, Any], device: torch.device) -> None:
     for name, value in state["states"].items():
-        on_device = [each.to(device) for each in value] if isinstance(value, list) else value.to(device)
-        setattr(metric, name, on_device)
+        setattr(metric, name, apply_to_collection(value, Tensor, lambda value: value.to(device)))
     metric._update_count = state["update_count"]
     metric._computed = None
 

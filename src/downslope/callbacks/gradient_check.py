@@ -4,15 +4,22 @@ import logging
 import warnings
 from typing import Any
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 
+from downslope.steps.due import check_count
 from downslope.steps.gradient_check import GradientReport, check
+from downslope.steps.hooks import disable
 from downslope.steps.loss import Loss, check_loss
+from downslope.steps.observer import Observer
 
 log = logging.getLogger(__name__)
 
 
-class GradientCheck(Callback):
+class WrongGradientError(ValueError):
+    """Autograd disagrees with central differences or with forward mode."""
+
+
+class GradientCheck(Observer):
     """Checks the module's gradient on the first training batch, once; training stays the same to the bit.
 
     See `downslope.steps.check` for what is compared. It costs about four evaluations of the loss for each
@@ -32,34 +39,30 @@ class GradientCheck(Callback):
         ValueError: A setting is out of its range; or, in training, autograd disagrees.
     """
 
+    deliberate = (WrongGradientError,)
+
     def __init__(
         self, on_disagreement: str = "raise", num_directions: int = 1, seed: int = 0, loss: Loss | None = None
     ) -> None:
         if on_disagreement not in ("raise", "warn"):
             raise ValueError(f"`on_disagreement` must be 'raise' or 'warn', got {on_disagreement!r}.")
         check_loss(loss)
-        if num_directions < 1:
-            raise ValueError(f"`num_directions` must be a whole number of at least 1, got {num_directions}.")
+        check_count("num_directions", num_directions)
         self.on_disagreement = on_disagreement
         self.num_directions = num_directions
         self.seed = seed
         self.loss = loss
         self.report: GradientReport | None = None
-        self._is_done = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Checks, once. Not on_train_start: to take a batch there would move the dataloader on."""
-        if self._is_done:
+        disable(self, "on_train_batch_start")
+        if self.report:  # by an earlier fit
             return
-        self._is_done = True
-        try:
-            self.report = check(pl_module, batch, self.loss, self.num_directions, self.seed)
-        except Exception as error:  # whatever a foreign module meets: watching never ends a training
-            log.warning("GradientCheck is off. This is because %s.", str(error).partition("\n")[0].rstrip("."))
-            return
+        self.report = check(pl_module, batch, self.loss, self.num_directions, self.seed)
         if self.report.passed:
             log.info("%s", self.report)
         elif self.on_disagreement == "raise":
-            raise ValueError(str(self.report))
+            raise WrongGradientError(self.report)
         else:
             warnings.warn(str(self.report), stacklevel=2)

@@ -36,7 +36,7 @@ class GradientMonitor(Observer):
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
-        histogram_every_n_steps: The same for histograms, which are dearer; a multiple of `every_n_steps`.
+        histogram_every_n_steps: The same for histograms, which are more expensive; a multiple of `every_n_steps`.
         parameters: Names, with * and ?, of those that get tags of their own; the total is always that of all.
         norm_type: 2, or infinity for the largest element; of complex ones both parts are elements.
         max_scalar_elements: Parameters of at most so many elements are also written element by element.
@@ -104,7 +104,7 @@ class GradientMonitor(Observer):
         if step.parameters is not self._held:
             self._held = step.parameters
             self._small = [each for each in self._held if 0 < each.numel() <= self.max_scalar_elements]
-        self._values = flat(self._small) if self._small else torch.empty(0)
+        self._values = flat(self._small)
 
     def _after(self, step: OptimizerStep) -> None:
         if self._unclipped.are_applied:

@@ -1,30 +1,22 @@
 """What the learning rate does: how far each step goes, whether it turns back, and what it buys."""
 
-import logging
 import math
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
+from lightning.fabric.utilities import move_data_to_device
 from torch import Tensor
-from torch.nn import Parameter
 
 from downslope.gradients.norms import norms, part_norms, total_norm
 from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
-from downslope.logs.tensorboard import Measurement, close_step_writer, step_writer
+from downslope.gradients.vectors import flat, num_elements
+from downslope.logs.tensorboard import Measurement, step_writer
+from downslope.steps.due import check_count, is_due
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.loss import BatchLoss, Loss, check_loss, why_no_loss_of_a_step
-from downslope.steps.optimizer_steps import (
-    STEP_HOOKS,
-    OptimizerStep,
-    OptimizerSteps,
-    check_frequency,
-    flat,
-    leave_out_idle_hooks,
-    parameter_names,
-    wake,
-)
-
-log = logging.getLogger(__name__)
+from downslope.steps.observer import Observer, say_off
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 
 DESCENT_RATIO = Measurement(
     ["learning_rate_effect/descent_ratio"], lambda *parts: descent_ratio(*(part.double() for part in parts))[:, None]
@@ -32,7 +24,7 @@ DESCENT_RATIO = Measurement(
 SAME_LOSS = 1e-2  # relative: of autocast's rounding, and of nothing else
 
 
-class LearningRateEffects(Callback):
+class LearningRateEffects(Observer):
     """Logs the learning rate and its effect at every optimizer step, with or without a scheduler, in both modes.
 
     At step t, from θₜ to θₜ₊₁ along the gradient g that was applied (after clipping):
@@ -61,77 +53,72 @@ class LearningRateEffects(Callback):
         self, every_n_steps: int = 50, descent_ratio_every_n_steps: int | None = 50, loss: Loss | None = None
     ) -> None:
         check_loss(loss)
-        check_frequency("every_n_steps", every_n_steps)
+        check_count("every_n_steps", every_n_steps)
         if descent_ratio_every_n_steps is not None:
-            check_frequency("descent_ratio_every_n_steps", descent_ratio_every_n_steps)
+            check_count("descent_ratio_every_n_steps", descent_ratio_every_n_steps)
         self.every_n_steps = every_n_steps
         self.descent_ratio_every_n_steps = descent_ratio_every_n_steps
         self.loss = loss
-        self._steps: OptimizerSteps | None = None
-        self._has_loss = False
-        self._loaded: dict[str, Any] = {}
+        self._last: dict[str, tuple[list[str], Tensor]] = {}  # each optimizer's last gradient, and whose it was
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._last = {}
 
     def state_dict(self) -> dict[str, Any]:
-        names = getattr(self, "_names", {})
-        gradients = getattr(self, "_last_gradient", {})
         return {
-            optimizer: {"parameters": [names[id(each)] for each in parameters], "gradient": gradient.cpu()}
-            for optimizer, (parameters, gradient, _) in gradients.items()
+            optimizer: {"parameters": names, "gradient": gradient.cpu()}
+            for optimizer, (names, gradient) in self._last.items()
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        self._last = {optimizer: (last["parameters"], last["gradient"]) for optimizer, last in state_dict.items()}
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        leave_out_idle_hooks(self, *STEP_HOOKS)
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        disable(self, *STEP_HOOKS)
         self._writer = step_writer(trainer)
         if not self._writer.is_open:
             return
-        self._names = parameter_names(pl_module)
-        named = {self._names[id(parameter)]: parameter for parameter in pl_module.parameters()}
-        self._last_gradient: dict[str, tuple[tuple[Parameter, ...], Tensor, Tensor]] = {}
-        for optimizer, last in self._loaded.items():
-            gradient = last["gradient"].to(pl_module.device)
-            moved = tuple(named[name] for name in last["parameters"])
-            self._last_gradient[optimizer] = (moved, gradient, torch.dot(gradient, gradient))
-        self._loaded = {}
+        self._names = ParameterNames(module)
+        self._last = move_data_to_device(self._last, module.device)
         self._plans: dict[object, Measurement] = {}
         self._window: list[BatchLoss] = []
         self._returned: list[Tensor] = []
         self._is_compared = False
         self._promise: Tensor | None = None
-        self._watched = False
-        every = self.every_n_steps
-        self._steps = steps = OptimizerSteps(trainer, self._before, self._after, every)
-        self._steps_before = OptimizerSteps(trainer, after=self._keep_gradient, every_n_steps=every, ahead=1)
-        if self.descent_ratio_every_n_steps:
-            self._has_loss = True
-            if reason := why_no_loss_of_a_step(trainer, pl_module, self.loss):
-                self._leave_out_descent_ratio(reason)
-            steps.on_next = self._sleep_till_due
-            self._sleep_till_due()
+        self._is_watched = False
+        self._steps = self.follow(trainer, self._before, self._after, self.every_n_steps)
+        self.follow(trainer, after=self._keep_gradient, every_n_steps=self.every_n_steps, ahead=1)
+        self._has_loss = self.descent_ratio_every_n_steps is not None
+        if not self._has_loss:
+            return
+        if reason := why_no_loss_of_a_step(trainer, module, self.loss):
+            self._leave_out_descent_ratio(ValueError(reason))
+        self._steps.on_next = self.guarded(self._sleep_till_due)
+        self._sleep_till_due()
 
-    def _leave_out_descent_ratio(self, reason: object) -> None:
-        self._has_loss = self._watched = False
+    def detach(self) -> None:
+        self._writer.flush()
+
+    def _leave_out_descent_ratio(self, error: Exception) -> None:
+        self._has_loss = self._is_watched = False
         self._window.clear()
-        first_line = str(reason).partition("\n")[0].rstrip(".")
-        log.warning("learning_rate_effect/descent_ratio is off. This is because %s.", first_line)
+        say_off("learning_rate_effect/descent_ratio", error)
 
     def _sleep_till_due(self) -> None:
-        if self._steps:
-            every = self.descent_ratio_every_n_steps or 1
-            due = self._steps.are_due() and any(state.count % every == 0 for state in self._steps.states)
-            wake(self, "on_train_batch_start", awake=self._has_loss and due)
+        every = self.descent_ratio_every_n_steps or 1
+        due = self._steps.are_due() and any(is_due(state.count, every) for state in self._steps.states)
+        enable(self, "on_train_batch_start", when=self._has_loss and due)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._window:
             self._window_began_at = trainer.global_step
         try:
             self._window.append(BatchLoss(pl_module, batch, self.loss, batch_idx))
-        except Exception as error:  # such as a batch that cannot be copied: watching never ends a training
+        except Exception as error:  # such as a batch that cannot be copied: the other figures are written all the same
             self._leave_out_descent_ratio(error)
-        self._watched = self._has_loss
-        wake(self, "on_train_batch_end", awake=self._watched)
+        self._is_watched = self._has_loss
+        enable(self, "on_train_batch_end", when=self._is_watched)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -148,8 +135,8 @@ class LearningRateEffects(Callback):
             self._window.clear()
             self._returned.clear()
             self._promise = None
-        self._watched = False
-        wake(self, "on_train_batch_end", awake=False)
+        self._is_watched = False
+        disable(self, "on_train_batch_end")
         self._sleep_till_due()
 
     def _write_descent_ratio(self, trainer: Trainer, module: LightningModule, promise: Tensor) -> None:
@@ -179,39 +166,33 @@ class LearningRateEffects(Callback):
     def _keep_gradient(self, step: OptimizerStep) -> None:
         """For the cosine of the next one."""
         if step.moved:
-            self._last_gradient[step.name] = (step.moved, step.flat_gradient, step.gradient_square)
+            self._last[step.name] = self._names.of(step.moved), step.flat_gradient
 
     def _after(self, step: OptimizerStep) -> None:
         if not step.moved:
             return
-        gradient, square = step.flat_gradient, step.gradient_square
-        known, last, last_square = self._last_gradient.get(step.name, (None, gradient, square))
-        has_cosine = known == step.moved
-        groups = step.optimizer.param_groups
-        key = (step.name, has_cosine, len(groups), *map(id, step.moved))  # a parameter's hash takes longer
+        names, gradient, square = self._names.of(step.moved), step.flat_gradient, step.gradient_square
+        known, last = self._last.get(step.name, (None, gradient))
+        has_cosine, groups = known == names, step.optimizer.param_groups
+        key = (step.name, has_cosine, len(groups), *names)
         if key not in self._plans:
-            self._plans[key] = self._plan(step, has_cosine)
-        rates = [float(group["lr"]) for group in groups]
+            self._plans[key] = self._plan(step, names, has_cosine)
+        rates = [math.nan if group.get("lr") is None else float(group["lr"]) for group in groups]
         change = flat(step.parameters).sub_(self._before_step)
-        products = [torch.dot(gradient, last), last_square] if has_cosine else []
+        products = [torch.dot(gradient, last), torch.dot(last, last)] if has_cosine else []
         self._writer.add(step.step, self._plans[key], rates, self._before_step, change, square, *products)
-        if self._watched:
+        if self._is_watched:
             self._promised_at = step.step
             self._stepped, self._change = step.parameters, change
-            if len(groups) == 1:
-                self._promise = rates[0] * square
-            else:
-                rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
-                squares = norms(step.gradients).square()
-                self._promise = squares @ squares.new_tensor(rates)
+            self._promise = _promise(step)
 
-    def _plan(self, step: OptimizerStep, has_cosine: bool) -> Measurement:
-        suffix, sizes = step.suffix, [each.numel() for each in step.parameters]
+    def _plan(self, step: OptimizerStep, names: list[str], has_cosine: bool) -> Measurement:
+        suffix, sizes = step.suffix, [num_elements(each) for each in step.parameters]
         shown = [index for index, each in enumerate(step.parameters) if any(each is moved for moved in step.moved)]
         groups = range(len(step.optimizer.param_groups))
         places = [""] if len(groups) == 1 else [f"/{group}" for group in groups]
         tags = [f"update_ratio/total{suffix}", f"learning_rate_effect/effective{suffix}"]
-        tags += [f"update_ratio/{self._names[id(parameter)]}" for parameter in step.moved]
+        tags += [f"update_ratio/{name}" for name in names]
         tags += [f"learning_rate/{step.name}{place}" for place in places]
         tags += [f"learning_rate_effect/gradient_cosine{suffix}"] * has_cosine
 
@@ -230,17 +211,12 @@ class LearningRateEffects(Callback):
 
         return Measurement(tags, derive)
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach(trainer)
 
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach(trainer)
-
-    def _detach(self, trainer: Trainer) -> None:
-        if self._steps:
-            self._steps.detach()
-            self._steps_before.detach()
-            self._steps = None
-            self._has_loss = self._watched = False
-            self._window.clear()
-        close_step_writer(trainer)
+def _promise(step: OptimizerStep) -> Tensor:
+    """Σ η‖g‖², over the parameter groups."""
+    groups = step.optimizer.param_groups
+    if len(groups) == 1:
+        return float(groups[0]["lr"]) * step.gradient_square
+    rates = [float(group["lr"]) for group in groups for each in group["params"] if each.grad is not None]
+    squares = norms(step.gradients).square()
+    return squares @ squares.new_tensor(rates)

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.gradients.quadratic import loss_along_gradient, plane_of
+from downslope.gradients.vectors import clones
 from downslope.logs.tensorboard import write_picture
 from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import png
 from downslope.steps.batch_step import BatchStep, why_no_batch_step
+from downslope.steps.due import check_count
 from downslope.steps.loss import BatchLoss, Loss, check_loss
-from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, check_frequency
-from downslope.steps.unclipped_gradients import clones
+from downslope.steps.observer import Observer
+from downslope.steps.optimizer_steps import OptimizerStep
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +36,7 @@ PARAMETER_AXES = ("weight", "bias")
 EIGENVECTOR_AXES = ("along the steepest direction", "along the flattest direction")
 
 
-class Pictures(Callback):
+class Pictures(Observer):
     """Draws `loss_surface.png` and `step_along_gradient.png`, at the end and every so often.
 
     The path lies over (weight, bias) where the model has these two, else over the plane of the Hessian's two extreme
@@ -56,34 +58,32 @@ class Pictures(Callback):
 
     def __init__(self, folder: str, every_n_steps: int = 1000, num_points: int = 900, loss: Loss | None = None) -> None:
         check_loss(loss)
-        check_frequency("every_n_steps", every_n_steps)
-        if isinstance(num_points, bool) or not isinstance(num_points, int) or num_points < THINNING:
-            raise ValueError(f"`num_points` must be a whole number of at least {THINNING}, got {num_points!r}.")
+        check_count("every_n_steps", every_n_steps)
+        check_count("num_points", num_points, least=THINNING)
         self.folder = Path(folder)
         self.every_n_steps = every_n_steps
         self.num_points = num_points
         self.loss = loss
-        self._steps: OptimizerSteps | None = None
-        self._batch_step: BatchStep | None = None
+        self._is_drawing = False
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.is_global_zero:
-            return
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self._is_drawing = False
         self._told: set[str] = set()
-        line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
-        reason = why_no_batch_step(trainer, pl_module, self.loss) if line is None else None
+        self._line = module.least_squares() if isinstance(module, HasLeastSquares) else None
+        self._batch_step: BatchStep | None = None
+        reason = why_no_batch_step(trainer, module, self.loss) if self._line is None else None
         if reason:
             self._tell(reason)
-        if reason or len(trainer.optimizers) != 1:
+        if reason or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
             return
-        self._line, self._batch_step = line, None
-        self._parameters = [parameter.detach() for parameter in pl_module.parameters()]
+        self._parameters = [parameter.detach() for parameter in module.parameters()]
         self._path: list[Place] = []
         self._stride = 1
         self._most = max(THINNING, min(self.num_points, PATH_BYTES // sum(each.nbytes for each in self._parameters)))
         self._last_two: deque[Place] = deque(maxlen=2)
         self._first = self._num_steps = self._drawn_at = self._shown_at = trainer.global_step
-        self._steps = OptimizerSteps(trainer, before=self._before)
+        self.follow(trainer, before=self._before)
+        self._is_drawing = True
 
     def _before(self, step: OptimizerStep) -> None:
         self._num_steps = step.step + 1
@@ -98,7 +98,7 @@ class Pictures(Callback):
             self._stride *= THINNING
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._steps or self._line is not None:
+        if not self._is_drawing or self._line is not None:
             return
         coming = self._num_steps + 1
         if coming % self.every_n_steps == 0 or coming == trainer.max_steps or trainer.is_last_batch:
@@ -106,25 +106,14 @@ class Pictures(Callback):
             self._batch_step = BatchStep(self._num_steps, loss)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if not self._steps:
-            return
-        if self._batch_step:
+        if self._is_drawing and self._batch_step:
             self._batch_step.ends()
-        if self._num_steps % self.every_n_steps == 0:
+        if self._is_drawing and self._num_steps % self.every_n_steps == 0:
             self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._steps:
+        if self._is_drawing:
             self._draw(trainer, last=True)
-            self._detach()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
-        if self._steps:
-            self._steps.detach()
-            self._steps = self._batch_step = None
 
     def _draw(self, trainer: Trainer, last: bool = False) -> None:
         if self._num_steps == (self._shown_at if last else self._drawn_at):  # batches of one step, or no step at all
@@ -133,16 +122,12 @@ class Pictures(Callback):
         shown = last or not drawing & (drawing - 1)  # the 1st, 2nd, 4th, 8th, …: else a long run's events are pictures
         self._drawn_at = self._num_steps
         self._shown_at = self._num_steps if shown else self._shown_at
-        try:
-            for name, figure in self.figures(trainer).items():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                picture = png(figure)  # drawn and packed once, for all who show it
-                (self.folder / f"{name}.png").write_bytes(picture)
-                if shown:
-                    write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
-        except Exception as error:  # a full disk, a foreign logger: pictures never end a training
-            self._detach()
-            log.warning("Pictures are off from here on: %s: %s", type(error).__name__, error)
+        for name, figure in self.figures(trainer).items():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            picture = png(figure)  # drawn and packed once, for all who show it
+            (self.folder / f"{name}.png").write_bytes(picture)
+            if shown:
+                write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
 
     def figures(self, trainer: Trainer) -> "dict[str, Figure]":
         """Returns the pictures of the run so far by name; the log says why one is left out."""

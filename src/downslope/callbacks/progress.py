@@ -1,9 +1,6 @@
 """One bar for the whole run: epoch, steps, loss and gradient norm."""
 
-import contextlib
-import logging
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from lightning import LightningModule, Trainer
@@ -17,8 +14,6 @@ from downslope.callbacks.verdict_monitor import VerdictMonitor
 from downslope.gradients.norms import norms, total_norm
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import num_steps
-
-log = logging.getLogger(__name__)
 
 
 class Terminal(Console):
@@ -61,16 +56,12 @@ class Progress(Observer, ProgressBar):
         self._due = False
         self._loss = self._gradient_norm = float("nan")
         if self._enabled and self.console.is_terminal:
+            columns = ("  {task.fields[epoch]}", "{task.fields[steps]}  {task.fields[state]}")
             self._bar = Bar(
-                TextColumn("  {task.fields[epoch]}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.fields[steps]}  {task.fields[state]}"),
-                console=self.console,
-                auto_refresh=False,
+                TextColumn(columns[0]), BarColumn(24), TextColumn(columns[1]), console=self.console, auto_refresh=False
             )
             self._task = self._bar.add_task("", total=num_steps(trainer), epoch="", steps="", state="")
-            with self._unseen():
-                self._bar.start()
+            self._bar.start()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._due = self._enabled and time.monotonic() - self._shown_at >= self._seconds
@@ -98,23 +89,10 @@ class Progress(Observer, ProgressBar):
         super().on_exception(trainer, pl_module, exception)
 
     def detach(self) -> None:
-        if self._bar:
-            with self._unseen():
-                self._bar.stop()
-            self._bar = None
-
-    @contextlib.contextmanager
-    def _unseen(self) -> Iterator[None]:
-        """Goes on without a bar when the terminal is gone."""
-        try:
-            yield
-        except OSError as error:
-            bar, self._bar, self._enabled, self._due = self._bar, None, False, False
-            self.console.quiet = True
-            with contextlib.suppress(OSError):
-                if bar:
-                    bar.stop()  # gives stdout and stderr back
-            log.warning("Cannot show progress any more, training goes on: %s", error)
+        bar, self._bar = self._bar, None
+        if bar:
+            self.console.quiet = self.is_off  # a terminal that has gone gets its stdout and stderr back unseen
+            bar.stop()
 
     def _show(self, trainer: Trainer) -> None:
         self._shown_at = time.monotonic()
@@ -122,12 +100,11 @@ class Progress(Observer, ProgressBar):
         epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs or 0)}/{trainer.max_epochs}"
         steps = f"{trainer.global_step}/{total if total is not None else '?'} steps"
         state = "  ".join([f"loss {self._loss:.4f}", f"‖gradient‖ {self._gradient_norm:.4g}", *_verdict(trainer)])
-        with self._unseen():
-            if self._bar:
-                self._bar.update(self._task, completed=trainer.global_step, epoch=epoch, steps=steps, state=state)
-                self._bar.refresh()
-            else:
-                self.console.print(f"  {epoch}  {steps}  {state}", highlight=False, soft_wrap=True)
+        if self._bar:
+            self._bar.update(self._task, completed=trainer.global_step, epoch=epoch, steps=steps, state=state)
+            self._bar.refresh()
+        else:
+            self.console.print(f"  {epoch}  {steps}  {state}", highlight=False, soft_wrap=True)
 
 
 def _verdict(trainer: Trainer) -> list[str]:

@@ -1,19 +1,19 @@
 """How sharply the loss curves, and how near the learning rate is to where plain gradient descent diverges."""
 
-import logging
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.logs.tensorboard import write_scalars
+from downslope.steps.due import check_count, is_due
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.loss import BatchLoss, Loss, check_loss, copied
-from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, leave_out_idle_hooks, wake
-
-log = logging.getLogger(__name__)
+from downslope.steps.observer import Observer
+from downslope.steps.optimizer_steps import OptimizerStep
 
 COLD_PRODUCTS = 10  # from a random vector: a relative error of 1e-6 and less on MLPs
 
@@ -27,7 +27,7 @@ class HasExactSharpness(Protocol):
         ...
 
 
-class SharpnessMonitor(Callback):
+class SharpnessMonitor(Observer):
     """Logs the largest eigenvalue of the Hessian of the training loss, and what the learning rate makes of it.
 
     At step t (t optimizer steps taken before it) it writes, of the parameters θₜ that the optimizer holds,
@@ -65,9 +65,8 @@ class SharpnessMonitor(Callback):
         loss: Loss | None = None,
     ) -> None:
         check_loss(loss)
-        for name, value in (("every_n_steps", every_n_steps), ("num_products", num_products)):
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}` must be a whole number of at least 1, got {value!r}.")
+        check_count("every_n_steps", every_n_steps)
+        check_count("num_products", num_products)
         if batch not in ("probe", "training"):
             raise ValueError(f"`batch` must be 'probe' or 'training', got {batch!r}.")
         self.every_n_steps = every_n_steps
@@ -75,66 +74,57 @@ class SharpnessMonitor(Callback):
         self.batch = batch
         self.loss = loss
         self.sharpness: float | None = None
-        self._on = False
-        self._loaded: dict[str, Any] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._measured_on: tuple[Any, int] | None = None
+        self._eigenvector: Tensor | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        probe = getattr(self, "_measured_on", None)
-        if not self._on or probe is None or not _is_plain(probe):
+        if self._measured_on is None or not _is_plain(self._measured_on):
             return {}
-        return {"probe": copied(probe), "eigenvector": self._eigenvector}
+        return {"probe": copied(self._measured_on), "eigenvector": self._eigenvector}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._loaded = state_dict
+        self._measured_on, self._eigenvector = state_dict["probe"], state_dict["eigenvector"]
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        leave_out_idle_hooks(self)
-        self._on = bool(trainer.loggers)
-        if not self._on:
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        if not trainer.loggers:
+            disable(self, *STEP_HOOKS)
             return
-        self._steps = OptimizerSteps(trainer, after=self._count)
-        self._num_steps = trainer.global_step
-        self._measured_at = -1
-        loaded = move_data_to_device(self._loaded, pl_module.device)
-        self._loaded = {}
-        self._measured_on: tuple[Any, int] | None = loaded.get("probe")
-        self._eigenvector: Tensor | None = loaded.get("eigenvector")
-        self._exact = pl_module.exact_sharpness() if isinstance(pl_module, HasExactSharpness) else None
+        self._measured_on, self._eigenvector = move_data_to_device(
+            (self._measured_on, self._eigenvector), module.device
+        )
+        self._exact = module.exact_sharpness() if isinstance(module, HasExactSharpness) else None
+        self._num_steps, self._measured_at = trainer.global_step, -1
+        steps = self.follow(trainer, after=self._count)
         if getattr(trainer.precision_plugin, "scaler", None) is None:  # which skips steps that are counted all the same
-            self._steps.on_next = self._sleep_till_due
+            steps.on_next = self.guarded(self._sleep_till_due)
 
     def _count(self, taken: OptimizerStep) -> None:
         self._num_steps = taken.step + 1
 
     def _sleep_till_due(self) -> None:
-        wake(self, "on_train_batch_start", awake=self._num_steps % self.every_n_steps == 0)
+        enable(self, "on_train_batch_start", when=is_due(self._num_steps, self.every_n_steps))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._on:
-            return
         step = max(trainer.global_step, self._num_steps)  # the former stands still for a raw torch optimizer
-        if step % self.every_n_steps or step == self._measured_at:
+        if not is_due(step, self.every_n_steps) or step == self._measured_at:
             return
         self._measured_at = step
-        try:
-            sharpness = self._measure(trainer, pl_module, batch, batch_idx) if self._exact is None else self._exact
-            self.sharpness = sharpness
-            rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
-            values = {"curvature/sharpness": sharpness, "learning_rate_effect/stability": rate * sharpness / 2}
-            write_scalars(trainer, values, step)
-        except Exception as error:  # whatever a foreign module meets: watching never ends a training
-            self._on = False
-            if trainer.is_global_zero:
-                log.warning("SharpnessMonitor is off from here on: %s.", _reason(error))
+        self.sharpness = self._measure(trainer, pl_module, batch, batch_idx) if self._exact is None else self._exact
+        rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
+        stability = rate * self.sharpness / 2
+        write_scalars(
+            trainer, {"curvature/sharpness": self.sharpness, "learning_rate_effect/stability": stability}, step
+        )
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.loggers:
-            self._steps.detach()
-        self._measured_on = self._eigenvector = None
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_steps"):
-            self._steps.detach()
+        self._forget()
 
     def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> float:
         if len(trainer.optimizers) != 1:
@@ -171,9 +161,3 @@ def _is_plain(batch: Any) -> bool:
     if type(batch) in (list, tuple):
         return all(map(_is_plain, batch))
     return batch is None or type(batch) in (Tensor, int, float, str, bool)
-
-
-def _reason(error: Exception) -> str:
-    """What went wrong in one line: our own words, or the type and the first line of another's."""
-    first_line = str(error).partition("\n")[0].rstrip(".")
-    return first_line if type(error) is ValueError else f"{type(error).__name__}: {first_line}"

@@ -31,7 +31,7 @@ def num_elements(tensor: Shaped[Tensor, "..."]) -> int:
 
 
 def flat(tensors: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, " num_elements"]:
-    """Returns a copy of tensors as one real vector, dense and on the device of the first; detached.
+    """Returns a copy of tensors as one real vector, dense and on the device of the first; detached; of none, empty.
 
     Example:
         >>> flat([torch.tensor([[1.0, 2.0]]), torch.tensor(3.0)])
@@ -42,6 +42,8 @@ def flat(tensors: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, " num_eleme
             vector: Tensor = _flatten(tensors)
             if not vector.is_complex():
                 return vector.detach()
+    if not tensors:
+        return torch.empty(0)
     return torch.cat([real(each.detach().to_dense()).flatten().to(tensors[0].device) for each in tensors])
 
 

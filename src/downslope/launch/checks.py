@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hydra.core.override_parser.types import Override
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from downslope.runs.configuration import RESERVED, has_target, known_keys, parameters_of, show, unknown_key
@@ -18,28 +18,20 @@ WORDS = {bool: "true or false", int: "a whole number", float: "a number", str: "
 
 
 def check_values(config: DictConfig) -> None:
-    """Refuses values of our own keys that no training can use; imports nothing heavy.
-
-    Raises:
-        ValueError: `lr`, `seed` or `mode` is out of its range.
-    """
-    if config.get("mode", "min") not in ("min", "max"):
-        raise ValueError(f"`mode` must be min or max, got {show(config.mode)}.")
-    lr = config.get("lr")
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
+    """Raises a `ValueError` for values of our own keys that no training can use; imports nothing heavy."""
+    mode, lr, seed = config.get("mode", "min"), config.get("lr"), config.get("seed")
+    if mode not in ("min", "max"):
+        raise ValueError(f"`mode` must be min or max, got {show(mode)}.")
+    if type(lr) not in (int, float) or not math.isfinite(lr) or lr <= 0:
         raise ValueError(f"`lr` must be a finite number greater than 0, got {show(lr)}.")
-    seed = config.get("seed")
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+    if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"`seed` must be a whole number from 0 to {MAX_SEED}, got {show(seed)}.")
 
 
 def check_additions(config: DictConfig, overrides: list[Override], groups: Callable[[str], bool]) -> None:
-    """Refuses a key added with `+` that nothing would read.
+    """Raises a `ValueError`, with the nearest known key, for a key added with `+` that nothing would read.
 
     A key below a `_target_` is an argument, which `check_nodes` holds against the signature.
-
-    Raises:
-        ValueError: The key is unknown; the message has the nearest known one.
     """
     for override in overrides:
         key = override.key_or_group
@@ -51,33 +43,24 @@ def check_additions(config: DictConfig, overrides: list[Override], groups: Calla
 
 
 def check_nodes(config: DictConfig) -> None:
-    """Holds every node with a `_target_` against that function's signature: names, and types where they are plain.
-
-    Raises:
-        ValueError: An argument is unknown, or of a type that the annotation excludes.
-    """
+    """Raises a `ValueError` for an argument that a `_target_` does not take, or whose annotation excludes its type."""
     for path, node in _nodes(config, ""):
         parameters = parameters_of(str(node["_target_"]), path)
         takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-        for key in node:
-            name = str(key)
-            if name in RESERVED:
-                continue
-            if name not in parameters and not takes_any:
+        for name in map(str, node):
+            if name in parameters and name not in RESERVED:
+                _check_type(f"{path}.{name}", node, name, parameters[name].annotation)
+            elif name not in RESERVED and not takes_any:
                 known = difflib.get_close_matches(name, parameters, n=1)
                 way_out = f"Did you mean `{path}.{known[0]}`?" if known else f"It takes: {', '.join(parameters)}."
                 raise ValueError(f"`{path}.{name}` is not an argument of {node['_target_']}. {way_out}")
-            if name in parameters:
-                _check_type(f"{path}.{name}", node, name, parameters[name].annotation)
 
 
-def _nodes(node: Any, path: str) -> Iterator[tuple[str, DictConfig]]:
-    if isinstance(node, ListConfig) or not isinstance(node, DictConfig):
-        return
-    if "_target_" in node:
+def _nodes(node: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
+    if has_target(node):
         yield path, node
     for key in node:
-        if key != "hydra" and isinstance(node._get_node(key), DictConfig):
+        if key != "hydra" and isinstance(node._get_node(key), DictConfig) and isinstance(node[key], DictConfig):
             yield from _nodes(node[key], f"{path}.{key!s}" if path else str(key))
 
 
@@ -90,7 +73,5 @@ def _check_type(key: str, node: DictConfig, name: str, annotation: Any) -> None:
         value = node[name]
     except OmegaConfBaseException:  # an interpolation into Hydra's runtime, which is not there yet
         return
-    if type(value) in allowed or (type(value) is int and float in allowed):
-        return
-    words = " or ".join(WORDS[kind] for kind in allowed)
-    raise ValueError(f"`{key}` must be {words}, got {show(value)}.")
+    if type(value) not in allowed and not (type(value) is int and float in allowed):
+        raise ValueError(f"`{key}` must be {' or '.join(WORDS[kind] for kind in allowed)}, got {show(value)}.")

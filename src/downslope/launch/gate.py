@@ -25,7 +25,7 @@ from downslope.runs.command_line import typed
 from downslope.runs.console import explain, refusing, say
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.result import EXIT_CODES, read_result
-from downslope.runs.resuming import adopt, checkpoint_of, keep_changes
+from downslope.runs.resuming import keep_changes, load_run_configuration
 from downslope.sweeps.ending import BASIC, Ending
 from downslope.sweeps.grid import MISSING, missing_jobs, typed_overrides, values
 from downslope.sweeps.job import job_name
@@ -66,17 +66,14 @@ class Gate(Callback):
     def on_run_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a single run."""
         with refusing(config_name):
-            ended = adopt(config) if config.get("resume") else None
-            folder = Path(config.hydra.run.dir).absolute()
+            ended = load_run_configuration(config) if config.get("resume") else None
             if ended:
-                say(
-                    f"{config.resume} has ended at step {ended.num_optimizer_steps:,}, {ended.status}: "
-                    "there is nothing to go on with."
-                )
+                step = f"{ended.num_optimizer_steps:,}, {ended.status}"
+                say(f"{config.resume} has ended at step {step}: there is nothing to go on with.")
                 say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
-            check_folder(folder, "hydra.run.dir")
-            check(config.copy(), folder, self.build)
+            folder = _writable(config.hydra.run.dir, "hydra.run.dir")
+            _check(config.copy(), folder, self.build)
             if config.get("resume"):
                 keep_changes(config)
 
@@ -87,16 +84,23 @@ class Gate(Callback):
                 raise ValueError(
                     "`resume` goes on with one run, got it with -m. A sweep: hydra.sweep.dir=<its folder>."
                 )
-            folder = Path(config.hydra.sweep.dir).absolute()
-            check_folder(folder, "hydra.sweep.dir")
+            folder = _writable(config.hydra.sweep.dir, "hydra.sweep.dir")
             anything_to_run = config.hydra.sweeper._target_ != MISSING or missing_jobs(config)
             if anything_to_run:
-                check_sweep(config, config_name, folder, self.build)
-                forget_early_log()
+                self._check_sweep(config, config_name, folder)
         with open_dict(config), read_write(config):
             Gate.sweep = Ending(config)
             if anything_to_run and config.hydra.launcher._target_ != BASIC:
                 Gate.sweep.listen(config)
+
+    def _check_sweep(self, config: DictConfig, config_name: str, folder: Path) -> None:
+        for variant, overrides in _variants(config, config_name):
+            try:
+                _check(variant, folder, self.build, in_sweep=True)
+            except Exception as error:
+                hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
+                raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
+        forget_early_log()
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
         """Lets go of the job's configuration: the launcher keeps what a job returns until the sweep ends."""
@@ -115,24 +119,10 @@ class Gate(Callback):
             raise SystemExit(EXIT_CODES[result.status])
 
 
-def check_sweep(config: DictConfig, config_name: str, folder: Path, build: str) -> None:
-    """Raises where one of a sweep's values would stop its job, whatever the others are."""
-    for variant, overrides in variants(config, config_name):
-        try:
-            check(variant, folder, build, devices=False)
-        except Exception as error:
-            hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
-            raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
-
-
-def check(config: DictConfig, folder: Path, build: str, devices: bool = True) -> None:
+def _check(config: DictConfig, folder: Path, build: str, in_sweep: bool = False) -> None:
     """Raises for whatever would stop the run: the check of its parts is to build them, and a run takes these.
 
-    Args:
-        config: As composed, with Hydra's own node; changed in place.
-        folder: Where the run would write.
-        build: As for `Gate`.
-        devices: Whether a device that is not there counts; a sweep goes on without the jobs that need it.
+    A sweep goes on without the jobs that need a device that is not there.
     """
     check_values(config)
     overrides = OverridesParser.create().parse_overrides(typed(config.hydra.overrides.task))
@@ -141,22 +131,28 @@ def check(config: DictConfig, folder: Path, build: str, devices: bool = True) ->
     with read_write(config), open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
     with _hydra_config(config), early_log():
-        with _without_garbage_collection():
-            from downslope.launch import parts
+        is_first = "torch" not in sys.modules
+        if is_first:  # nothing of what these imports make is garbage, and it would be searched again and again
+            gc.disable()
+        from downslope.launch import parts
+        from downslope.runs.checkpoints import checkpoint_of
 
-            make = get_method(build)
+        make = get_method(build)
+        if is_first:
+            gc.freeze()
+            gc.enable()
         hear_lightning()
-        if not devices:
-            OmegaConf.to_container(config.trainer, resolve=True)  # is there one, for whatever device?
+        if in_sweep:
+            OmegaConf.to_container(config.trainer, resolve=True)  # is there a device, whichever?
             with read_write(config), open_dict(config):
                 config.device = {"accelerator": "cpu", "devices": 1}
         check_nodes(config)
         parts.check_optimizer(config)
-        data, module, _ = parts.prepare(config, make)
+        built = data, module, _ = make(config)
         if config.get("resume"):
             checkpoint_of(Path(config.resume), data, module, keep=True)
-        if not devices:
-            parts.forget()
+        if not in_sweep:
+            parts.keep(built)
 
 
 @contextlib.contextmanager
@@ -170,38 +166,18 @@ def _hydra_config(config: DictConfig) -> Iterator[None]:
         HydraConfig.instance().cfg = before
 
 
-@contextlib.contextmanager
-def _without_garbage_collection() -> Iterator[None]:
-    """Imports torch and Lightning without the garbage collector, which would walk every object they make.
-
-    Only the first time: freezing again would keep for ever whatever garbage an earlier run in this process has left.
-    """
-    first = "torch" not in sys.modules
-    if first:
-        gc.disable()
-    try:
-        yield
-    finally:
-        if first:
-            gc.freeze()
-            gc.enable()
-
-
-def check_folder(folder: Path, key: str) -> None:
-    """Raises where a folder could not be made or written."""
+def _writable(path: str, key: str) -> Path:
+    """The absolute folder; raises where it could not be made or written."""
+    folder = Path(path).absolute()
     parent = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
         what = "is not writable" if parent.is_dir() else "is not a folder"
         raise ValueError(f"`{key}` must be a folder that can be written, got {str(folder)!r}: {parent} {what}.")
+    return folder
 
 
-def variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str]]:
-    """Yields configurations that show each value of a sweep once, not each combination, with what was typed.
-
-    Args:
-        config: As Hydra's multirun has it: the swept keys still at their defaults.
-        config_name: The primary configuration's name.
-    """
+def _variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str]]:
+    """Configurations that show each value of a sweep once, not each combination, with what was typed."""
     parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
     overrides = typed_overrides(config)
     choices = [values(override) for override in overrides]

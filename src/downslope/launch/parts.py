@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
@@ -13,33 +14,22 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 Parts = TypeVar("Parts")
-_prepared: list[Any] = []  # what the gate has built, for the one run of this process
+_kept: list[Any] = []  # what the gate has built, for the one run of this process
 
 
-def prepare(config: DictConfig, build: Callable[[DictConfig], Parts]) -> Parts:
-    """Builds the parts of a run that is about to begin, and keeps them for it."""
-    _prepared[:] = [build(config)]
-    parts: Parts = _prepared[0]
-    return parts
-
-
-def forget() -> None:
-    """Lets them go."""
-    _prepared.clear()
+def keep(parts: Any) -> None:
+    """Keeps the parts of the run that is about to begin."""
+    _kept[:] = [parts]
 
 
 def prepared(config: DictConfig, build: Callable[[DictConfig], Parts]) -> Parts:
     """Returns the parts that were built before the run's folder was, or builds them: a sweep's job has none yet."""
-    parts: Parts = _prepared.pop() if _prepared else build(config)
+    parts: Parts = _kept.pop() if _kept else build(config)
     return parts
 
 
 def check_optimizer(config: DictConfig) -> None:
-    """Refuses settings that the optimizer or its scheduler does not take, by making them for a parameter of their own.
-
-    Raises:
-        ValueError: What they say.
-    """
+    """Raises for settings that the optimizer or its scheduler refuses, by making them for a parameter of their own."""
     argument: Any = [torch.nn.Parameter(torch.zeros(1))]
     for key in ("optimizer", "scheduler.scheduler"):
         node = OmegaConf.select(config, key)
@@ -52,22 +42,18 @@ def check_optimizer(config: DictConfig) -> None:
 
 
 def check_device(config: DictConfig) -> None:
-    """Refuses a device that is not there, and several processes on the CPU that nobody asked for.
-
-    Raises:
-        ValueError: What was asked for, what is there, and the way out.
-    """
+    """Raises for a device that is not there, and for several processes on the CPU that nobody asked for."""
     available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    has_gpu = available["cuda"] or available["mps"]
     asked = config.trainer.get("accelerator", "auto")
-    there = available.get(asked, True) if asked != "gpu" else available["cuda"] or available["mps"]
-    if not there:
+    if not (has_gpu if asked == "gpu" else available.get(asked, True)):
         names = ", ".join(name for name, present in available.items() if present)
         raise ValueError(
             f"`device={asked}` must be a device that PyTorch {torch.__version__} finds on this machine ({names}), "
             f"got none: device=auto takes the best there is."
         )
     devices, strategy = config.trainer.get("devices", 1), config.trainer.get("strategy", "auto")
-    on_cpu = asked == "cpu" or not (available["cuda"] or available["mps"])
+    on_cpu = asked == "cpu" or not has_gpu
     if on_cpu and strategy == "auto" and isinstance(devices, int) and devices > 1:  # Lightning would, in silence
         raise ValueError(
             f"`trainer.devices` must be 1 on the CPU, got {devices}. Several processes that share each batch: "
@@ -81,12 +67,12 @@ def make_module(config: DictConfig, data: Any) -> LightningModule:
     Raises:
         ValueError: Nobody gives an argument that the module must have; or the data refuse to be read.
     """
-    target = get_object(config.model["_target_"])
-    module: LightningModule = instantiate(config.model, **_from_data(config, target, data), _convert_="all")
+    module: LightningModule = instantiate(config.model, **_from_data(config, data), _convert_="all")
     return module
 
 
-def _from_data(config: DictConfig, target: Callable[..., Any], data: Any) -> dict[str, Any]:
+def _from_data(config: DictConfig, data: Any) -> dict[str, Any]:
+    target = get_object(config.model["_target_"])
     given: dict[str, Any] = {}
     for name, parameter in inspect.signature(target).parameters.items():
         if name in config.model or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
@@ -97,19 +83,13 @@ def _from_data(config: DictConfig, target: Callable[..., Any], data: Any) -> dic
             except ValueError as error:  # the data are read here: their message names their own arguments
                 raise ValueError(re.sub(r"^`(\w+)`", r"`data.\1`", str(error))) from error
         elif parameter.default is parameter.empty:
+            choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
             raise ValueError(
                 f"`model.{name}` must be given: {target.__name__} needs it, and {type(data).__name__} has no attribute "
-                f"of that name. Write it into the file in conf/model/, or type +model.{name}=…; or choose "
-                f"`model=` and `data=` of one task ({_choices()})."
+                f"of that name. Write it into the file in conf/model/, or type +model.{name}=…; or choose `model=` "
+                f"and `data=` of one task (got data={choices.get('data')}, model={choices.get('model')})."
             )
     return given
-
-
-def _choices() -> str:
-    from hydra.core.hydra_config import HydraConfig
-
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    return f"got data={choices.get('data')}, model={choices.get('model')}"
 
 
 def make_trainer(config: DictConfig, module: LightningModule, loggers: list[Logger]) -> Trainer:
@@ -127,16 +107,12 @@ def make_trainer(config: DictConfig, module: LightningModule, loggers: list[Logg
     keeps = config.trainer.get("enable_checkpointing", any(isinstance(each, Checkpoint) for each in callbacks))
     parts = {"callbacks": callbacks, "logger": loggers, "enable_checkpointing": keeps}
     trainer: Trainer = instantiate(config.trainer, **parts, _convert_="all")
-    check_manual_optimization(config, module, trainer)
+    _check_manual_optimization(config, module, trainer)
     return trainer
 
 
-def check_manual_optimization(config: DictConfig, module: LightningModule, trainer: Trainer) -> None:
-    """Refuses what Lightning does for automatic optimization alone.
-
-    Raises:
-        ValueError: The key, why, and the way out.
-    """
+def _check_manual_optimization(config: DictConfig, module: LightningModule, trainer: Trainer) -> None:
+    """Raises for what Lightning does for automatic optimization alone."""
     if module.automatic_optimization:
         return
     reason = f"This is because the training_step of {type(module).__name__} takes its steps by itself"

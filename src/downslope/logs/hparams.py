@@ -4,12 +4,14 @@ import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard.summary import hparams
 
 from downslope.logs.event_files import EVENT_FILES, encoded
-
-if TYPE_CHECKING:
-    from tensorboard.compat.proto.summary_pb2 import Summary
 
 log = logging.getLogger(__name__)
 
@@ -32,10 +34,6 @@ def write_hparams(folder: Path, asked: Mapping[str, Any], came: Mapping[str, flo
     file = max(folder.glob(EVENT_FILES), key=lambda file: file.stat().st_mtime, default=None)
     if not file:
         return
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from torch.utils.tensorboard.summary import hparams
-
     line = {name: value for name, value in asked.items() if value is not None}
     experiment, *session = hparams(line, dict.fromkeys(came, 0.0))
     values = [Summary.Value(tag=tag, simple_value=value) for tag, value in came.items() if value is not None]
@@ -48,10 +46,8 @@ def write_hparams(folder: Path, asked: Mapping[str, Any], came: Mapping[str, flo
         log.warning("Cannot write the run's line for HPARAMS: %s", error)
 
 
-def _in_sight(experiment: "Summary") -> "Summary":
+def _in_sight(experiment: Summary) -> Summary:
     """Marks what must be seen: the tab begins with five columns, those said to differ first; `data` can wait."""
-    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-
     plugin = experiment.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(plugin.content)
     for info in data.experiment.hparam_infos:

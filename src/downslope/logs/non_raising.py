@@ -1,8 +1,8 @@
 """Logging never stops training: a logger that fails costs itself only, a value that cannot be written costs itself."""
 
-import functools
 import logging
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -17,31 +17,19 @@ _REFUSED: WeakKeyDictionary[Logger, set[str]] = WeakKeyDictionary()
 
 def non_raising_logger(logger: Logger) -> Logger:
     """Returns the logger, of whose methods none raises any more."""
-    log_metrics = logger.log_metrics
-
-    def log_each(metrics: Mapping[str, Any], step: int | None = None) -> None:
-        attempt(logger, lambda: log_values(logger, log_metrics, metrics, step))
-
+    each_on_its_own = partial(log_values, logger, logger.log_metrics)
     for name in METHODS:
-        setattr(logger, name, _guarded(logger, getattr(logger, name)))
-    logger.log_metrics = log_each  # type: ignore[method-assign]
+        setattr(logger, name, partial(attempt, logger, getattr(logger, name)))
+    logger.log_metrics = partial(attempt, logger, each_on_its_own)  # type: ignore[method-assign]
     return logger
 
 
-def _guarded(logger: Logger, method: Callable[..., Any]) -> Callable[..., None]:
-    @functools.wraps(method)
-    def call(*arguments: Any, **named: Any) -> None:
-        attempt(logger, lambda: method(*arguments, **named))
-
-    return call
-
-
-def attempt(logger: Logger, write: Callable[[], object]) -> None:
+def attempt(logger: Logger, write: Callable[..., object], *arguments: Any, **named: Any) -> None:
     """Writes; a logger that fails is warned of once, and left alone from then on."""
     if is_off(logger):
         return
     try:
-        write()
+        write(*arguments, **named)
     except Exception as error:
         _OFF.add(logger)
         log.warning("Cannot write to %s any more, training goes on: %s", type(logger).__name__, error)
@@ -52,17 +40,16 @@ def is_off(logger: Logger) -> bool:
     return logger in _OFF
 
 
-def log_values(logger: Logger, write: Callable[..., Any], values: Mapping[str, Any], step: int | None) -> None:
+def log_values(logger: Logger, write: Callable[..., Any], metrics: Mapping[str, Any], step: int | None = None) -> None:
     """Writes values by a logger's `log_metrics`; where that fails one by one, without those that it refuses.
 
     Raises:
         Exception: The disk or the network failed, or the logger took no value, whatever its type and size.
     """
-    if not (errors := _failures(write, values, step)):
-        return
-    if len(values) > 1:
-        errors = {tag: error for tag in values for error in _failures(write, {tag: values[tag]}, step).values()}
-    for error in errors.values() if len(errors) == len(values) else ():
+    errors = _failures(write, metrics, step)
+    if errors and len(metrics) > 1:
+        errors = {tag: error for tag in metrics for error in _failures(write, {tag: metrics[tag]}, step).values()}
+    for error in errors.values() if len(errors) == len(metrics) else ():
         if not isinstance(error, TypeError | ValueError | ArithmeticError):
             raise error
     told = _REFUSED.setdefault(logger, set())

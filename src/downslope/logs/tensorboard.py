@@ -7,7 +7,6 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -65,7 +64,7 @@ class TensorBoard(TensorBoardLogger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
         """Writes all values as one event."""
-        _append(self, [_event(step or 0, _scalars(metrics))])
+        _append(self, [_event(step or 0, *_scalars(metrics))])
 
     def finalize(self, status: str) -> None:
         """Writes what waits, and stays open: a test pass may follow the fit."""
@@ -82,7 +81,7 @@ class TensorBoard(TensorBoardLogger):
         """Leaves out Lightning's empty hparams.yaml; what is logged is on the disk."""
 
 
-def _event(step: int, values: Iterable[Summary.Value]) -> Event:
+def _event(step: int, *values: Summary.Value) -> Event:
     return Event(wall_time=time.time(), step=step, summary=Summary(value=values))
 
 
@@ -98,7 +97,7 @@ def append_everywhere(trainer: Trainer, events: Iterable[Event]) -> None:
     """Writes events into every TensorBoard of the trainer."""
     for logger in trainer.loggers if trainer.is_global_zero else []:
         if isinstance(logger, TensorBoardLogger):
-            attempt(logger, partial(_append, logger, events))
+            attempt(logger, _append, logger, events)
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,13 +130,12 @@ class StepWriter:
         self._num_rows = num_rows
         self._seconds = seconds
         self._flushed_at = time.monotonic()
-        self._rows: list[tuple[int, Measurement, Row]] = []
+        self._rows: dict[Measurement, list[tuple[int, Row]]] = {}
         self._num_waiting = self._num_elements = 0
         self._derived: list[tuple[list[int], Measurement, Tensor]] = []
         self._spreads: list[tuple[int, str, Tensor]] = []
-        self._has_warned = False
+        self._told: set[object] = set()  # what was warned of
         append_everywhere(trainer, [Event(wall_time=time.time(), summary=custom_scalars(LAYOUT))])
-        self._failed: set[Measurement] = set()
 
     @property
     def is_open(self) -> bool:
@@ -146,7 +144,7 @@ class StepWriter:
 
     def add(self, step: int, measurement: Measurement, *row: Tensor | Sequence[float]) -> None:
         """Takes what was measured at optimizer step `step`, on any device; detached."""
-        self._rows.append((step, measurement, row))
+        self._rows.setdefault(measurement, []).append((step, row))
         self._num_waiting += 1
         self._num_elements += sum([each.numel() for each in row if isinstance(each, Tensor)])
         if self._num_waiting >= self._num_rows or time.monotonic() - self._flushed_at > self._seconds:
@@ -163,38 +161,34 @@ class StepWriter:
     def flush(self) -> None:
         """Writes everything that waits."""
         self._derive()
-        scalars: dict[int, dict[str, float]] = defaultdict(dict)
         derived, self._derived, self._num_waiting = self._derived, [], 0
+        scalars: dict[int, dict[str, float]] = defaultdict(dict)
         for steps, measurement, values in derived:
             for step, row in zip(steps, values.tolist(), strict=True):
                 scalars[step].update(zip(measurement.tags, row, strict=True))
         histograms = self._histograms()
         self._flushed_at = time.monotonic()
-        if not scalars and not histograms:
-            return
-        events = [
-            _event(step, [*_scalars(scalars.get(step, {})), *histograms.get(step, ())])
-            for step in sorted({*scalars, *histograms})
-        ]
-        for logger in self._loggers:
-            attempt(logger, partial(_write, logger, events, scalars))
+        steps = sorted({*scalars, *histograms})
+        events = [_event(step, *_scalars(scalars.get(step, {})), *histograms.get(step, ())) for step in steps]
+        for logger in self._loggers if events else ():
+            if isinstance(logger, TensorBoardLogger):
+                attempt(logger, _append, logger, events)
+            else:
+                for step in sorted(scalars):
+                    attempt(logger, log_values, logger, logger.log_metrics, scalars[step], step)
 
     def _derive(self) -> None:
         """Makes values out of what was taken, without waiting for the device."""
-        rows, self._rows, self._num_elements = self._rows, [], 0
-        for measurement in dict.fromkeys(measurement for _, measurement, _ in rows):
-            taken = [(step, row) for step, each, row in rows if each is measurement]
+        rows, self._rows, self._num_elements = self._rows, {}, 0
+        for measurement, taken in rows.items():
+            steps = [step for step, _ in taken]
             try:
-                parts = [_stack(part) for part in zip(*(row for _, row in taken), strict=True)]
-                values = measurement.derive(*parts)
+                values = measurement.derive(*map(_stack, zip(*(row for _, row in taken), strict=True)))
                 if values.shape != (len(taken), len(measurement.tags)):
                     raise ValueError(f"there are {len(measurement.tags)} values a step, not {list(values.shape[1:])}")
+                self._derived.append((steps, measurement, values))
             except Exception as error:  # it costs these values, and not the logger
-                if measurement not in self._failed:
-                    self._failed.add(measurement)
-                    log.warning("Cannot write %s at step %d: %s", measurement.tags[0], taken[0][0], error)
-                continue
-            self._derived.append(([step for step, _ in taken], measurement, values))
+                self._warn_once(measurement, "Cannot write %s at step %d: %s", measurement.tags[0], steps[0], error)
 
     def _histograms(self) -> dict[int, list[Summary.Value]]:
         """Returns for each step the histograms that wait, of finite values: of others it warns once."""
@@ -204,25 +198,20 @@ class StepWriter:
         for (step, tag, _), counted in zip(waiting, counts, strict=True):
             if histo := histogram(counted):
                 found[step].append(Summary.Value(tag=tag, histo=histo))
-            if num_not_finite(counted) and not self._has_warned:
-                self._has_warned = True
-                log.warning("%s is not finite at step %d: histograms are of the rest, training goes on.", tag, step)
+            if num_not_finite(counted):
+                words = "%s is not finite at step %d: histograms are of the rest, training goes on."
+                self._warn_once("histograms", words, tag, step)
         return found
+
+    def _warn_once(self, about: object, words: str, *values: object) -> None:
+        if about not in self._told:
+            self._told.add(about)
+            log.warning(words, *values)
 
 
 def _stack(part: Sequence[Any]) -> Tensor:
     """One part of many rows, on a leading axis."""
-    if not isinstance(part[0], Tensor):
-        return torch.tensor(part, dtype=torch.float64)
-    return torch.stack(part) if len(part) > 1 else part[0][None]  # type: ignore[arg-type]
-
-
-def _write(logger: Logger, events: Sequence[Event], scalars: Mapping[int, Mapping[str, float]]) -> None:
-    if isinstance(logger, TensorBoardLogger):
-        return _append(logger, events)
-    for step in sorted(scalars):
-        log_values(logger, logger.log_metrics, scalars[step], step)
-    return None
+    return torch.stack(part) if isinstance(part[0], Tensor) else torch.tensor(part, dtype=torch.float64)  # type: ignore[arg-type]
 
 
 _WRITERS: WeakKeyDictionary[Trainer, StepWriter] = WeakKeyDictionary()
@@ -248,7 +237,7 @@ def flush_step_writer(trainer: Trainer) -> None:
     if writer := _WRITERS.get(trainer):
         writer.flush()
     for logger in trainer.loggers if trainer.is_global_zero else []:
-        attempt(logger, partial(_flush, logger))
+        attempt(logger, _flush, logger)
 
 
 def _flush(logger: Logger) -> None:
@@ -283,7 +272,7 @@ def write_picture(trainer: Trainer, tag: str, png: bytes, step: int) -> None:
     """Writes a picture into every TensorBoard as it is; `add_image` would unpack and pack it again."""
     width, height = struct.unpack(">II", png[16:24])
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
-    append_everywhere(trainer, [_event(step, [Summary.Value(tag=tag, image=image)])])
+    append_everywhere(trainer, [_event(step, Summary.Value(tag=tag, image=image))])
 
 
 def announce_restart(trainer: Trainer) -> None:

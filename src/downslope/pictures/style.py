@@ -73,8 +73,8 @@ def title(axes: "Axes", text: str, below: str) -> None:
     axes.text(0, 1.02, below, transform=axes.transAxes, fontsize=9.5, color=QUIET, va="bottom")
 
 
-def png(figure: "Figure", dpi: int = 150) -> bytes:
+def png(figure: "Figure") -> bytes:
     """Returns the figure as a PNG file's content; packed quickly rather than tightly."""
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=dpi, pil_kwargs={"compress_level": 1})
+    figure.savefig(content, format="png", pil_kwargs={"compress_level": 1})
     return content.getvalue()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from downslope.runs.whole_files import PARTIAL, whole_file
@@ -29,9 +30,6 @@ class UnreadableCheckpointError(ValueError):
 class SafeCheckpointIO(TorchCheckpointIO):
     """Lightning's reading and writing of checkpoints, so that a kill, a full disk and a flipped bit lose nothing.
 
-    A checkpoint is written beside its target, on the same file system, flushed to the disk, and only then renamed:
-    until the new one is whole, the old one stays.
-
     Attributes:
         error: Why the last checkpoint could not be written; None if it was. An exception would leave the other
             processes waiting for this one.
@@ -39,18 +37,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     error: OSError | None = None
 
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
-    ) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         try:
             write_checkpoint(checkpoint, Path(path))
             self.error = None
         except OSError as error:
             self.error = error
 
-    def load_checkpoint(
-        self, path: str | os.PathLike[str], map_location: Any = "cpu", weights_only: bool | None = True
-    ) -> dict[str, Any]:
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = True) -> dict[str, Any]:
         return load_checkpoint(Path(path))
 
 
@@ -91,30 +85,25 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     """
     data = file.read_bytes()
     body, comment = data[:-COMMENT_LENGTH], data[-COMMENT_LENGTH:]
+    checkpoint, reason = None, "it holds no dictionary."
     if not comment.startswith(CHECKSUM):
-        raise UnreadableCheckpointError(
-            f"{file} cannot be read as a checkpoint: it has no checksum at its end, so it is not whole or not ours."
-        )
-    if comment != CHECKSUM + hashlib.sha256(body).hexdigest().encode():
-        raise UnreadableCheckpointError(
-            f"{file} cannot be read as a checkpoint: its checksum is another one, so it has been damaged."
-        )
-    try:
-        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:  # bytes that somebody has spoiled fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        if isinstance(error, pickle.UnpicklingError):
+        reason = "it has no checksum at its end, so it is not whole or not ours."
+    elif comment != CHECKSUM + hashlib.sha256(body).hexdigest().encode():
+        reason = "its checksum is another one, so it has been damaged."
+    else:
+        try:
+            checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError:
             reason = "it holds more than plain tensors and plain data, and is not read any further."
-        raise UnreadableCheckpointError(f"{file} cannot be read as a checkpoint: {reason}") from error
+        except Exception as error:  # bytes that somebody has spoiled fail in many ways
+            reason = (str(error) or type(error).__name__).splitlines()[0]
     if not isinstance(checkpoint, dict):
-        raise UnreadableCheckpointError(
-            f"{file} cannot be read as a checkpoint: it holds a {type(checkpoint).__name__}."
-        )
+        raise UnreadableCheckpointError(f"{file} cannot be read as a checkpoint: {reason}")
     return checkpoint
 
 
 def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
-    """Returns the newest checkpoint of a run that is whole and can be gone on from, and says which were passed over.
+    """Returns the newest checkpoint of a run that is whole and can be resumed, and says which were passed over.
 
     Raises:
         ValueError: There is none; the message has the reason for each file.
@@ -132,6 +121,60 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
             for reason in bad:
                 log.warning("Passed over: %s Going on from %s, step %d.", reason, file.name, checkpoint["global_step"])
             return file, checkpoint
-        bad.append(f"{file} holds weights that can be used, but not gone on from.")
+        bad.append(f"{file} holds weights that can be used, but not resumed from.")
     reasons = "; ".join(bad) or "it has no checkpoint"
     raise ValueError(f"`resume` must be the folder of a run that has saved a checkpoint, got {str(run)!r}: {reasons}.")
+
+
+_kept: dict[Path, tuple[Path, dict[str, Any]]] = {}  # what the gate has read and checked, for the run itself
+
+
+def checkpoint_of(run: Path, data: object, module: LightningModule, keep: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Returns the checkpoint to resume from, if it is one of this model and of these data.
+
+    Args:
+        run: Its folder.
+        data: That it would be resumed with.
+        module: That it would be resumed with.
+        keep: For the next call: read and checked once.
+
+    Raises:
+        ValueError: There is none that is whole, or it is of something else; the message names both.
+    """
+    if run in _kept:
+        return _kept.pop(run)
+    file, checkpoint = newest_checkpoint(run)
+    progress = checkpoint["progress"]
+    check_same(file, "model", progress["model"], name_of(module))
+    check_same(file, "set of weights", _shapes(checkpoint["state_dict"]), _shapes(module.state_dict()))
+    check_same(file, "set of data", progress["data"], fingerprint(data))
+    if keep:
+        _kept[run] = file, checkpoint
+    return file, checkpoint
+
+
+def check_same(file: Path, what: str, saved: Any, here: Any) -> None:
+    """Refuses a checkpoint that was made with something else.
+
+    Raises:
+        ValueError: Both are named.
+    """
+    if saved != here:
+        there, now = (", ".join(each) if isinstance(each, list) else each for each in (saved, here))
+        raise ValueError(
+            f"Cannot go on from {file}. This is because it was made with another {what}: {there} there, {now} here."
+        )
+
+
+def fingerprint(data: object) -> str | None:
+    """Returns what a datamodule says of the numbers that it serves, None where it says nothing."""
+    return str(data.fingerprint()) if hasattr(data, "fingerprint") else None
+
+
+def name_of(thing: object) -> str:
+    """Returns the full name of an object's class."""
+    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+
+
+def _shapes(state: dict[str, Any]) -> list[str]:
+    return [f"{name} {list(value.shape)}" for name, value in state.items()]

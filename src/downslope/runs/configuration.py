@@ -40,9 +40,9 @@ def unknown_key(key: str, config_name: str = "train", folder: Path | None = None
     except HydraException:  # a primary configuration of one's own, in a folder that is not known any more
         return f"`{key}` is not a key."
     known = list(_keys(OmegaConf.to_container(config)))
-    parent = OmegaConf.select(config, key.rpartition(".")[0]) if "." in key else None
+    path = key.rpartition(".")[0]
+    parent = OmegaConf.select(config, path) if path else None
     if has_target(parent):
-        path = key.rpartition(".")[0]
         arguments = parameters_of(str(parent["_target_"]), path)
         known += [f"+{path}.{name}" for name in arguments if f"{path}.{name}" not in known]
     nearest = difflib.get_close_matches(key, known, n=1)
@@ -50,9 +50,9 @@ def unknown_key(key: str, config_name: str = "train", folder: Path | None = None
     return f"`{key}` is not a key. {way_out}"
 
 
-def known_keys(config_name: str = "train") -> list[str]:
+def known_keys() -> list[str]:
     """Returns every key that the configuration has without anything added, dotted; while Hydra runs."""
-    return list(_keys(OmegaConf.to_container(_defaults(config_name))))
+    return list(_keys(OmegaConf.to_container(_defaults("train"))))
 
 
 def _defaults(config_name: str, folder: Path | None = None) -> DictConfig:
@@ -70,11 +70,7 @@ def _keys(config: Any, prefix: str = "") -> Iterator[str]:
 
 
 def parameters_of(target: str, path: str) -> dict[str, inspect.Parameter]:
-    """Returns what a class or function takes, by name.
-
-    Args:
-        target: Its full name.
-        path: The key of the node that names it.
+    """Returns by name what the class or function takes that the node at `path` names.
 
     Raises:
         ValueError: There is no such thing.

@@ -10,37 +10,33 @@ import shlex
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from hydra.errors import HydraException, InstantiationException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from downslope.runs.command_line import command_line
+from downslope.runs.configuration import unknown_key
+from downslope.runs.plain_files import printable
 from downslope.runs.result import Result
 from downslope.runs.signals import exit_on_signals
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from lightning import LightningModule, Trainer
-
 FLIGHT_RECORD = "flight_record.json"  # its own module would bring torch along
 FULL_ERROR = "HYDRA_FULL_ERROR"
-ROUNDING = 1e-12  # a least squares loss that is no more than float32 leaves
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `command` borrows the variable
 
 
 def command(main: Callable[[], Any], config_name: str, folder: Path) -> None:
     """Runs a script's main function: an error becomes one message and exit code 1.
 
-    A process that ends need not be swept: freezing what is alive keeps the garbage collector out of the exit,
-    which takes a quarter of a second with torch loaded.
-
     Args:
         main: What `hydra.main` made of the function.
         config_name: The script's primary configuration.
         folder: Where that lies.
     """
-    atexit.register(gc.freeze)
+    atexit.register(gc.freeze)  # a process that ends need not be swept: a quarter of a second with torch loaded
     exit_on_signals()
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing
     sys.argv[1:] = map(quoted, sys.argv[1:])
@@ -101,15 +97,16 @@ def one_line(message: str) -> str:
         >>> one_line("Missing keys:\n\tlinear.weight\x00")
         'Missing keys: linear.weight?'
     """
-    words = " ".join(message.split()).encode("utf-8", "replace").decode()
-    return "".join(letter if letter.isprintable() else "?" for letter in words)
+    return str(printable(" ".join(message.split())))
 
 
 def explain(error: BaseException, config_name: str = "train", folder: Path | None = None) -> str:
-    """Returns what is wrong, in words for the person who typed the command."""
-    from hydra.errors import HydraException, InstantiationException
-    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+    """Returns what is wrong, in words for the person who typed the command; notes on the error stand behind it."""
+    notes = (f" ({note})" for note in getattr(error, "__notes__", ()))
+    return _explain(error, config_name, folder) + "".join(notes)
 
+
+def _explain(error: BaseException, config_name: str, folder: Path | None) -> str:
     if isinstance(error, InstantiationException) and error.__cause__:
         key = re.search(r"full_key: (\S+)", str(error))
         message = explain(error.__cause__)
@@ -128,8 +125,6 @@ def explain(error: BaseException, config_name: str = "train", folder: Path | Non
 
 def _explain_composition(message: str, config_name: str, folder: Path | None) -> str:
     """Hydra's message, shorter; for an unknown key the nearest known one."""
-    from downslope.runs.configuration import unknown_key
-
     if unknown := re.search(r"Could not override '(.+)'", message):
         return unknown_key(unknown[1], config_name, folder)
     if "input" in message:  # the grammar's: "mismatched input '='", "no viable alternative at input"
@@ -142,9 +137,7 @@ def _explain_composition(message: str, config_name: str, folder: Path | None) ->
 
 
 @unheard()
-def print_header(
-    choices: "Mapping[str, Any]", data: Any, module: "LightningModule", trainer: "Trainer", result: Result
-) -> None:
+def print_header(data: Any, module: Any, trainer: Any, result: Result) -> None:
     """Prints what is about to be trained, in one line."""
     described = data.description() if hasattr(data, "description") else type(data).__name__
     rate = "" if result.learning_rate is None else f", lr {result.learning_rate:g}"
@@ -155,54 +148,36 @@ def print_header(
 @unheard()
 def print_result(result: Result, folder: Path) -> None:
     """Prints what came of a run, and where to look next."""
-    say("")
-    for line in metric_lines(result.metrics):
-        say(line)
-    if result.least_squares_loss is not None and result.excess_loss is not None:
-        say(_excess_line(result.excess_loss, result.least_squares_loss))
+    lines = ["", *metric_lines(result.metrics)]
+    least, excess = result.least_squares_loss, result.excess_loss
+    if least is not None and excess is not None:
+        above = f"{excess / least:.2%}" if least > 1e-12 and excess < 1000 * least else f"{excess:.4g}"
+        lines.append(f"  optimum   least squares {least:.4g} on the training rows: the last weights are {above} above")
     if result.learning_rate and result.largest_stable_learning_rate and result.sharpness:
-        say(
+        lines.append(
             f"  rate      {result.learning_rate:g} is "
             f"{result.learning_rate / result.largest_stable_learning_rate:.2g} × the largest stable one for plain "
             f"gradient descent ({result.largest_stable_learning_rate:.4g} = 2/λ, λ = {result.sharpness:.4g})"
         )
     if result.status == "diverged":
         why = result.evidence.get("diverged", "the loss is no longer a number, or has grown a millionfold")
-        say(f"  diverged  {why}: try a smaller lr")
+        lines.append(f"  diverged  {why}: try a smaller lr")
         if (folder / FLIGHT_RECORD).is_file():
-            say(f"            the last steps before it and its batch: {FLIGHT_RECORD}")
-    for line in _verdict_lines(result):
-        say(line)
-    say("")
-    say(f"  run       {_shortest(folder)}")
+            lines.append(f"            the last steps before it and its batch: {FLIGHT_RECORD}")
+    sentence = result.evidence.get("sentence", "")
+    lines += textwrap.wrap(sentence, 118, initial_indent="  verdict   ", subsequent_indent=" " * 12)
+    run, again = _shortest(folder), ""
+    lines += ["", f"  run       {run}"]
     if (folder / "checkpoints" / "best.ckpt").is_file():
-        say(f"  best      python scripts/evaluate.py run={_shortest(folder)}   (above: the last weights)")
-    say("  look      make dashboard" + _again(result))
-
-
-def _excess_line(excess: float, least: float) -> str:
-    """How far above least squares; no share of what is zero to rounding."""
-    above = f"{excess / least:.2%} above" if excess < 1000 * least and least > ROUNDING else f"{excess:.4g} above"
-    return f"  optimum   least squares {least:.4g} on the training rows: the last weights are {above}"
-
-
-def _verdict_lines(result: Result) -> list[str]:
-    """Returns the verdict's sentence, in lines that stand under each other."""
-    sentence = result.evidence.get("sentence")
-    return textwrap.wrap(sentence, 118, initial_indent="  verdict   ", subsequent_indent=" " * 12) if sentence else []
-
-
-def _again(result: Result) -> str:
-    """The command that follows the suggestion, where the sentence makes one."""
-    if "Try lr=" not in result.evidence.get("sentence", ""):
-        return ""
-    others = [each for each in result.overrides if not each.startswith("lr=")]
-    rate = f"lr={result.suggested_learning_rate:.3g}"
-    return f"        again   {shlex.join([*command_line(), *others, rate])}"
+        lines.append(f"  best      python scripts/evaluate.py run={run}   (above: the last weights)")
+    if "Try lr=" in sentence:
+        others = [each for each in result.overrides if not each.startswith("lr=")]
+        again = f"        again   {shlex.join([*command_line(), *others, f'lr={result.suggested_learning_rate:.3g}'])}"
+    say("\n".join([*lines, f"  look      make dashboard{again}"]))
 
 
 def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
-    """Prints how far an interrupted run came, and how to go on with it."""
+    """Prints how far an interrupted run came, and how to resume it."""
     say("")
     if any((folder / "checkpoints").glob("*.ckpt")):
         what = "saved" if saved else "not saved: what came after the last checkpoint is lost, and comes again"
@@ -212,7 +187,7 @@ def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
         say("  stopped   before anything was saved")
 
 
-def metric_lines(metrics: "Mapping[str, float]") -> list[str]:
+def metric_lines(metrics: Mapping[str, float]) -> list[str]:
     """Returns a line for each metric, over the parts of the data that it was logged for.
 
     Example:
@@ -220,17 +195,13 @@ def metric_lines(metrics: "Mapping[str, float]") -> list[str]:
         ['  loss      train 0.5000   val 0.2500', '  accuracy  val 0.9000', '  temperature 3.0000']
     """
     lines: dict[str, list[str]] = {}
-    order = {part: place for place, part in enumerate(("train", "val", "test"))}
-    for tag in sorted(metrics, key=lambda tag: order.get(tag.partition("/")[0], len(order))):
-        part, slash, name = tag.partition("/")
-        words = f"{part} " if slash and part in order else ""
-        lines.setdefault(name if words else tag, []).append(f"{words}{_figure(metrics[tag])}")
+    ranks = {"train": 0, "val": 1, "test": 2}
+    for tag in sorted(metrics, key=lambda tag: ranks.get(tag.partition("/")[0], len(ranks))):
+        part, _, name = tag.partition("/")
+        is_part, value = name and part in ranks, metrics[tag]
+        figure = f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
+        lines.setdefault(name if is_part else tag, []).append(f"{part} {figure}" if is_part else figure)
     return [f"  {name:<9} {'   '.join(values)}" for name, values in lines.items()]
-
-
-def _figure(value: float) -> str:
-    """Four decimals, or four digits where these show nothing."""
-    return f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _shortest(folder: Path) -> Path:

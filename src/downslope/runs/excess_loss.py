@@ -15,11 +15,7 @@ def training_loss(trainer: Trainer, module: LightningModule) -> float:
     """Returns the mean of `module.loss(batch)` over the training rows, computed in float64 on the CPU.
 
     So the figure is that of the weights alone, whatever device and precision trained them. Several processes share the
-    rows as they did in training. The module is left as it was.
-
-    Args:
-        trainer: Has fitted the module.
-        module: Its `loss` is a mean over the rows of a batch.
+    rows as they did in training. The module, whose `loss` is a mean over the rows of a batch, is left as it was.
     """
     named = (*module.named_parameters(), *module.named_buffers())
     state = {f"module.{name}": _wide(tensor) for name, tensor in named}

@@ -5,10 +5,11 @@ import errno
 import logging
 import sys
 from collections.abc import Iterator
+from logging.handlers import MemoryHandler
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 OTHERS = ("lightning", "torch", "py", "hydra", "matplotlib", "fsspec", "submitit", "ray")  # "py.warnings": `warnings`
-_early: list[logging.LogRecord] = []
+_early = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
 
 
 class LogFile(logging.FileHandler):
@@ -27,31 +28,21 @@ class Quiet(logging.Filter):
     log. What is lost for good, a result or the last checkpoint, is an error at the end.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self._has_told = False
+    _has_told = False
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Tells whether the terminal shows the record."""
-        verbose = logging.getLogger().level <= logging.DEBUG
-        ours = record.name.partition(".")[0] not in OTHERS and record.levelno >= logging.WARNING
-        return verbose or (ours and not self._is_told(record))
-
-    def _is_told(self, record: logging.LogRecord) -> bool:
-        """Tells whether the record says of the disk what another one has said; adds to the first that it is one."""
+        if logging.getLogger().level <= logging.DEBUG:
+            return True
+        if record.name.partition(".")[0] in OTHERS or record.levelno < logging.WARNING:
+            return False
         values = record.args if isinstance(record.args, tuple) else ()
-        told, full = self._has_told, any(isinstance(each, OSError) and each.errno in FULL for each in values)
-        if full and not told:
+        if not any(isinstance(value, OSError) and value.errno in FULL for value in values):
+            return True
+        first, self._has_told = not self._has_told, True
+        if first:
             record.msg = f"{record.msg} (said once a run: other files may not be written either)"
-            self._has_told = True
-        return full and told
-
-
-class _Early(logging.Handler):
-    """Keeps what is said, for the log that comes."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        _early.append(record)
+        return first
 
 
 @contextlib.contextmanager
@@ -59,10 +50,10 @@ def early_log() -> Iterator[None]:
     """Keeps what is said before logging is configured: nothing of it lands in the terminal yet."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
-    root.handlers[:] = [_Early()]
+    root.handlers[:] = [_early]
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
-    _early.clear()
+    _early.buffer.clear()
     try:
         yield
     finally:
@@ -73,7 +64,7 @@ def early_log() -> Iterator[None]:
 
 def forget_early_log() -> None:
     """Drops it: what was built has only been checked."""
-    _early.clear()
+    _early.buffer.clear()
 
 
 def hear_lightning() -> None:
@@ -87,6 +78,6 @@ def begin_log() -> None:
     """Says in the run's log what was said early; from now on Lightning and `warnings` speak there too."""
     hear_lightning()
     logging.captureWarnings(True)
-    while _early:
-        record = _early.pop(0)
+    records, _early.buffer = _early.buffer, []
+    for record in records:
         logging.getLogger(record.name).handle(record)

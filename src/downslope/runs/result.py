@@ -17,53 +17,29 @@ EXIT_CODES = {"completed": 0, "failed": 1, "diverged": 3, "interrupted": 130}
 
 @dataclass
 class Result:
-    """What a run was, and what came of it. A number that is not finite becomes null in the file.
-
-    Attributes:
-        status: How it ended.
-        verdict: One word on how the learning rate did.
-        evidence: The figures that the verdict rests on.
-        suggested_learning_rate: The rate to try next.
-        learning_rate: The optimizer's rate at the beginning (a schedule's highest).
-        critical_learning_rate: The least η_c that was seen; see `downslope.gradients`.
-        largest_stable_learning_rate: 2/λ, for plain gradient descent on all training rows.
-        sharpness: λ, the largest eigenvalue of the Hessian of the training loss.
-        monitor: The metric that the run is about.
-        mode: Whether the least or the greatest value of it is best, `min` or `max`.
-        objective: That metric, of the last weights.
-        metrics: All that the module logged last, by tag, `train/loss` and so on: of the last weights.
-        least_squares_loss: The least mean squared error that any line has on the training rows, where the task has it.
-        excess_loss: The loss of the last weights over the training rows − `least_squares_loss`.
-        num_optimizer_steps: Steps taken.
-        seconds: Of the fit alone.
-        overrides: What was asked for on the command line.
-        seed: Of everything random.
-        device: Where it ran.
-        error: Type and message, where it failed.
-        versions: Of the packages that matter.
-    """
+    """What a run was, and what came of it. A number that is not finite becomes null in the file."""
 
     status: Literal["completed", "diverged", "failed", "interrupted"]
-    verdict: str | None = None
-    evidence: dict[str, Any] = field(default_factory=dict)
-    suggested_learning_rate: float | None = None
-    learning_rate: float | None = None
-    critical_learning_rate: float | None = None
-    largest_stable_learning_rate: float | None = None
-    sharpness: float | None = None
-    monitor: str | None = None
-    mode: str = "min"
-    objective: float | None = None
-    metrics: dict[str, float] = field(default_factory=dict)
-    least_squares_loss: float | None = None
-    excess_loss: float | None = None
+    verdict: str | None = None  # one word on how the learning rate did
+    evidence: dict[str, Any] = field(default_factory=dict)  # the figures that the verdict rests on
+    suggested_learning_rate: float | None = None  # to try next
+    learning_rate: float | None = None  # the optimizer's at the beginning (a schedule's highest)
+    critical_learning_rate: float | None = None  # the least η_c that was seen; see `downslope.gradients`
+    largest_stable_learning_rate: float | None = None  # 2/λ, for plain gradient descent on all training rows
+    sharpness: float | None = None  # λ, the largest eigenvalue of the Hessian of the training loss
+    monitor: str | None = None  # the metric that the run is about
+    mode: str = "min"  # whether its least or its greatest value is best
+    objective: float | None = None  # that metric, of the last weights
+    metrics: dict[str, float] = field(default_factory=dict)  # by tag, all that was logged last, of the last weights
+    least_squares_loss: float | None = None  # the least mean squared error of any line, where the task has it
+    excess_loss: float | None = None  # of the last weights over the training rows − `least_squares_loss`
     num_optimizer_steps: int = 0
-    seconds: float = 0.0
-    overrides: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # of the fit alone
+    overrides: list[str] = field(default_factory=list)  # as typed
     seed: int | None = None
     device: str | None = None
-    error: dict[str, str] | None = None
-    versions: dict[str, str] = field(default_factory=dict)
+    error: dict[str, str] | None = None  # type and message
+    versions: dict[str, str] = field(default_factory=dict)  # of the packages that matter
 
     def write(self, folder: Path) -> None:
         """Writes the file, whole or not at all.
@@ -88,11 +64,8 @@ def read_result(folder: Path) -> Result | None:
         OSError: It cannot be read.
     """
     content = read_bytes(folder / FILE_NAME)
-    return None if content is None else _parse(content)
-
-
-def _parse(content: bytes) -> Result:
-    """Checks every field against its annotation, so that nobody else has to."""
+    if content is None:
+        return None
     try:
         values = printable(json.loads(content))
     except (ValueError, RecursionError) as error:
@@ -102,7 +75,7 @@ def _parse(content: bytes) -> Result:
         raise ValueError(f"{FILE_NAME} must have a status.")
     if isinstance(values.get("metrics"), dict):  # null stands for what was not finite
         values["metrics"] = {tag: value for tag, value in values["metrics"].items() if value is not None}
-    for name, value in values.items():
+    for name, value in values.items():  # checked here, so that nobody else has to
         if name not in kinds or not _is(value, kinds[name]):
             raise ValueError(f"{FILE_NAME} has a `{name}` that no run writes.")
     return Result(**values)

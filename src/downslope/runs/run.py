@@ -6,6 +6,7 @@ import math
 import os
 import platform
 import time
+import traceback
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -21,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from downslope.gradients.least_squares import HasLeastSquares
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
+from downslope.runs.checkpoints import checkpoint_of
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
 from downslope.runs.excess_loss import training_loss
 from downslope.runs.log import begin_log
 from downslope.runs.result import Result
-from downslope.runs.resuming import checkpoint_of
 from downslope.runs.signals import Interrupted
 from downslope.runs.stored import passes
 
@@ -136,7 +137,7 @@ class Run:
             self.result.num_optimizer_steps = self._trainer.global_step
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         is_main = os.environ.get("LOCAL_RANK", "0") == "0"
         if self._trainer:
@@ -155,9 +156,18 @@ class Run:
             if self.checkpoint and not self._outside.has_begun:
                 return  # a resume that was refused: what there was of the run stays as it is
             self.result.status = "failed"
+            if self._is_of_the_first_step(trace):
+                model, data = self.choices.get("model"), self.choices.get("data")
+                error.add_note(f"in the first step of model={model} on data={data}: do they belong to one task?")
             self.result.error = {"type": type(error).__name__, "message": explain(error)}
             with contextlib.suppress(OSError):  # a disk that is full must not hide the error
                 self.result.write(self.folder)
+
+    def _is_of_the_first_step(self, trace: TracebackType | None) -> bool:
+        """Tells whether an error comes out of a new run's first training_step: a shape that does not fit, say."""
+        if self._trainer is None or self.checkpoint or self._trainer.global_step:
+            return False
+        return any(frame.f_code.co_name == "training_step" for frame, _ in traceback.walk_tb(trace))
 
     def _end(self) -> None:
         result = self.result
@@ -191,7 +201,7 @@ class Outside(Callback):
         result = self.run.result
         result.device = str(trainer.strategy.root_device)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = [group.get("initial_lr", group.get("lr")) for group in groups]
+        rates = [group.get("max_lr", group.get("initial_lr", group.get("lr"))) for group in groups]  # OneCycleLR's top
         result.learning_rate = next((float(rate) for rate in rates if rate is not None), None)
         line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
         if line is not None:
@@ -200,7 +210,7 @@ class Outside(Callback):
         if any(hasattr(callback, "diverged") for callback in trainer.callbacks):  # type: ignore[attr-defined]
             self.on_train_batch_end = None  # type: ignore[assignment,method-assign]  # Lightning passes it over
         if trainer.is_global_zero:
-            print_header(self.run.choices, self.run._data, pl_module, trainer, result)
+            print_header(self.run._data, pl_module, trainer, result)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_begun = True

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: at once where nothing can be lost, else at the next step that training can be gone on from."""
+"""SIGINT and SIGTERM: at once where nothing can be lost, else at the next step that training can be resumed from."""
 
 import os
 import signal
@@ -51,8 +51,7 @@ def leave_interrupts_to_the_sweep() -> None:
 class StopRequest:
     """Remembers the first signal for whoever stops at a good place; a second SIGINT leaves at once.
 
-    Args:
-        seconds: Between two looks at what the sweep says.
+    What the sweep says is looked at every few `seconds`.
     """
 
     def __init__(self, seconds: float = 0.2) -> None:

@@ -1,6 +1,5 @@
 """A run that has ended, to be looked at: its configuration as data, and the weights of its best checkpoint."""
 
-import contextlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -8,8 +7,7 @@ from typing import Any
 
 from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from omegaconf import DictConfig, open_dict
-from torch import Tensor
+from omegaconf import DictConfig
 
 from downslope.runs.checkpoints import BEST, LAST, load_checkpoint
 from downslope.runs.log import begin_log
@@ -17,9 +15,8 @@ from downslope.runs.trust import check_local, names_in, read_untrusted
 
 log = logging.getLogger(__name__)
 
+LOADERS = {"validation": "val_dataloader", "test": "test_dataloader", "predict": "predict_dataloader"}
 QUIET = {
-    "callbacks": {},
-    "logger": {},
     "device": {"accelerator": "auto", "devices": 1},
     "trainer": {"enable_progress_bar": False, "enable_checkpointing": False, "enable_model_summary": False},
 }
@@ -56,11 +53,9 @@ class StoredRun:
             log.warning("%s has no best checkpoint, since no metric chose one: this is of the last.", run)
         stored = read_untrusted(file, [*config.trust, *names_in(config)])
         asked = {key: value for key, value in config.get("data", {}).items() if value is not None}
-        with open_dict(stored):
-            stored.callbacks, stored.logger = {}, {}
-            stored.trainer.pop("strategy", None)
-        for change in (QUIET, {"data": asked}):
-            stored.merge_with(change)
+        stored.callbacks, stored.logger = {}, {}
+        stored.trainer.pop("strategy", None)
+        stored.merge_with(QUIET, {"data": asked})
         self.config = stored
         self.checkpoint = load_checkpoint(self.file)
 
@@ -70,17 +65,12 @@ class StoredRun:
         Raises:
             ValueError: The checkpoint is not one of this configuration.
         """
-        with self._belonging():
+        try:
             for part in parts:
                 if isinstance(part, LightningModule):
                     part.load_state_dict(self.checkpoint["state_dict"])
                 elif state := self.checkpoint.get(type(part).__qualname__):
                     part.load_state_dict(state)
-
-    @contextlib.contextmanager
-    def _belonging(self) -> Iterator[None]:
-        try:
-            yield
         except (AttributeError, LookupError, RuntimeError, TypeError) as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             raise ValueError(f"{self.file} does not belong to the configuration of its run: {reason}") from error
@@ -89,13 +79,32 @@ class StoredRun:
 def passes(
     data: LightningDataModule, module: LightningModule, trainer: Trainer, names: Iterable[str] = ("validation", "test")
 ) -> Iterator[Callable[..., Any]]:
-    """Yields the Trainer's passes, `validate` and `test`, that the module and its data have steps and rows for."""
-    trainer_passes = {"validation": trainer.validate, "test": trainer.test}
-    loaders = {"validation": "val_dataloader", "test": "test_dataloader"}
+    """Yields the Trainer's passes that the module and its data are made for: `validate`, `test`, `predict`."""
+    made: dict[str, Callable[..., Any]] = {
+        "validation": trainer.validate,
+        "test": trainer.test,
+        "predict": trainer.predict,
+    }
     for name in names:
-        served = any(is_overridden(loaders[name], each) for each in (data, module))
+        served = any(is_overridden(LOADERS[name], each) for each in (data, module))
         if served and is_overridden(f"{name}_step", module):
-            yield trainer_passes[name]
+            yield made[name]
+
+
+def required_passes(
+    data: LightningDataModule, module: LightningModule, trainer: Trainer, *names: str
+) -> list[Callable[..., Any]]:
+    """Returns those of the Trainer's passes that can be made.
+
+    Raises:
+        ValueError: None of them; the message says what each takes.
+    """
+    found = list(passes(data, module, trainer, names))
+    if not found:
+        needed = ", or ".join(f"`{name}_step` and `{LOADERS[name]}`" for name in names)
+        got = f"{type(module).__name__} on {type(data).__name__}"
+        raise ValueError(f"`run` must be of a model and of data that have {needed}: {got} have not.")
+    return found
 
 
 def columns(outputs: Iterable[Any]) -> dict[str, list[Any]]:
@@ -115,7 +124,7 @@ def columns(outputs: Iterable[Any]) -> dict[str, list[Any]]:
     for output in outputs:
         named = output if isinstance(output, Mapping) else {"prediction": output}
         for name, values in named.items():
-            values = values.tolist() if isinstance(values, Tensor) or hasattr(values, "tolist") else values
+            values = values.tolist() if hasattr(values, "tolist") else values
             if not isinstance(values, list):
                 raise ValueError(f"`predict_step` must return columns of values, got {type(values).__name__}.")
             table.setdefault(str(name), []).extend(values)

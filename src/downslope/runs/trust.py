@@ -21,7 +21,6 @@ from omegaconf.grammar_parser import parse
 from downslope.runs.configuration import own_folders
 from downslope.runs.plain_files import read_yaml
 
-RESOLVERS = {"hydra"}
 TARGET = re.compile(r"^\s*_target_:\s*['\"]?([\w.]+)", re.MULTILINE)
 ADDRESS = re.compile(r"(?!pkg://)\w[\w+.-]+:/|.*::")  # a scheme, of more letters than a drive has, or a chain of them
 
@@ -50,7 +49,7 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
         plain = _selected(file, plain, only)
     elif "hydra" in plain:
         raise ValueError(f"{file} must describe a run, got `hydra`, which says how commands are to behave.")
-    allowed = {*own_targets(), *trusted}
+    allowed = {*_own_targets(), *trusted}
     for key, value in _values(plain):
         place = f"{file}: `{key}`"
         if _is_target(key):
@@ -58,10 +57,12 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
         elif isinstance(value, str):
             check_local(value, f"{file}: {key}")
             for resolver in _resolvers(place, value):
-                if resolver not in RESOLVERS and resolver not in trusted:
+                if resolver not in ("hydra", *trusted):
                     raise ValueError(f"{place} calls the resolver {resolver!r}: {_way_out(resolver)}")
     try:
-        config: DictConfig = OmegaConf.create(plain)
+        config: DictConfig = OmegaConf.create({} if only else plain)
+        for key in only:
+            OmegaConf.update(config, key, plain[key])
         return config
     except OmegaConfBaseException as error:
         raise ValueError(f"{file} cannot be read as a configuration: {' '.join(str(error).split())}") from error
@@ -75,32 +76,24 @@ def names_in(config: DictConfig) -> list[str]:
         ['mine.Model', 'oc.env']
     """
     plain: Any = OmegaConf.to_container(config)
-    values = _values({key: plain[key] for key in plain if key != "hydra"})
-    texts = [(key, value) for key, value in values if isinstance(value, str)]
+    plain.pop("hydra", None)
+    texts = [(key, value) for key, value in _values(plain) if isinstance(value, str)]
     return [name for key, value in texts for name in ([value] if _is_target(key) else _resolvers(key, value))]
 
 
-def own_targets() -> set[str]:
-    """Returns every `_target_` in the folders that the running command is composed from."""
+def _own_targets() -> set[str]:
+    """Every `_target_` in the folders that the running command is composed from."""
     files = [file for folder in own_folders() for file in folder.rglob("*.yaml")]
     return {target for file in files for target in TARGET.findall(file.read_text(encoding="utf-8"))}
 
 
 def _selected(file: Path, plain: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:
-    """What is wanted of a configuration, nested as it stands there."""
-    selected: dict[str, Any] = {}
+    """What is wanted of a configuration, by dotted key."""
+    values = dict(_values(plain))
     for key in keys:
-        node: Any = plain
-        *parents, last = key.split(".")
-        for name in (*parents, last):
-            node = node.get(name) if isinstance(node, dict) else None
-        if node is None:
+        if values.get(key) is None:
             raise ValueError(f"{file} must hold `{key}`.")
-        inner = selected
-        for name in parents:
-            inner = inner.setdefault(name, {})
-        inner[last] = node
-    return selected
+    return {key: values[key] for key in keys}
 
 
 def _values(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -28,14 +28,9 @@ def whole_file(file: Path) -> Iterator[BinaryIO]:
         with contextlib.suppress(OSError):
             partial.unlink()
         raise
-    _flush_folder(file.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a renaming last through a power cut, where the file system knows of such a thing."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
+    if os.name == "posix":  # so that the renaming, too, lasts through a power cut
+        folder = os.open(file.parent, os.O_RDONLY)
         try:
-            os.fsync(handle)
+            os.fsync(folder)
         finally:
-            os.close(handle)
+            os.close(folder)

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from downslope.gradients.vectors import clones
 from downslope.steps.attributes import Attributes
 from downslope.steps.random_state import RandomState, own_generators, random_state
-from downslope.steps.unclipped_gradients import clones
 
 Loss = Callable[[Any, Any], Tensor] | Literal["training_step"]
 Parameters = dict[str, Tensor]  # by name

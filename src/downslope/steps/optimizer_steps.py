@@ -9,17 +9,15 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from lightning import Callback, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from downslope.gradients.norms import HALF
-from downslope.gradients.vectors import flat as flat
-from downslope.steps.due import check_count, is_due
-from downslope.steps.hooks import STEP_HOOKS as STEP_HOOKS
-from downslope.steps.hooks import enable
+from downslope.gradients.vectors import flat
+from downslope.steps.due import is_due
 
 
 @dataclass
@@ -279,25 +277,3 @@ class ParameterNames(dict[int, str]):
             self._named.append(tensor)
             self[id(tensor)] = f"tensor-{sum(name.startswith('tensor-') for name in self.values())}"
         return self[id(tensor)]
-
-
-# The former names, until every observer has the one life cycle.
-
-
-def wake(callback: Callback, *names: str, awake: bool = True) -> None:
-    """Lets Lightning call hooks from now on, or pass them over."""
-    enable(callback, *names, when=awake)
-
-
-check_frequency = check_count
-
-
-def leave_out_idle_hooks(callback: Callback, *idle: str) -> None:
-    """Passes over the hooks of a step that a callback does not override, or has no use for."""
-    for name in STEP_HOOKS:
-        enable(callback, name, when=name not in idle and getattr(type(callback), name) is not getattr(Callback, name))
-
-
-def parameter_names(module: LightningModule) -> dict[int, str]:
-    """Returns the name of each parameter by its id."""
-    return ParameterNames(module)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from downslope.gradients.vectors import clones as clones
+from downslope.gradients.vectors import clones
 from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps
 
 

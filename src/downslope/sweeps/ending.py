@@ -41,18 +41,15 @@ class Ending:
     def __init__(self, config: DictConfig) -> None:
         self.folder = Path(config.hydra.sweep.dir).absolute()
         self._before = self._stamps()
-        self._number = 0  # of the signal that came
+        self._number = 0  # of the first signal that came
         self._times = 0
         self._stop_file = self.folder / f".stop-{secrets.token_hex(4)}"  # two processes may share a sweep
-        config.hydra.job.env_set[COMMAND] = shlex.join(command_line())  # for the report, from multirun.yaml
-        self._tell_jobs(config, {COMMAND: shlex.join(command_line()), SOURCES: sources_digest(config)})
+        command = shlex.join(command_line())
+        config.hydra.job.env_set[COMMAND] = command  # for the report, from multirun.yaml
+        _tell_jobs(config, COMMAND, command)
+        _tell_jobs(config, SOURCES, sources_digest(config))
         config.hydra.overrides.hydra.append("hydra.output_subdir=null")  # a job writes its own, in a folder of its own
         os.environ.setdefault("RAY_DEDUP_LOGS", "0")  # Ray leaves out what several jobs say alike: their results
-
-    def _tell_jobs(self, config: DictConfig, variables: dict[str, str]) -> None:
-        for name, value in variables.items():
-            quoted = value.replace("'", r"\'")
-            config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{name}='{quoted}'")
 
     def listen(self, config: DictConfig) -> None:
         """Takes the signals over, and lets the jobs know the file.
@@ -60,9 +57,13 @@ class Ending:
         Ctrl-C reaches every process of the terminal's, and a launcher's own would die of it. What the main thread
         blocks, the processes that it starts block too; so another thread is where SIGINT arrives.
         """
-        self._tell_jobs(config, {STOP_FILE: str(self._stop_file)})
-        if config.hydra.launcher._target_ == RAY:
-            _start_ray(OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True))
+        _tell_jobs(config, STOP_FILE, str(self._stop_file))
+        if config.hydra.launcher._target_ == RAY:  # before the launcher would: it puts a SIGTERM handler in place
+            import ray
+
+            settings: Any = OmegaConf.to_container(config.hydra.launcher.ray.init, resolve=True)
+            memory = {} if settings.get("address") else {"object_store_memory": RAY_MEMORY}
+            ray.init(**{**memory, **settings})
         if os.name == "posix":
             here, there = socket.socketpair()
             there.setblocking(False)
@@ -115,23 +116,22 @@ class Ending:
 
     def _stamps(self) -> dict[Path, int]:
         """When each job's result was written, or its configuration where it has none."""
-        folders = [hydra.parent for hydra in sorted(self.folder.glob("*/.hydra"))]
-        files = {folder: folder / FILE_NAME for folder in folders}
-        return {
-            folder: (file if file.is_file() else folder / ".hydra").stat().st_mtime_ns for folder, file in files.items()
-        }
+        stamps = {}
+        for hydra in sorted(self.folder.glob("*/.hydra")):
+            result = hydra.with_name(FILE_NAME)
+            stamps[hydra.parent] = (result if result.is_file() else hydra).stat().st_mtime_ns
+        return stamps
 
     def _list_failures(self) -> bool:
         """Lists the jobs that failed in this sweep, not in an earlier one over the same folder."""
         failed: dict[str, list[str]] = {}  # often many for one reason
-        for folder in [folder for folder, stamp in self._stamps().items() if self._before.get(folder) != stamp]:
+        for folder, stamp in self._stamps().items():
+            if self._before.get(folder) == stamp or is_running(folder):  # by another process that shares the sweep
+                continue
             result = result_of(folder)
-            if is_running(folder):
-                continue  # by another process that shares the sweep
-            if result is None:
-                failed.setdefault(DIED, []).append(folder.name)
-            elif result.status == "failed":
-                failed.setdefault((result.error or {}).get("message", ""), []).append(folder.name)
+            if result is None or result.status == "failed":
+                message = (result.error or {}).get("message", "") if result else DIED
+                failed.setdefault(message, []).append(folder.name)
         if failed:
             say(f"\n{sum(map(len, failed.values()))} failed:")
         for message, names in failed.items():
@@ -149,9 +149,6 @@ def report(folder: Path) -> None:
         print(one_line(f"error: the report of {folder} could not be made: {explain(error)}"), file=sys.stderr)
 
 
-def _start_ray(settings: Any) -> None:
-    """Starts Ray before the launcher would: it puts a SIGTERM handler of its own in place."""
-    import ray
-
-    memory = {} if settings.get("address") else {"object_store_memory": RAY_MEMORY}
-    ray.init(**{**memory, **settings})
+def _tell_jobs(config: DictConfig, variable: str, value: str) -> None:
+    quoted = value.replace("'", r"\'")
+    config.hydra.overrides.hydra.append(f"+hydra.job.env_set.{variable}='{quoted}'")

@@ -1,5 +1,6 @@
 """One job of a sweep: kept, resumed or run, once, in a folder of its own that no other process touches meanwhile."""
 
+import contextlib
 import difflib
 import hashlib
 import os
@@ -135,12 +136,10 @@ def check_identity(config: DictConfig, folder: Path) -> None:
         return
     old, new = _identity(before), _identity(yaml.load(OmegaConf.to_yaml(config), LOADER))
     if old != new:
-        changes = [
-            line for line in difflib.unified_diff(old, new, n=0, lineterm="") if line[:2] not in ("--", "++", "@@")
-        ]
+        _, _, *changes = difflib.unified_diff(old, new, n=0, lineterm="")
         raise ValueError(
             f"`hydra.sweep.dir` holds {folder.name} with another configuration (− there, + now):\n  "
-            + "\n  ".join(changes)
+            + "\n  ".join(line for line in changes if not line.startswith("@@"))
             + "\nLeave hydra.sweep.dir out for a sweep of its own, or undo the change."
         )
 
@@ -159,7 +158,7 @@ def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
         ValueError: It holds files and is no job's: they are not ours to delete.
     """
     stopped = result is None or result.status == "interrupted"
-    if stopped and _has_whole_checkpoint(folder):
+    if stopped and _has_checkpoint(folder):
         config.resume = str(folder)
         return
     target, partial, hydra = folder / ".hydra", folder / ".hydra.partial", HydraConfig.get()
@@ -181,12 +180,9 @@ def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
     partial.replace(target)
 
 
-def _has_whole_checkpoint(folder: Path) -> bool:
-    if not any((folder / "checkpoints").glob("*.ckpt")):
-        return False
+def _has_checkpoint(folder: Path) -> bool:
     from downslope.runs.checkpoints import newest_checkpoint
 
-    try:
+    with contextlib.suppress(ValueError):
         return bool(newest_checkpoint(folder))
-    except ValueError:
-        return False
+    return False

@@ -1,13 +1,11 @@
 """A sweep's pictures: the loss against the learning rate, and the curves of its jobs."""
 
 import math
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from downslope.pictures.style import LIGHT, Theme, new_figure, paint, png
-from downslope.runs.whole_files import whole_file
-from downslope.sweeps.table import GRADIENT_NORMS, Job, curve_tags, judged_by, varied_keys
+from downslope.pictures.style import LIGHT, Theme, new_figure, paint
+from downslope.sweeps.table import GRADIENT_NORM, Job, curve_tags, judged_by, varied_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -15,23 +13,21 @@ if TYPE_CHECKING:
 
 MOST_LINES = 7  # colours that the eye tells apart
 MOST_PANELS = 12
-LOSS, NORM = 0, 1  # rows of the small multiples
 SYMBOLS = {"diverged": "X", "failed": "s", "interrupted": "D", "not run": "o"}
-
-
-def suggested_rate(jobs: Sequence[Job]) -> float | None:
-    """Returns the rate to try next: what the best job suggests."""
-    return jobs[0].result.suggested_learning_rate if jobs and jobs[0].result else None
 
 
 def lines_of(jobs: Sequence[Job]) -> dict[str, list[Job]]:
     """Groups the jobs by whatever was varied beside the learning rate: a line each, its points in the rate's order."""
     others = [key for key in varied_keys(jobs) if key != "lr"]
     lines: dict[str, list[Job]] = {}
-    for job in sorted(jobs, key=lambda job: (job.learning_rate or 0.0, job.name)):
+    for job in _by_rate(jobs):
         if job.learning_rate:
             lines.setdefault(", ".join(f"{key}={_short(job.overrides.get(key, ''))}" for key in others), []).append(job)
     return dict(sorted(lines.items()))
+
+
+def _by_rate(jobs: Sequence[Job]) -> list[Job]:
+    return sorted(jobs, key=lambda job: (job.learning_rate or 0.0, job.name))
 
 
 def _short(text: str, most: int = 24) -> str:
@@ -40,59 +36,43 @@ def _short(text: str, most: int = 24) -> str:
 
 
 def draw_learning_rate(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure":
-    """Draws the last and the best objective against the learning rate; jobs without one stand at the top edge."""
+    """Draws the objective of the last weights against the learning rate; jobs without one stand at the top edge."""
     objective, _ = judged_by(jobs)
     figure = new_figure(9.6, 5.4, theme, layout="constrained")
     axes = figure.add_subplot()
     lines = lines_of(jobs)
-    above = (
-        0.0 if all(job.objective >= 0 for job in jobs if math.isfinite(job.objective)) else -math.inf
-    )  # a likelihood may be negative, an R²
     if len(lines) <= MOST_LINES:
         for index, (label, line) in enumerate(lines.items()):
             edge = 1.0 + 0.03 * index  # so that no line hides the next one's
-            _draw_lines(axes, [line], label, above, color=theme.lines[index], edge=edge)
+            _draw_lines(axes, [line], label, edge, color=theme.lines[index])
     else:
         others = ", ".join(key for key in varied_keys(jobs) if key != "lr")
-        _draw_lines(axes, [*lines.values()], f"{len(lines)} lines: {others}", above, color=theme.lines[0], alpha=0.35)
+        _draw_lines(axes, lines.values(), f"{len(lines)} lines: {others}", color=theme.lines[0], alpha=0.35)
     _draw_limits(axes, jobs, theme)
-    _draw_best(axes, jobs, theme, above)
+    _draw_best(axes, jobs[0], theme)
     axes.set(xlabel="learning rate", ylabel=objective)
     paint(axes, theme)
-    _scale(axes, "x", bool(lines))
-    if above == 0.0:
-        _scale(axes, "y", any(_is_drawn(job.objective) for line in lines.values() for job in line))
+    values = [job.objective for line in lines.values() for job in line if math.isfinite(job.objective)]
+    _scale(axes, "x", [job.learning_rate or 0.0 for line in lines.values() for job in line])
+    _scale(axes, "y", values)
     axes.set_title(_headline(jobs, objective), loc="left", pad=22, color=theme.ink, fontsize=13, fontweight="bold")
-    _legend(axes, theme, len(lines) > 1, jobs)
+    _legend(axes, theme, jobs, len(lines) > 1)
     return figure
 
 
-def _is_drawn(value: float, above: float = 0.0) -> bool:
-    """Tells whether an axis has a place for the value, a logarithmic one unless said otherwise."""
-    return above < value < math.inf
-
-
-def _draw_lines(
-    axes: "Axes", lines: Sequence[Sequence[Job]], label: str, above: float, edge: float = 1.0, **look: Any
-) -> None:
+def _draw_lines(axes: "Axes", lines: Iterable[Sequence[Job]], label: str, edge: float = 1.0, **look: Any) -> None:
     """Draws lines of one colour: as one, with gaps, as a thousand single ones take many seconds."""
-    done = [[job for job in line if _is_drawn(job.objective, above)] for line in lines]
-    rates = _with_gaps([[job.learning_rate for job in line] for line in done])
-    last = _with_gaps([[job.objective for job in line] for line in done])
-    best = _with_gaps([[job.best_objective for job in line] for line in done])
-    axes.plot(rates, last, label=label, marker="o", markersize=6, linewidth=2, clip_on=False, **look)
-    axes.plot(rates, best, marker="_", markersize=9, linestyle=":", linewidth=1.3, clip_on=False, **look)
+    points = [(math.nan, math.nan)]
+    for line in lines:
+        points += [(job.learning_rate or math.nan, job.objective) for job in line if math.isfinite(job.objective)]
+        points.append((math.nan, math.nan))
+    axes.plot(*zip(*points[1:], strict=True), label=label, marker="o", markersize=6, linewidth=2, clip_on=False, **look)
     for status, symbol in SYMBOLS.items():
         without = [job.learning_rate or math.nan for line in lines for job in line if job.status == status]
-        if not without:
-            continue
         fill = look["color"] if status == "diverged" else "none"
-        axes.plot(without, [edge] * len(without), symbol, transform=axes.get_xaxis_transform(), markersize=9, zorder=4,
-                  markerfacecolor=fill, markeredgecolor=look["color"], clip_on=False, **look)  # fmt: skip
-
-
-def _with_gaps(lines: Sequence[Sequence[float | None]]) -> list[float]:
-    return [math.nan if value is None else value for line in lines for value in (*line, None)]
+        if without:
+            axes.plot(without, [edge] * len(without), symbol, transform=axes.get_xaxis_transform(), markersize=9,
+                      zorder=4, markerfacecolor=fill, markeredgecolor=look["color"], clip_on=False, **look)  # fmt: skip
 
 
 def _draw_limits(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
@@ -109,12 +89,11 @@ def _draw_limits(axes: "Axes", jobs: Sequence[Job], theme: Theme) -> None:
     )  # fmt: skip
 
 
-def _draw_best(axes: "Axes", jobs: Sequence[Job], theme: Theme, above: float) -> None:
-    best = jobs[0]
-    if best.learning_rate and _is_drawn(best.objective, above):
+def _draw_best(axes: "Axes", best: Job, theme: Theme) -> None:
+    if best.learning_rate and math.isfinite(best.objective):
         axes.plot(best.learning_rate, best.objective, "o", markersize=15, markerfacecolor="none",
                   markeredgecolor=theme.ink, markeredgewidth=1.6, clip_on=False)  # fmt: skip
-    if rate := suggested_rate(jobs):
+    if rate := best.suggested_rate:
         axes.plot(rate, 0.0, "^", transform=axes.get_xaxis_transform(), color=theme.ink, markersize=11, clip_on=False)
         axes.annotate(f"try {rate:.3g}", (rate, 0.0), (9, 6), xycoords=axes.get_xaxis_transform(),
                       textcoords="offset points", color=theme.ink)  # fmt: skip
@@ -128,41 +107,34 @@ def _headline(jobs: Sequence[Job], objective: str) -> str:
     return f"Best {objective} {best.objective:.4g}" + (f" at {what}" if what else "")
 
 
-def _legend(axes: "Axes", theme: Theme, several: bool, jobs: Sequence[Job]) -> None:
-    """What lines and symbols mean, above the picture, so that nothing covers a point."""
+def _legend(axes: "Axes", theme: Theme, jobs: Sequence[Job], several: bool) -> None:
+    """What lines and symbols mean, below the picture, so that nothing covers a point."""
     from matplotlib.lines import Line2D
 
-    handles: list[Any] = []
-    labels: list[str] = []
-    if several:
-        handles, labels = axes.get_legend_handles_labels()
-    signs = [(Line2D([], [], color=theme.quiet, marker="o"), "last"),
-             (Line2D([], [], color=theme.quiet, linestyle=":", marker="_"), "best on its way")]  # fmt: skip
+    handles, labels = axes.get_legend_handles_labels() if several else ([], [])
     statuses = {job.status for job in jobs if job.learning_rate}
     for status in (status for status in SYMBOLS if status in statuses):
         fill = theme.quiet if status == "diverged" else "none"
-        sign = Line2D([], [], linestyle="none", marker=SYMBOLS[status], markerfacecolor=fill, markersize=8,
-                      markeredgecolor=theme.quiet)  # fmt: skip
-        signs.append((sign, status))
-    handles += [sign for sign, _ in signs]
-    labels += [label for _, label in signs]
-    axes.figure.legend(handles, labels, loc="outside lower left", ncols=5, frameon=False, labelcolor=theme.ink)
+        look = {"markerfacecolor": fill, "markeredgecolor": theme.quiet, "markersize": 8}
+        handles.append(Line2D([], [], linestyle="none", marker=SYMBOLS[status], **look))  # type: ignore[arg-type]
+        labels.append(status)
+    if handles:
+        axes.figure.legend(handles, labels, loc="outside lower left", ncols=5, frameon=False, labelcolor=theme.ink)
 
 
-def _scale(axes: "Axes", name: str, has_values: bool) -> None:
+def _scale(axes: "Axes", name: str, values: Sequence[float]) -> None:
     """0.4, 0.5, 0.6 where a logarithmic axis spans less than a decade, and 0.01 rather than 10⁻²."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis = getattr(axes, f"{name}axis")
-    if not has_values:  # which an axis must have to be logarithmic
+    if not values:
         axis.set_ticks([])
-        return
-    axes.set(**{f"{name}scale": "log"})
-    low, high = axis.get_view_interval()
-    decades = math.log10(high / low) if low > 0 else 1
-    axis.set_major_locator(LogLocator(subs=(1, 2, 3, 4, 5, 6, 7, 8) if decades < 1.2 else (1, 3)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    elif min(values) > 0:  # a likelihood may be negative, an R²
+        axes.set(**{f"{name}scale": "log"})
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=range(1, 9) if high < 16 * low else (1, 3)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
@@ -170,7 +142,7 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
 
     At most `MOST_PANELS` jobs, evenly over the learning rates, the best among them.
     """
-    shown = _sample([job for job in jobs if job.folder.is_dir() and any(job.curves.values())])
+    shown = _sample([job for job in jobs if any(job.curves.values())])
     if not shown:
         return None
     columns = min(len(shown), 6)
@@ -180,19 +152,19 @@ def draw_curves(jobs: Sequence[Job], theme: Theme = LIGHT) -> "Figure | None":
     for axes in grid.flat:
         axes.set_axis_off()
     objective, _ = judged_by(jobs)
-    objectives = curve_tags(objective)
-    for kind, tags in ((LOSS, objectives), (NORM, GRADIENT_NORMS[:1])):
-        _share_scale(grid[kind::2].flat, shown, tags)
-    for index, job in enumerate(shown):
-        row, column = divmod(index, columns)
-        loss, norm = grid[2 * row + LOSS][column], grid[2 * row + NORM][column]
-        loss.set_title(_panel_title(job, jobs), fontsize=9, color=theme.ink)
-        norm.set_xlabel("step", fontsize=8)
-        for tag, color in zip(objectives, theme.lines, strict=False):
-            _draw_curve(loss, job.curves.get(tag, {}), color, tag)
-        _draw_curve(norm, job.curves.get(GRADIENT_NORMS[0], {}), theme.lines[2], "gradient norm")
-        for axes, label in ((loss, objective.rpartition("/")[2]), (norm, "gradient norm")):
-            _finish_panel(axes, job, theme, label if column == 0 else "")
+    kinds = ((objective.rpartition("/")[2], curve_tags(objective), theme.lines),
+             ("gradient norm", (GRADIENT_NORM,), theme.lines[2:]))  # fmt: skip
+    for kind, (name, tags, colors) in enumerate(kinds):
+        panels = [grid[2 * (index // columns) + kind][index % columns] for index in range(len(shown))]
+        _share_scale(panels, shown, tags)
+        for index, (job, axes) in enumerate(zip(shown, panels, strict=True)):
+            for tag, color in zip(tags, colors, strict=False):
+                _draw_curve(axes, job.curves.get(tag, {}), color, tag)
+            _finish_panel(axes, job, theme, name if index % columns == 0 else "")
+            if kind == 0:
+                axes.set_title(_panel_title(job, jobs), fontsize=9, color=theme.ink)
+            else:
+                axes.set_xlabel("step", fontsize=8)
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper left", ncols=2, frameon=False, fontsize=8, labelcolor=theme.ink)
     return figure
@@ -209,14 +181,14 @@ def _finish_panel(axes: "Axes", job: Job, theme: Theme, label: str) -> None:
 
 
 def _sample(jobs: Sequence[Job]) -> list[Job]:
-    ordered = sorted(jobs, key=lambda job: (job.learning_rate or 0.0, job.name))
+    ordered = _by_rate(jobs)
     if len(ordered) <= MOST_PANELS:
         return ordered
     step = (len(ordered) - 1) / (MOST_PANELS - 1)
     chosen = [ordered[round(index * step)] for index in range(MOST_PANELS)]
     if jobs[0] not in chosen:
         chosen[-2] = jobs[0]
-    return sorted(chosen, key=ordered.index)
+    return _by_rate(chosen)
 
 
 def _panel_title(job: Job, jobs: Sequence[Job]) -> str:
@@ -227,22 +199,16 @@ def _panel_title(job: Job, jobs: Sequence[Job]) -> str:
     return "\n".join(varied or [f"lr={job.learning_rate:g}"]) + mark
 
 
-def _share_scale(panels: Any, jobs: Sequence[Job], tags: Sequence[str]) -> None:
+def _share_scale(panels: Sequence["Axes"], jobs: Sequence[Job], tags: Sequence[str]) -> None:
     """One scale for all panels: the eye compares heights. A job that blew up does not squeeze the others flat."""
     curves = [job.curves.get(tag, {}) for job in jobs for tag in tags]
-    values = sorted(value for curve in curves for value in curve.values() if _is_drawn(value))
+    values = sorted(value for curve in curves for value in curve.values() if 0 < value < math.inf)
     for axes in panels if values else ():  # an axis without values cannot be logarithmic
         axes.set_yscale("log")
         axes.set_ylim(values[0] / 1.3, min(values[-1] * 1.3, values[len(values) // 2] * 100))
 
 
 def _draw_curve(axes: "Axes", curve: Mapping[int, float], color: str, label: str) -> None:
-    steps = sorted(step for step, value in curve.items() if _is_drawn(value))
+    steps = sorted(step for step, value in curve.items() if 0 < value < math.inf)
     axes.plot(steps, [curve[step] for step in steps], color=color, linewidth=1.4, label=label,
               marker="." if len(steps) < 3 else None)  # fmt: skip
-
-
-def save(figure: "Figure", file: Path) -> None:
-    """Writes a picture, whole or not at all."""
-    with whole_file(file) as stream:
-        stream.write(png(figure))

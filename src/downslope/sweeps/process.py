@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from hydra.core.hydra_config import HydraConfig
@@ -19,6 +20,15 @@ from downslope.runs.command_line import command_line, typed
 from downslope.runs.console import FULL_ERROR, SHOW_TRACEBACK
 from downslope.runs.result import objective_of, read_result
 from downslope.steps.random_state import random_state
+
+TORCH_SETTINGS: tuple[tuple[Callable[[], Any], Callable[[Any], Any]], ...] = (
+    (torch.get_num_threads, torch.set_num_threads),
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode),
+    (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
+    (torch.is_grad_enabled, torch.set_grad_enabled),
+)
 
 
 def train_as_if_alone(config: DictConfig, train: Callable[[DictConfig], float]) -> float:
@@ -37,12 +47,9 @@ def train_as_if_alone(config: DictConfig, train: Callable[[DictConfig], float]) 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
     """Puts back what a job may have changed for the whole process: the next finds it as the first one did."""
-    environment, folder, threads = dict(os.environ), Path.cwd(), torch.get_num_threads()
-    dtype = torch.get_default_dtype()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, precision = torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
-    anomaly, gradients = torch.is_anomaly_enabled(), torch.is_grad_enabled()
+    environment, folder = dict(os.environ), Path.cwd()
+    before = [(restore, read()) for read, restore in TORCH_SETTINGS]
+    benchmark = torch.backends.cudnn.benchmark
     try:
         with random_state(), warnings.catch_warnings():
             try:
@@ -53,13 +60,9 @@ def isolated() -> Iterator[None]:
         os.environ.clear()
         os.environ.update(environment)
         os.chdir(folder)
-        torch.set_num_threads(threads)
-        torch.set_default_dtype(dtype)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for restore, value in before:
+            restore(value)
         torch.backends.cudnn.benchmark = benchmark
-        torch.set_float32_matmul_precision(precision)
-        torch.autograd.set_detect_anomaly(anomaly)
-        torch.set_grad_enabled(gradients)
 
 
 def train_in_processes(config: DictConfig) -> float:

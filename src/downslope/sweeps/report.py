@@ -11,26 +11,20 @@ from typing import Any
 from downslope.pictures.style import DARK, LIGHT, png
 from downslope.runs.console import one_line
 from downslope.runs.whole_files import whole_file
-from downslope.sweeps.picture import MOST_PANELS, draw_curves, draw_learning_rate, save, suggested_rate
-from downslope.sweeps.table import Job, judged_by, read_jobs, rows, varied_keys, write_table
+from downslope.sweeps.picture import MOST_PANELS, draw_curves, draw_learning_rate
+from downslope.sweeps.table import Job, csv_of, judged_by, read_jobs, rows, varied_keys
 
-DPI = 110
 MOST_ROWS = 30  # in the terminal
 MOST_COLUMNS, MOST_ERRORS = 60, 5  # of the page
 LONG = ("job", "error")
 EXTREMES = {"min": "least", "max": "greatest"}
 
+Picture = tuple[str, str, bytes, bytes]  # its title, what it shows, and how it looks on paper and on a dark screen
+
 
 @dataclass(frozen=True)
 class Report:
-    """What was made.
-
-    Attributes:
-        jobs: The best objective first.
-        table: `sweep.csv`.
-        picture: `learning_rate.png`.
-        page: `report.html`.
-    """
+    """What was made of the jobs, the best objective first: `sweep.csv`, `learning_rate.png` and `report.html`."""
 
     jobs: Sequence[Job]
     table: Path
@@ -45,10 +39,16 @@ def make_report(sweep: Path) -> Report:
         ValueError: The folder holds no job.
     """
     jobs = read_jobs(sweep)
+    pictures = _pictures(jobs)
     report = Report(jobs, sweep / "sweep.csv", sweep / "learning_rate.png", sweep / "report.html")
-    write_table(jobs, report.table)
-    save(draw_learning_rate(jobs), report.picture)
-    _write_page(report, title=sweep.resolve().name)
+    files = {
+        report.table: csv_of(jobs).encode(),
+        report.picture: pictures[0][2],
+        report.page: _page(jobs, pictures, title=sweep.resolve().name).encode(errors="replace"),
+    }
+    for file, content in files.items():
+        with whole_file(file) as stream:
+            stream.write(content)
     return report
 
 
@@ -84,20 +84,18 @@ def _columns(jobs: Sequence[Job], table: Sequence[Mapping[str, Any]]) -> list[st
     return [*(keys or ["job"]), "status", *shown]
 
 
-def _write_page(report: Report, title: str) -> None:
-    """Writes a page that opens from disk: pictures for light and dark, a row a job and the command that runs it."""
+def _page(jobs: Sequence[Job], pictures: Sequence[Picture], title: str) -> str:
+    """A page that opens from disk: pictures for light and dark, a row a job and the command that runs it."""
     from jinja2 import Environment, PackageLoader
 
-    jobs, (monitor, mode) = report.jobs, judged_by(report.jobs)
+    monitor, mode = judged_by(jobs)
     table = rows(jobs, varied_keys(jobs))
     first = _columns(jobs, table)
-    others = [
-        name for name in table[0] if name not in (*first, *LONG) and not (name == "learning_rate" and "lr" in first)
-    ]
-    said = [name for name in (*others, *LONG) if name not in first and any(row[name] for row in table)]
-    columns = [*first, *said][:MOST_COLUMNS]
+    left_out = {*first, *LONG, "learning_rate" if "lr" in first else ""}
+    others = [*(name for name in table[0] if name not in left_out), *(name for name in LONG if name not in first)]
+    columns = [*first, *(name for name in others if any(row[name] for row in table))][:MOST_COLUMNS]
     page = Environment(loader=PackageLoader("downslope.sweeps", "."), autoescape=True).get_template("page.html")
-    html = page.render(
+    return page.render(
         title=title,
         jobs=jobs,
         counts=Counter(job.status for job in jobs),
@@ -105,24 +103,24 @@ def _write_page(report: Report, title: str) -> None:
         best=jobs[0] if math.isfinite(jobs[0].objective) else None,
         extreme=EXTREMES.get(mode),
         monitor=monitor,
-        suggested=suggested_rate(jobs),
-        pictures=_pictures(jobs, monitor, report.picture.read_bytes()),
+        suggested=jobs[0].suggested_rate,
+        pictures=[(name, shows, _data_uri(light), _data_uri(dark)) for name, shows, light, dark in pictures],
         most_panels=MOST_PANELS,
         columns=columns,
         rows=[(job, [_cell(name, row[name]) for name in columns]) for job, row in zip(jobs, table, strict=True)],
     )
-    with whole_file(report.page) as stream:
-        stream.write(html.encode(errors="replace"))
 
 
-def _pictures(jobs: Sequence[Job], monitor: str, learning_rate: bytes) -> list[tuple[str, str, str, str]]:
-    """Title, description, and the picture for light and for dark surroundings."""
-    rate, curves = f"{monitor} against the learning rate", f"{monitor} and gradient norm against steps, a column a job"
-    pictures = [("Learning rate", rate, _data_uri(learning_rate), _data_uri(png(draw_learning_rate(jobs, DARK), DPI)))]
-    figures = [figure for theme in (LIGHT, DARK) if (figure := draw_curves(jobs, theme))]
-    if figures:
-        light, dark = (_data_uri(png(figure, DPI)) for figure in figures)
-        pictures.append(("Curves", curves, light, dark))
+def _pictures(jobs: Sequence[Job]) -> list[Picture]:
+    monitor, _ = judged_by(jobs)
+    pictures = []
+    for name, shows, draw in (
+        ("Learning rate", f"{monitor} against the learning rate", draw_learning_rate),
+        ("Curves", f"{monitor} and gradient norm against steps, a column a job", draw_curves),
+    ):
+        light, dark = draw(jobs, LIGHT), draw(jobs, DARK)
+        if light and dark:
+            pictures.append((name, shows, png(light), png(dark)))
     return pictures
 
 

@@ -6,21 +6,21 @@ import math
 import os
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
 
-from downslope.logs.event_files import records
+from downslope.logs.event_files import EVENT_FILES, records
 from downslope.runs.command_line import COMMAND
 from downslope.runs.console import explain, one_line
 from downslope.runs.plain_files import printable, read_bytes, read_yaml
 from downslope.runs.result import FILE_NAME, Result, objective_of, read_result
-from downslope.runs.whole_files import whole_file
+from downslope.sweeps.grid import announced_jobs
 
 Curve = dict[int, float]
-GRADIENT_NORMS = ("gradient_norm/total", "gradient_norm/applied")
+GRADIENT_NORM = "gradient_norm/total"
 PARTS = ("val", "train", "test")  # the order of their metrics
 OPTIONAL = ("excess_loss", "2/λ")  # columns that only a task with a closed form has
 FALLBACK = ("python", "scripts/train.py")
@@ -28,7 +28,7 @@ MOST_EVENT_BYTES = 2**28
 MOST_COLUMNS = 200  # of metrics, and of overrides: a folder of evil jobs could announce millions
 
 
-@dataclass(frozen=True)
+@dataclass
 class Job:
     """One job of a sweep.
 
@@ -38,8 +38,8 @@ class Job:
         overrides: What distinguishes it, value by key, as typed.
         result: What it left behind; None where it has not ended, or has never run.
         default_learning_rate: What its configuration says, for a job without a result.
-        curves: The objective, the same of the training rows, and the gradient's norms, by step.
         problem: Why some of its files cannot be read.
+        curves: The objective, the same of the training rows, and the gradient's norm, by step.
         started_by: The sweep's command, less its overrides.
     """
 
@@ -48,8 +48,8 @@ class Job:
     overrides: Mapping[str, str]
     result: Result | None = None
     default_learning_rate: float | None = None
-    curves: Mapping[str, Curve] = field(default_factory=dict)
     problem: str = ""
+    curves: Mapping[str, Curve] = field(default_factory=dict)
     started_by: Sequence[str] = FALLBACK
 
     @property
@@ -66,6 +66,11 @@ class Job:
     def limit(self) -> float | None:
         """2/λ, the largest stable rate for plain gradient descent."""
         return self.result.largest_stable_learning_rate if self.result else None
+
+    @property
+    def suggested_rate(self) -> float | None:
+        """The rate to try next."""
+        return self.result.suggested_learning_rate if self.result else None
 
     @property
     def objective(self) -> float:
@@ -109,19 +114,22 @@ def read_jobs(sweep: Path) -> list[Job]:
         )
     jobs = [_read_job(sweep, folder) for folder in _folders(sweep)]
     announced, problem = _attempt(lambda: printable(read_yaml(sweep / "multirun.yaml")))
-    unreadable = [Job("multirun.yaml", sweep / "-", {}, problem=problem)] if problem else []
-    jobs += unreadable or _never_started(sweep, announced, jobs)
+    if problem:
+        jobs.append(Job("multirun.yaml", sweep / "-", {}, problem=problem))
+    jobs += _never_started(sweep, announced, jobs)
     if not jobs:
         raise ValueError(f"A sweep's folder must hold a folder for each job, got {str(sweep)!r}: no job in it.")
     monitor, mode = judged_by(jobs)
-    tags = frozenset((*curve_tags(monitor), *GRADIENT_NORMS))
     command, _ = _attempt(lambda: shlex.split(_at(announced, "hydra", "job", "env_set", COMMAND) or ""))
-    jobs = [replace(_with_curves(job, tags), started_by=command or FALLBACK) for job in jobs]
+    for job in jobs:
+        job.started_by = command or FALLBACK
+        if not job.folder.is_symlink():
+            curves, problem = _attempt(read_curves, job.folder, {*curve_tags(monitor), GRADIENT_NORM})
+            job.curves, job.problem = curves or {}, job.problem or problem
 
     def rank(job: Job) -> Any:
         good = job.objective if mode == "min" else -job.objective
-        rate = job.learning_rate or 0.0
-        return (not math.isfinite(good), good if math.isfinite(good) else 0.0, job.status, rate, job.name)
+        return (good if math.isfinite(good) else math.inf, job.status, job.learning_rate or 0.0, job.name)
 
     return sorted(jobs, key=rank)
 
@@ -139,10 +147,10 @@ def _folders(sweep: Path) -> list[Path]:
     return found
 
 
-def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+def _attempt(read: Callable[..., Any], *arguments: Any) -> tuple[Any, str]:
     """What can be read, or why it cannot."""
     try:
-        return read(), ""
+        return read(*arguments), ""
     except Exception as error:  # whatever a stranger has thought of
         return None, one_line(f"Cannot read its files: {explain(error)}")
 
@@ -151,22 +159,15 @@ def _read_job(sweep: Path, folder: Path) -> Job:
     name = printable(str(folder.relative_to(sweep)))
     if folder.is_symlink():
         return Job(name, folder, {}, problem="Cannot read its files: the folder is a link.")
-    result, problem = _attempt(lambda: read_result(folder))
+    result, problem = _attempt(read_result, folder)
     typed, other = _attempt(lambda: printable(read_yaml(folder / ".hydra" / "overrides.yaml")))
     if not (isinstance(typed, list) and all(isinstance(each, str) for each in typed)):
         typed = result.overrides if result else []
-    config, _ = _attempt(lambda: None if result else read_yaml(folder / ".hydra" / "config.yaml"))
-    return Job(name, folder, by_key(typed), result, _number(_at(config, "lr")), problem=problem or other)
+    config, _ = (None, "") if result else _attempt(read_yaml, folder / ".hydra" / "config.yaml")
+    return Job(name, folder, by_key(typed), result, _number(_at(config, "lr")), problem or other)
 
 
-def _with_curves(job: Job, tags: frozenset[str]) -> Job:
-    if job.folder.is_symlink():
-        return job
-    curves, problem = _attempt(lambda: read_curves(job.folder, tags))
-    return replace(job, curves=curves or {}, problem=job.problem or problem)
-
-
-def read_curves(run: Path, tags: frozenset[str]) -> Mapping[str, Curve]:
+def read_curves(run: Path, tags: set[str]) -> Mapping[str, Curve]:
     """Returns value by step for each tag that the run has.
 
     Args:
@@ -178,7 +179,7 @@ def read_curves(run: Path, tags: frozenset[str]) -> Mapping[str, Curve]:
         DecodeError: It holds a record that is none.
     """
     curves: dict[str, Curve] = {}
-    for file in sorted(run.glob("events.out.tfevents.*")):
+    for file in sorted(run.glob(EVENT_FILES)):
         for record in records(read_bytes(file, MOST_EVENT_BYTES) or b""):
             event = Event.FromString(record)
             for value in event.summary.value:
@@ -189,15 +190,14 @@ def read_curves(run: Path, tags: frozenset[str]) -> Mapping[str, Curve]:
 
 def _never_started(sweep: Path, announced: Any, started: Sequence[Job]) -> list[Job]:
     """The jobs that Hydra's `multirun.yaml` announces and that have no folder: a sweep was killed before them."""
-    from downslope.sweeps.grid import announced_jobs
-
     hydra = _at(announced, "hydra")
     planned, _ = _attempt(lambda: announced_jobs(_at(hydra, "sweeper") or {}, _at(hydra, "overrides", "task") or []))
     known = {frozenset(job.overrides.items()) for job in started}
+    named = ((",".join(job), by_key(job)) for job in planned or ())
     return [
-        Job(",".join(job), sweep / "-", by_key(job), None, _number(by_key(job).get("lr")))
-        for job in planned or ()
-        if frozenset(by_key(job).items()) not in known
+        Job(name, sweep / "-", overrides, None, _number(overrides.get("lr")))
+        for name, overrides in named
+        if frozenset(overrides.items()) not in known
     ]
 
 
@@ -255,12 +255,12 @@ def _keys(jobs: Sequence[Job]) -> list[str]:
 
 def _metrics(jobs: Sequence[Job], monitor: str) -> list[str]:
     """The tag of every metric that any job logged: the objective, then those of validation, training and test."""
-    tags = {monitor, *(tag for job in jobs if job.result for tag in job.result.metrics)}
-    order = {part: place for place, part in enumerate(PARTS)}
 
     def rank(tag: str) -> Any:
-        return (tag != monitor, order.get(tag.partition("/")[0], len(PARTS)), tag)
+        part = tag.partition("/")[0]
+        return (tag != monitor, PARTS.index(part) if part in PARTS else len(PARTS), tag)
 
+    tags = {monitor, *(tag for job in jobs if job.result for tag in job.result.metrics)}
     return sorted(tags, key=rank)[:MOST_COLUMNS]
 
 
@@ -298,6 +298,15 @@ def _row(job: Job, keys: Sequence[str], metrics: Sequence[str], monitor: str) ->
     }
 
 
+def csv_of(jobs: Sequence[Job]) -> str:
+    """Returns the table as CSV: a column an override, figures to the last digit."""
+    table = io.StringIO(newline="")
+    lines = rows(jobs)
+    for line in (lines[0], *(line.values() for line in lines)):
+        csv.writer(table).writerow(map(csv_cell, line))
+    return table.getvalue()
+
+
 def csv_cell(value: Any) -> Any:
     """Returns a value as a table program shows it: a text that it would take for a formula gets an apostrophe.
 
@@ -307,13 +316,3 @@ def csv_cell(value: Any) -> Any:
     """
     formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) and _number(value) is None
     return f"'{value}" if formula else value
-
-
-def write_table(jobs: Sequence[Job], file: Path) -> None:
-    """Writes `sweep.csv`: a column an override, figures to the last digit, in the order of `read_jobs`."""
-    table = io.StringIO(newline="")
-    lines = rows(jobs)
-    for line in (lines[0], *(line.values() for line in lines)):
-        csv.writer(table).writerow(map(csv_cell, line))
-    with whole_file(file) as stream:
-        stream.write(table.getvalue().encode())

@@ -11,11 +11,7 @@ Batch = tuple[Tensor, Tensor]
 
 
 class ShuffledOrder:
-    """The order of the rows in an epoch: drawn from (seed, epoch), and from nothing else.
-
-    Validation, workers, a resume or another job never change it. Lightning calls `set_epoch` on the `sampler`
-    of whatever it trains on.
-    """
+    """The order of the rows in an epoch: drawn from (seed, epoch), and from nothing else."""
 
     def __init__(self, num_rows: int, seed: int) -> None:
         self.num_rows = num_rows
@@ -23,7 +19,7 @@ class ShuffledOrder:
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch whose order comes next."""
+        """Chooses the epoch whose order comes next: Lightning calls it on the `sampler` of what it trains on."""
         self.epoch = epoch
 
     def rows(self) -> Tensor:
@@ -36,9 +32,8 @@ class Batches:
 
     On a table of 1e6 rows a `DataLoader` over a `TensorDataset` takes 14 to 50 times as long a step.
 
-    With several processes each serves its share of every batch of batch_size × num_processes rows. All shares
-    of a batch are of one size, so that the mean over processes is the mean over rows: of the rows beyond the
-    last such batch, fewer than num_processes sit out, other ones each epoch where the order is shuffled.
+    Several processes share every batch of batch_size × num_processes rows in equal parts, so that the mean over
+    processes is the mean over rows: of the rows beyond the last such batch, fewer than num_processes sit out.
 
     Args:
         features: One row a sample.

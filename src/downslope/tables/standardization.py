@@ -13,12 +13,7 @@ from downslope.tables.table import Array
 
 @dataclass(frozen=True, eq=False)
 class Standardization:
-    """z = (x − mean) / scale, column by column.
-
-    Attributes:
-        mean: One value a column.
-        scale: One value a column, greater than 0.
-    """
+    """z = (x − mean) / scale, one mean and one scale above 0 a column."""
 
     mean: Array
     scale: Array
@@ -30,8 +25,7 @@ class Standardization:
         magnitude[magnitude == 0.0] = 1.0  # in these units neither squares nor sums can overflow
         mean = (values / magnitude).mean(axis=0) * magnitude
         scale = (values / magnitude).std(axis=0) * magnitude
-        constant = is_constant(values) | (scale == 0.0)
-        return cls(mean, np.where(constant, 1.0, scale))
+        return cls(mean, np.where(is_constant(values) | (scale == 0.0), 1.0, scale))
 
     @classmethod
     def none(cls, values: Array) -> "Standardization":

@@ -10,12 +10,7 @@ from downslope.tables.table import Array, Table
 
 @dataclass(frozen=True, eq=False)
 class SyntheticTable(Table):
-    """A table whose true line is known: target = features @ weights + bias + noise.
-
-    Attributes:
-        weights: One value a feature.
-        bias: The intercept.
-    """
+    """A table whose true line is known: target = features @ weights + bias + noise."""
 
     weights: Array
     bias: float
@@ -28,8 +23,8 @@ def synthetic_table(
 
     The features X (N rows) have mean 0 and the second-moment matrix XᵀX/N = V diag(s) Vᵀ, with V a random
     rotation and s falling geometrically from 1 to 1/condition_number. So the mean squared error's Hessian,
-    (2/N)XᵀX beside the bias's 2, has largest eigenvalue 2 whatever the condition number: over the whole table
-    the largest stable learning rate is 1, and a larger condition number only makes the slow directions slower.
+    (2/N)XᵀX beside the bias's 2, has largest eigenvalue 2 whatever the condition number: the largest stable
+    learning rate is 1.
 
     Args:
         num_rows: N, greater than `num_features`.
@@ -60,15 +55,7 @@ def synthetic_table(
     rotation, _ = np.linalg.qr(random.standard_normal((num_features, num_features)))
     eigenvalues = np.geomspace(1.0, 1.0 / condition_number, num_features)
     features = directions @ np.linalg.solve(factor.T, np.sqrt(eigenvalues)[:, None] * rotation.T)
-    weights = random.standard_normal(num_features)
-    bias = float(random.standard_normal())
+    weights, bias = random.standard_normal(num_features), float(random.standard_normal())
     target = features @ weights + bias + noise * random.standard_normal(num_rows)
-    return SyntheticTable(
-        name="synthetic",
-        features=features,
-        target=target,
-        feature_names=tuple(f"x{index}" for index in range(1, num_features + 1)),
-        target_name="y",
-        weights=weights,
-        bias=bias,
-    )
+    names = tuple(f"x{index}" for index in range(1, num_features + 1))
+    return SyntheticTable("synthetic", features, target, names, "y", weights, bias)

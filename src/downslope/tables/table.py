@@ -1,12 +1,13 @@
 """A table of finite numbers, read from the user's file: every cell is checked, and a refusal names it."""
 
+import contextlib
 import csv
 import functools
 import hashlib
 import importlib.util
 import math
-import warnings
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -22,12 +23,12 @@ DELIMITERS = ",;\t"
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows of finite numbers with names.
+    """Rows of finite numbers with names; read-only.
 
     Attributes:
         name: Where it came from, for people.
-        features: One row a sample, one column a feature; read-only.
-        target: One value a row; read-only.
+        features: One row a sample, one column a feature.
+        target: One value a row.
         feature_names: One name a column of `features`.
         target_name: What is predicted.
     """
@@ -91,10 +92,12 @@ def _read_table(path: str, target: str, features: tuple[str, ...] | None, _modif
 def column_names(path: str) -> list[str]:
     """Returns the names of a file's columns, checked: each there, each once."""
     file = _resolve(path)
-    try:
-        header = _parquet_schema(path, file) if _is_parquet(file) else _csv_header(path, file)[1]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, got another byte at position {error.start}.") from error
+    if _is_parquet(file):
+        with _pyarrow(path) as pyarrow:
+            header = list(pyarrow.parquet.read_schema(file).names)
+    else:
+        with _csv_reader(path, file) as reader:
+            header = _header(reader)
     for name in header:
         if not name:
             raise ValueError(f"{path} must name every column in its first line, got an empty name in {header}.")
@@ -104,23 +107,17 @@ def column_names(path: str) -> list[str]:
 
 
 def read_columns(path: str, names: Sequence[str]) -> Array:
-    """Reads columns of a file, in the order of the names; other columns may hold anything.
+    """Reads columns of a file, in the order of the names, a row each; other columns may hold anything.
 
     Args:
         path: As for `read_table`.
         names: Names out of `column_names(path)`.
 
-    Returns:
-        One row a row of the file, one column a name.
-
     Raises:
         ValueError: There is no row, or a cell is not a finite number.
     """
     file = _resolve(path)
-    try:
-        values = (_read_parquet if _is_parquet(file) else _read_csv)(path, file, list(names))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, got another byte at position {error.start}.") from error
+    values = (_read_parquet if _is_parquet(file) else _read_csv)(path, file, names)
     if not len(values):
         raise ValueError(f"{path} must hold rows below its header, got none.")
     return values
@@ -152,119 +149,81 @@ def _is_parquet(file: Path) -> bool:
     return file.suffix.lower() in {".parquet", ".pq"}
 
 
-def _csv_header(path: str, file: Path) -> tuple[str, list[str], int]:
-    """The delimiter that gives the most names, the names, and the number of lines they take up."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        first = lines.readline()
-        if not first.strip():
-            raise ValueError(f"{path} must start with a line of column names, got an empty file or line.")
-        try:
+@contextlib.contextmanager
+def _csv_reader(path: str, file: Path) -> Iterator[Any]:
+    """Splits by the delimiter that gives the most names."""
+    try:
+        with file.open(encoding="utf-8-sig", newline="") as lines:
+            first = lines.readline()
+            if not first.strip():
+                raise ValueError(f"{path} must start with a line of column names, got an empty file or line.")
             delimiter = max(DELIMITERS, key=lambda candidate: len(next(csv.reader([first], delimiter=candidate))))
             lines.seek(0)
-            reader = csv.reader(lines, delimiter=delimiter)
-            return delimiter, [name.strip() for name in next(reader)], reader.line_num
-        except csv.Error as error:
-            raise ValueError(f"{path} must start with a line of column names: {error}.") from error
+            yield csv.reader(lines, delimiter=delimiter)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be text in UTF-8, got another byte at position {error.start}.") from error
+    except csv.Error as error:
+        raise ValueError(f"{path} cannot be read as CSV: {error}.") from error
 
 
-def _read_csv(path: str, file: Path, names: list[str]) -> Array:
-    delimiter, header, header_lines = _csv_header(path, file)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # "input contained no data": refused by the caller
-            values = np.loadtxt(
-                file,
-                delimiter=delimiter,
-                skiprows=header_lines,
-                usecols=[header.index(name) for name in names],
-                ndmin=2,
-                quotechar='"',
-                comments=None,
-                encoding="utf-8-sig",
-            )
-    except UnicodeDecodeError:
-        raise
-    except ValueError as error:
-        _explain_csv(path, file, delimiter, header, names)
-        raise ValueError(f"{path} must be a table of numbers: {error}.") from error
-    if not (_is_even(file, delimiter, len(header)) and np.isfinite(values).all()):
-        _explain_csv(path, file, delimiter, header, names)
-    return values
+def _header(reader: Iterator[list[str]]) -> list[str]:
+    return [name.strip() for name in next(reader)]
 
 
-def _is_even(file: Path, delimiter: str, num_columns: int) -> bool:
-    """Tells whether each line has a cell a column: numpy passes over surplus ones, such as 1,5 for 1.5 makes.
-
-    False also for a separator or a line break within quotes, where only the slow reader can tell.
-    """
-    with file.open(encoding="utf-8-sig") as lines:
-        return all(line.count(delimiter) == num_columns - 1 for line in lines if not line.isspace())
-
-
-def _explain_csv(path: str, file: Path, delimiter: str, header: list[str], names: list[str]) -> None:
-    """Raises for the first cell that is not a finite number: slow, so only once the fast reader has failed."""
-    with file.open(encoding="utf-8-sig", newline="") as lines:
-        reader = csv.reader(lines, delimiter=delimiter)
-        next(reader)
+def _read_csv(path: str, file: Path, names: Sequence[str]) -> Array:
+    values = array("d")
+    with _csv_reader(path, file) as reader:
+        header = _header(reader)
+        columns = [(name, header.index(name)) for name in names]
         for row, cells in enumerate((cells for cells in reader if cells), start=1):
-            place = f"{path}, row {row} (line {reader.line_num})"
             if len(cells) != len(header):
+                place = f"{path}, row {row} (line {reader.line_num})"
                 raise ValueError(f"{place} must hold {len(header)} cells like the header, got {len(cells)}.")
-            for name in names:
-                cell = cells[header.index(name)]
-                if not _is_finite(cell):
-                    _refuse(place, name, cell)
+            for name, index in columns:
+                number = _number(cells[index])
+                if number is None:
+                    _refuse(f"{path}, row {row} (line {reader.line_num})", name, cells[index])
+                values.append(number)
+    return np.array(values).reshape(-1, len(names))
 
 
-def _is_finite(cell: str) -> bool:
-    try:  # Python reads 1_000 and ١, numpy's reader does not
-        return math.isfinite(float(cell)) and cell.isascii() and "_" not in cell
-    except ValueError:
-        return False
+def _number(cell: Any) -> float | None:
+    """The number in a cell, None where it holds no finite one."""
+    try:
+        number = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    if isinstance(cell, str) and ("_" in cell or not cell.isascii()):  # Python alone reads 1_000 and ١
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _refuse(place: str, column: str, cell: Any) -> NoReturn:
     hint = ""
-    if isinstance(cell, str) and _is_finite(cell.replace(",", ".")):
+    if isinstance(cell, str) and _number(cell.replace(",", ".")) is not None:
         hint = " Decimals are written with a point."
     elif isinstance(cell, str) and any(letter.isalpha() for letter in cell):
         hint = " A column that is not numeric is left out by naming the others: data.features=[…]."
     raise ValueError(f"{place}, column {column!r} must be a finite number, got {cell!r}.{hint}")
 
 
-def _parquet_schema(path: str, file: Path) -> list[str]:
-    pyarrow, parquet = _import_pyarrow(path)
-    try:
-        return list(parquet.read_schema(file).names)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-
-
-def _read_parquet(path: str, file: Path, names: list[str]) -> Array:
-    pyarrow, parquet = _import_pyarrow(path)
-    try:
-        table = parquet.read_table(file, columns=names)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
-    values = np.empty((table.num_rows, len(names)))
-    for index, name in enumerate(names):
-        column = table.column(name)
-        try:
-            values[:, index] = column.cast(pyarrow.float64()).to_numpy()
-        except pyarrow.ArrowException:
-            cells = column.to_pylist()
-            row = next((row for row, cell in enumerate(cells) if not _is_number(cell)), 0)
-            _refuse(f"{path}, row {row + 1}", name, cells[row])
-        for row in np.flatnonzero(~np.isfinite(values[:, index])).tolist():
-            _refuse(f"{path}, row {row + 1}", name, column[row].as_py())
+def _read_parquet(path: str, file: Path, names: Sequence[str]) -> Array:
+    with _pyarrow(path) as pyarrow:
+        table = pyarrow.parquet.read_table(file, columns=list(names))
+        values = np.empty((table.num_rows, len(names)))
+        for index, name in enumerate(names):
+            column = table.column(name)
+            try:
+                values[:, index] = column.cast(pyarrow.float64()).to_numpy()
+            except pyarrow.ArrowException:  # a cell that is no number: which?
+                values[:, index] = [_number(cell) for cell in column.to_pylist()]
+            for row in np.flatnonzero(~np.isfinite(values[:, index])).tolist():
+                _refuse(f"{path}, row {row + 1}", name, column[row].as_py())
     return values
 
 
-def _is_number(cell: Any) -> bool:
-    return _is_finite(cell) if isinstance(cell, str) else isinstance(cell, int | float)
-
-
-def _import_pyarrow(path: str) -> tuple[Any, Any]:
+@contextlib.contextmanager
+def _pyarrow(path: str) -> Iterator[Any]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -272,4 +231,7 @@ def _import_pyarrow(path: str) -> tuple[Any, Any]:
         raise ValueError(
             f"{path} cannot be read. This is because Parquet needs pyarrow: pip install 'downslope[parquet]'."
         ) from error
-    return pyarrow, pyarrow.parquet
+    try:
+        yield pyarrow
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error

@@ -80,8 +80,9 @@ class LinearRegression(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Logs the mean loss over the rows of the epoch."""
-        self._log({"train/loss": self.train_loss.compute()})
-        self.train_loss.reset()
+        if self.train_loss.update_called:  # a training_step of your own may leave it
+            self._log({"train/loss": self.train_loss.compute()})
+            self.train_loss.reset()
 
     def validation_step(self, batch: Batch) -> None:
         """Adds a batch to the validation metrics."""

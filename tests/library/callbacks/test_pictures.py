@@ -30,6 +30,10 @@ RED_PIXEL = (0xD5, 0x5E, 0x00)
 class Kept(Pictures):
     """Keeps the last figures for the test to read."""
 
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.kept: dict[str, Figure] = {}
+
     def figures(self, trainer: Trainer) -> "dict[str, Figure]":
         self.kept = super().figures(trainer)
         return self.kept
@@ -174,7 +178,7 @@ def test_a_folder_that_cannot_be_written_is_warned_of(tmp_path: Path, caplog: py
     with caplog.at_level(logging.WARNING):
         module, _ = fit(tmp_path, 0.3, Pictures(str(tmp_path / "file"), every_n_steps=1))
     assert module.trainer.global_step == 12
-    assert sum("Pictures are off" in record.message for record in caplog.records) == 1
+    assert sum("Pictures is off" in record.message for record in caplog.records) == 1
 
 
 class Operations(TorchDispatchMode):

@@ -1,5 +1,4 @@
 from functools import partial
-from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -91,18 +90,14 @@ def test_values_out_of_range_are_refused(override: str, message: str) -> None:
     [
         ("trainer.max_epochs=three", "`trainer.max_epochs` must be a whole number or null, got 'three'"),
         ("trainer.max_epochs=1.5", "`trainer.max_epochs` must be a whole number or null, got 1.5"),
-        ("trainer.deterministic=7", ""),  # a union with more than plain types is Lightning's to check
         ("data.batch_size=many", "`data.batch_size` must be a whole number, got 'many'"),
         ("data.standardize=1", "`data.standardize` must be true or false, got 1"),
         ("+trainer.max_step=3", "`trainer.max_step` is not an argument of lightning.Trainer. Did you mean"),
         ("+data.rows=3", "`data.rows` is not an argument of template.regression.data.TableData. It takes: "),
         ("optimizer._target_=torch.optim.SDG", "`optimizer._target_` must name something to import"),
-        ("+scheduler.scheduler={_target_: torch.optim.lr_scheduler.StepLR, step: 3}", ""),
     ],
 )
 def test_arguments_are_held_against_the_signature(override: str, message: str) -> None:
-    if not message:
-        return
     with pytest.raises(ValueError) as error:  # noqa: PT011 — the message is compared below, without a pattern
         check_nodes(composed(override))
     assert message in str(error.value)
@@ -135,7 +130,3 @@ def test_a_key_that_something_reads_passes(key: str) -> None:
 )
 def test_an_unknown_key_gets_the_nearest_one(key: str, nearest: str) -> None:
     assert unknown_key(key, folder=ROOT / "conf") == f"`{key}` is not a key. {nearest}"
-
-
-def test_the_configuration_is_found_from_the_package() -> None:
-    assert (Path(ROOT) / "conf" / "train.yaml").is_file()

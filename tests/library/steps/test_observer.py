@@ -16,7 +16,15 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
-from downslope.callbacks import FlightRecorder, GradientMonitor, Progress, VerdictMonitor
+from downslope.callbacks import (
+    FlightRecorder,
+    GradientCheck,
+    GradientMonitor,
+    LearningRateEffects,
+    Progress,
+    SharpnessMonitor,
+    VerdictMonitor,
+)
 from downslope.steps.hooks import STEP_HOOKS
 from downslope.steps.observer import HOOKS, Observer
 from downslope.steps.optimizer_steps import OptimizerStep
@@ -73,6 +81,9 @@ def ours(folder: Path) -> list[Observer]:
         GradientMonitor(1, histogram_every_n_steps=1),
         VerdictMonitor(every_n_steps=3, window=3, print_verdict=False),
         FlightRecorder(folder=str(folder)),
+        LearningRateEffects(1, descent_ratio_every_n_steps=1, loss="training_step"),
+        SharpnessMonitor(1, loss="training_step"),
+        GradientCheck(loss="training_step"),
     ]
 
 
@@ -404,15 +415,16 @@ def test_foreign_modules_train_to_the_same_bits_and_are_seen(
     recorder = FlightRecorder(folder=str(tmp_path))
     monitor = GradientMonitor(1, histogram_every_n_steps=1)
     seen = Gradients()
-    fit(tmp_path, watched, monitor, VerdictMonitor(3, 3, print_verdict=False), recorder, seen)
+    effects = LearningRateEffects(1, descent_ratio_every_n_steps=None)
+    fit(tmp_path, watched, monitor, effects, VerdictMonitor(3, 3, print_verdict=False), recorder, seen)
     fit(tmp_path, alone)
     assert all(torch.equal(*pair) for pair in zip(watched.parameters(), alone.parameters(), strict=True))
     assert not recorder.diverged
     off = "VerdictMonitor is off from here on: Rateless has no learning rate to judge." if kind is WithoutRate else ""
     messages = [each.getMessage() for each in caplog.records if each.levelno >= logging.WARNING]
-    assert [each for each in messages if each.startswith(("VerdictMonitor", "FlightRec", "Grad", "Cannot"))] == (
-        [off] if off else []
-    )
+    assert [
+        each for each in messages if each.startswith(("VerdictMonitor", "FlightRec", "Grad", "Learning", "Cannot"))
+    ] == ([off] if off else [])
     if kind is WithoutOptimizer:
         return
     totals = written(tmp_path, "gradient_norm/total")

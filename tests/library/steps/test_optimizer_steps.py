@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
-from downslope.steps.optimizer_steps import STEP_HOOKS, OptimizerSteps, leave_out_idle_hooks, wake
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
+from downslope.steps.optimizer_steps import OptimizerSteps
 from downslope.steps.unclipped_gradients import may_be_clipped
 from downslope.tables.batches import Batches, ShuffledOrder
 
@@ -58,12 +59,13 @@ class OneHook(Callback):
     seen = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        leave_out_idle_hooks(self)
+        disable(self, *STEP_HOOKS)
+        enable(self, "on_before_backward")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)
         self.seen += 1
-        wake(self, "on_before_backward", awake=self.seen < 5)
+        enable(self, "on_before_backward", when=self.seen < 5)
 
 
 def test_lightning_passes_over_what_is_left_out_or_put_to_sleep(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import csv
+import io
 import json
 import math
 import os
@@ -12,11 +13,11 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from downslope.sweeps.grid import MISSING, SWEEPERS
 from downslope.sweeps.report import make_report, print_report
-from downslope.sweeps.table import Job, read_curves, read_jobs, rows, varied_keys, write_table
+from downslope.sweeps.table import Job, csv_of, read_curves, read_jobs, rows, varied_keys
 from tests.conftest import scalars
 from tests.library.sweeps.conftest import MakeJob, write_curves
 
-TAGS = frozenset({"val/loss", "train/loss"})
+TAGS = {"val/loss", "train/loss"}
 CURVES = {"val/loss": {1: 0.75, 2: 0.5}, "train/loss": {3: float("inf")}, "other": {1: 1.0}}
 
 
@@ -29,11 +30,9 @@ def test_the_least_validation_loss_stands_first_and_what_has_none_last(four_jobs
     assert varied_keys(jobs) == ["lr", "device"]
 
 
-def test_the_table_has_a_row_a_job_and_every_digit(four_jobs: Path, make_job: MakeJob, tmp_path: Path) -> None:
+def test_the_table_has_a_row_a_job_and_every_digit(four_jobs: Path, make_job: MakeJob) -> None:
     make_job("lr=0.3", 'data.path="a,b\n.csv"', status="completed", loss=0.1 + 0.2)
-    write_table(read_jobs(four_jobs), tmp_path / "sweep.csv")
-    with (tmp_path / "sweep.csv").open(newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
+    rows = list(csv.DictReader(io.StringIO(csv_of(read_jobs(four_jobs)), newline="")))
     assert len(rows) == 5
     assert float(rows[0]["val/loss"]) == 0.1 + 0.2
     assert rows[0]["data.path"] == '"a,b\n.csv"'
