@@ -19,7 +19,7 @@ import yaml
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from downslope.logs.event_files import record
+from downslope.logs.event_files import masked_checksum
 from downslope.runs.checkpoints import CHECKSUM, COMMENT_LENGTH, load_checkpoint, write_checkpoint
 
 MARKUP = "<script>document.title='owned'</script>"
@@ -351,7 +351,10 @@ def sizes() -> Iterator[Attack]:
     result = '{{"status": "completed", "monitor": "val/loss", "objective": {}, "seconds": {}}}'
     for number in (digits, "1" * 5000, f"{digits}.0", "1e999", "-1e999"):
         content = result.format(number, number)
-        yield Attack(f"sizes: a loss of {number[:6]}…", partial(replace, name="result.json", content=content))
+        yield Attack(
+            f"sizes: a loss of {len(number)} digits, {number[:6]}",
+            partial(replace, name="result.json", content=content),
+        )
     yield Attack("sizes: a 3 MB result", partial(replace, name="result.json", content=" " * 3 * 2**20))
     for name in ("config", "hydra", "overrides"):
         content = "a: 1\n" * 400_000
@@ -391,7 +394,7 @@ def sizes() -> Iterator[Attack]:
 
     yield Attack("sizes: 4 TB of one zero", weights)
     for key, value in {"trainer.max_epochs": "9" * 400, "data.batch_size": 10**30, "lr": 1e308, "seed": -1}.items():
-        yield Attack(f"sizes: {key}", partial(change, keys=key, value=int(value) if key.endswith("s") else value))
+        yield Attack(f"sizes: {key}", partial(change, keys=key, value=int(value) if key.endswith("s") else value))  # type: ignore[call-overload]
 
 
 def types() -> Iterator[Attack]:
@@ -405,7 +408,7 @@ def types() -> Iterator[Attack]:
     }  # fmt: skip
     for key, value in odd.items():
         content = json.dumps(good | {key: value})
-        yield Attack(f"types: {key} {value!r}", partial(replace, name="result.json", content=content))
+        yield Attack(f"types: {key} {value!r} in a result", partial(replace, name="result.json", content=content))
     for content in ("null", "[]", "0", '"completed"', "", "NaN", f'{{"status": {LONE_SURROGATE}}}', "\xff\xfe"):
         yield Attack(f"types: result {content!r}", partial(replace, name="result.json", content=content))
         yield Attack(f"types: config {content!r}", partial(replace, name=".hydra/config.yaml", content=content))
@@ -423,7 +426,7 @@ def types() -> Iterator[Attack]:
     for content in ("{}", "- {a: b}", "- null", "x", "- [a]"):
         yield Attack(f"types: overrides {content!r}", partial(replace, name=".hydra/overrides.yaml", content=content))
     for key in ("trainer", "model", "data", "callbacks", "logger", "optimizer", "monitor", "lr", "device"):
-        for value in ([None, [], "x"], [3, {}, True])[len(key) % 2]:  # type: ignore[var-annotated]
+        for value in ([None, [], "x"], [3, {}, True])[len(key) % 2]:
             yield Attack(f"types: {key} {value!r}", partial(change, keys=key, value=value))
 
     def spoil(ground: Ground, key: str, value: Any) -> None:
@@ -444,7 +447,7 @@ def types() -> Iterator[Attack]:
              "progress.model", "progress.processes", "progress.event_files", "progress.metrics", "progress.settings",
              "progress.batch", "progress.seconds", "progress.optimizers", "TableData")  # fmt: skip
     for number, key in enumerate(state):
-        values = (..., None, [], "x", -1, {"../../outside/file.txt": 0}, {"a": {"b": [1]}})
+        values = (..., None, [], "x", -1, {"../../outside/file.txt": 0}, {"a": {"b": [1]}})  # type: ignore[var-annotated]
         for value in (values[number % 7], values[(number + 3) % 7]):
             yield Attack(f"types: checkpoint {key} {value!r}", partial(spoil, key=key, value=value))
 
@@ -463,7 +466,7 @@ def texts() -> Iterator[Attack]:
             yield Attack(f"texts: {what} as {key[:20]!r}", partial(change, keys=key, value=text))
 
     def folder(ground: Ground, name: bytes) -> None:
-        shutil.copytree(os.fsencode(_file(ground, "job")), os.path.join(os.fsencode(ground.folder), name))  # noqa: PTH118
+        shutil.copytree(os.fsencode(_file(ground, "job")), os.path.join(os.fsencode(ground.folder), name))  # type: ignore[type-var,arg-type]  # noqa: PTH118
 
     names = (b"caf\xe9", ESCAPE.replace("/", "").encode(), b"=HYPERLINK(1)", b"<script>", b"-rf", b"a\nb", b"x" * 250)
     for name in names:
@@ -524,6 +527,13 @@ def pickles() -> Iterator[Attack]:
     for content in (b"", b"PK\x05\x06" + bytes(18), b"\x80\x04.", bytes(200)):
         yield Attack(f"pickles: {content[:8]!r}", lambda ground, content=content: both(ground, content))  # type: ignore[misc]
         yield Attack(f"pickles: {content[:8]!r} sealed", lambda ground, content=content: both(ground, sealed(content)))  # type: ignore[misc]
+
+
+def record(data: bytes) -> bytes:
+    """Returns data as an event file holds them, whatever they are."""
+    length = len(data).to_bytes(8, "little")
+    checksums = [masked_checksum(part).to_bytes(4, "little") for part in (length, data)]
+    return length + checksums[0] + data + checksums[1]
 
 
 def events() -> Iterator[Attack]:

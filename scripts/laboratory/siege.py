@@ -265,7 +265,8 @@ def judge(world: Path, name: str, code: int | None, said: str, before: dict[str,
         yield "hung", said[-200:]
     elif code < 0 or code == 70:
         yield "died", f"exit code {code}: {said[-500:]}"
-    if command.of_sweep and (reason := loss(world / "sweep")):
+    refused = name == "again" and code == 1 and said.startswith("error: ")  # nothing has run: report.py makes one
+    if command.of_sweep and not refused and (reason := loss(world / "sweep")):
         yield "lost", f"{reason}: {said[-300:]}"
     if wrong := RAW_ERROR.search(said) or CONTROL.search(said):
         yield "raw", f"{wrong[0]!r} in {said[-500:]!r}"

@@ -24,6 +24,7 @@ from downslope.launch.checks import check_additions, check_nodes, check_values
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, refusing, say
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
+from downslope.runs.plain_files import check_regular
 from downslope.runs.result import EXIT_CODES, read_result
 from downslope.runs.resuming import keep_changes, load_run_configuration
 from downslope.sweeps.ending import BASIC, Ending
@@ -85,6 +86,9 @@ class Gate(Callback):
                     "`resume` goes on with one run, got it with -m. A sweep: hydra.sweep.dir=<its folder>."
                 )
             folder = _writable(config.hydra.sweep.dir, "hydra.sweep.dir")
+            for each in folder.iterdir() if folder.is_dir() else ():
+                if each.is_symlink() or not each.is_dir():  # a job's folder is checked in its turn
+                    check_regular(each)
             anything_to_run = config.hydra.sweeper._target_ != MISSING or missing_jobs(config)
             if anything_to_run:
                 self._check_sweep(config, config_name, folder)

@@ -108,7 +108,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
     Raises:
         ValueError: There is none; the message has the reason for each file.
     """
-    bad = [f"{file} was being written when the run was killed." for file in run.glob(LAST + PARTIAL)]
+    bad = [f"{file} was being written when the run was killed." for file in run.glob(f"{LAST}*{PARTIAL}")]
     for file in (run / LAST, run / PREVIOUS):
         try:
             checkpoint = load_checkpoint(file)

@@ -5,7 +5,10 @@ import errno
 import logging
 import sys
 from collections.abc import Iterator
+from io import TextIOWrapper
 from logging.handlers import MemoryHandler
+
+from downslope.runs.plain_files import open_regular
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
 OTHERS = ("lightning", "torch", "py", "hydra", "matplotlib", "fsspec", "submitit", "ray")  # "py.warnings": `warnings`
@@ -14,6 +17,10 @@ _early = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
 
 class LogFile(logging.FileHandler):
     """The log of a run: where it cannot be written, training goes on."""
+
+    def _open(self) -> TextIOWrapper:
+        """Follows no link: the file may have been there before."""
+        return open(self.baseFilename, self.mode, encoding="utf-8", opener=open_regular)  # type: ignore[return-value]
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Says it, and closes the file's door."""

@@ -23,15 +23,15 @@ def read_bytes(file: Path, most: int = MAX_BYTES) -> bytes | None:
         return None
     if not stat.S_ISREG(file.lstat().st_mode):
         raise ValueError(f"{file.name} must be a regular file: no link, folder, pipe or device is opened.")
-    with open(file, "rb", opener=_open) as stream:
+    with open(file, "rb", opener=open_regular) as stream:
         if os.fstat(stream.fileno()).st_size > most:
             raise ValueError(f"{file.name} must have at most {most:,} bytes.")
         return stream.read(most)
 
 
-def _open(path: str, flags: int) -> int:
+def open_regular(path: str, flags: int) -> int:
     """Opens neither a link nor, for ever, a pipe that has taken the file's place meanwhile."""
-    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
+    return os.open(path, flags | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0), 0o666)
 
 
 def read_yaml(file: Path) -> Any:

@@ -10,6 +10,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from downslope.runs.configuration import show
+from downslope.runs.plain_files import check_regular
 from downslope.runs.result import Result, read_result
 from downslope.runs.trust import check_local, names_in, read_untrusted
 from downslope.runs.whole_files import whole_file
@@ -34,6 +35,7 @@ def load_run_configuration(config: DictConfig) -> Result | None:
     """
     run = Path(str(config.resume)).absolute()
     check_local(config.resume, "resume")
+    check_regular(run)
     saved = read_untrusted(_file(run, "config.yaml"), [*config.trust, *names_in(config)])
     hydra = read_untrusted(_file(run, "hydra.yaml"), only=("hydra.overrides.task", "hydra.runtime.choices")).hydra
     typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from downslope.gradients.least_squares import HasLeastSquares
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
-from downslope.runs.checkpoints import checkpoint_of
+from downslope.runs.checkpoints import LAST, checkpoint_of
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
 from downslope.runs.excess_loss import training_loss
@@ -30,6 +30,7 @@ from downslope.runs.log import begin_log
 from downslope.runs.result import Result
 from downslope.runs.signals import Interrupted
 from downslope.runs.stored import passes
+from downslope.runs.whole_files import PARTIAL
 
 log = logging.getLogger(__name__)
 
@@ -99,6 +100,8 @@ class Run:
             progress = state["progress"]
             self.result.seconds, self.result.metrics = progress["seconds"], dict(progress["metrics"])
             if trainer.is_global_zero:
+                for partial in (self.folder / LAST).parent.glob(f"*{PARTIAL}"):  # of a process that was killed
+                    partial.unlink()
                 rewind_event_files(self.folder, progress["event_files"])
         write_text(trainer, "configuration", OmegaConf.to_yaml(self.config))
         self._outside = Outside(self)

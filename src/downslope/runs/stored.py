@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from downslope.runs.checkpoints import BEST, LAST, load_checkpoint
 from downslope.runs.log import begin_log
+from downslope.runs.plain_files import check_regular
 from downslope.runs.trust import check_local, names_in, read_untrusted
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class StoredRun:
         begin_log()
         check_local(config.run, "run")
         run = Path(config.run)
+        check_regular(run)
         file = run / ".hydra" / "config.yaml"
         if not file.is_file():
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,9 +18,9 @@ def whole_file(file: Path) -> Iterator[BinaryIO]:
         OSError: The disk is full, or something else is in the way; what was at `file` is still there.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + PARTIAL)
+    partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PARTIAL}")  # no name that a link could wait at
     try:
-        with partial.open("wb") as stream:
+        with partial.open("xb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())

@@ -161,7 +161,7 @@ def test_a_disk_that_is_really_full_is_one_warning_and_the_same_bits(tmp_path: P
 
 
 def test_a_result_that_cannot_be_written_is_an_error(script: Callable[..., Outcome]) -> None:
-    Path("run/result.json.partial").mkdir(parents=True)
+    Path("run/result.json").mkdir(parents=True)
     ended = script("train", *SHORT, "~callbacks.progress")
     assert ended.code == 1
     assert len(ended.err.splitlines()) == 1
