@@ -41,7 +41,7 @@ def kill_the_first_job(sweep: Path) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline, "no job began"
         time.sleep(0.02)
