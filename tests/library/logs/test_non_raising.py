@@ -148,7 +148,7 @@ def test_a_disk_that_is_really_full_is_one_warning_and_the_same_bits(tmp_path: P
         subprocess.run([*alone, mount], cwd=tmp_path, check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"nobody may mount a small disk here: {error}")
-    command = [*TRAIN, *WITH_PICTURES, "callbacks.checkpoints.folder=checkpoints"]
+    command = [*TRAIN, *WITH_PICTURES, "callbacks.checkpoints.folder=checkpoints", "~callbacks.progress"]
     ended = subprocess.run(
         [*alone, f"{mount} && {shlex.join(command)}"], cwd=tmp_path, capture_output=True, text=True, check=False
     )
