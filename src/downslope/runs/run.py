@@ -82,6 +82,7 @@ class Run:
             | {name: version(name) for name in PACKAGES},
         )
         self._trainer: Trainer | None = None
+        self._outside = Outside(self)
 
     def __enter__(self) -> Self:
         begin_log()
@@ -104,7 +105,6 @@ class Run:
                     partial.unlink()
                 rewind_event_files(self.folder, progress["event_files"])
         write_text(trainer, "configuration", OmegaConf.to_yaml(self.config))
-        self._outside = Outside(self)
         trainer.callbacks.insert(0, self._outside)  # type: ignore[attr-defined]
         self._started = time.perf_counter()
 
