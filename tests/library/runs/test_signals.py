@@ -90,6 +90,7 @@ def test_killed_in_a_write_with_the_temporary_folder_on_another_disk_a_run_goes_
         process.wait()
         assert not list(Path(elsewhere).iterdir())
     assert step_of(tmp_path) == 4
+    time.sleep(1)  # event files are read in the order of their names: second, host, process, and this process is older
     ended = script("train", "resume=run", "trust=[tests.witness.Witness]")
     assert ended.code == 0, ended.err
     line = ended.err.strip()
