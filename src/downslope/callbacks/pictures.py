@@ -19,6 +19,7 @@ from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import png
 from downslope.steps.batch_step import BatchStep, why_no_batch_step
 from downslope.steps.due import check_count
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
@@ -67,6 +68,7 @@ class Pictures(Observer):
         self._is_drawing = False
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        disable(self, *STEP_HOOKS)
         self._is_drawing = False
         self._told: set[str] = set()
         self._line = module.least_squares() if isinstance(module, HasLeastSquares) else None
@@ -84,9 +86,11 @@ class Pictures(Observer):
         self._first = self._num_steps = self._drawn_at = self._shown_at = trainer.global_step
         self.follow(trainer, before=self._before)
         self._is_drawing = True
+        enable(self, "on_train_batch_start", when=self._line is None)
 
     def _before(self, step: OptimizerStep) -> None:
         self._num_steps = step.step + 1
+        enable(self, "on_train_batch_end", when=self._num_steps % self.every_n_steps == 0 or self._line is None)
         if self._line is None:
             return
         place = clones(self._parameters)
@@ -98,17 +102,15 @@ class Pictures(Observer):
             self._stride *= THINNING
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._is_drawing or self._line is not None:
-            return
         coming = self._num_steps + 1
         if coming % self.every_n_steps == 0 or coming == trainer.max_steps or trainer.is_last_batch:
             loss = BatchLoss(pl_module, batch, self.loss, batch_idx, precise=True)
             self._batch_step = BatchStep(self._num_steps, loss)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._is_drawing and self._batch_step:
+        if self._batch_step:
             self._batch_step.ends()
-        if self._is_drawing and self._num_steps % self.every_n_steps == 0:
+        if self._num_steps % self.every_n_steps == 0:
             self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
