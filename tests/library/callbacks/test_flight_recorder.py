@@ -1,4 +1,3 @@
-import gc
 import json
 import math
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
 from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder, flight_recorder
-from downslope.callbacks.flight_recorder import Mode
 from downslope.gradients import finiteness, vectors
 from downslope.gradients.finiteness import wide_norms
 from downslope.steps import measured_step
@@ -695,31 +693,6 @@ def test_a_large_model_is_watched_late_and_a_line_says_so(
         fit(module, FlightRecorder(folder=str(tmp_path)))
     assert module.num_batches == 7
     assert sum("a run that diverges ends one step late ('late')" in each for each in caplog.messages) == 1
-
-
-class Memory(Callback):
-    """Adds up the tensors that are alive when a batch has ended."""
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        gc.collect()
-        tensors = [each for each in gc.get_objects() if issubclass(type(each), Tensor)]
-        self.num_bytes = sum({each.data_ptr(): each.untyped_storage().nbytes() for each in tensors}.values())
-
-
-@pytest.mark.parametrize(("mode", "most"), [("exact", 3.01), ("late", 0.01)])
-def test_beside_the_parameters_it_keeps_three_times_their_memory_or_none(mode: Mode, most: float) -> None:
-    """Adam has two states a parameter."""
-
-    def num_bytes(*observers: Callback) -> int:
-        memory = Memory()
-        net = chain(200, 2)
-        module = Summed(net)
-        module.configure_optimizers = lambda: Adam(net.parameters())  # type: ignore[method-assign]
-        fit(module, *observers, memory, data=four_batches(net), max_epochs=1)
-        return memory.num_bytes
-
-    parameters = sum(each.nbytes for each in chain(200, 2).parameters())
-    assert num_bytes(FlightRecorder(mode=mode)) - num_bytes() < most * parameters
 
 
 def test_what_is_still_unjudged_at_the_end_is_judged(tmp_path: Path) -> None:
