@@ -162,7 +162,7 @@ def test_a_constant_column_and_a_large_batch_are_warned_of(script: Script, tmp_p
         ["optimizer=lbfgs", "lr=1", "data.batch_size=1000"],
         ["scheduler=cosine"],
         ["scheduler=step"],
-        ["scheduler=warmup_cosine", "scheduler.scheduler.num_warmup=1"],
+        ["scheduler=warmup_cosine", "scheduler.scheduler.warmup=0.3"],
         ["scheduler=plateau"],
         ["scheduler=plateau", "model=manual"],
         ["trainer=debug"],
