@@ -122,10 +122,10 @@ def frames(hessian: Tensor, optimum: Tensor) -> Iterator[Image.Image]:
     start = optimum + torch.tensor([-0.75, 0.95], dtype=torch.float64)
     paths = {}
     for name, share in SHARES.items():
-        path = [start]
+        points = [start]
         for _ in range(NUM_FRAMES):
-            path.append(path[-1] - share * edge * hessian @ (path[-1] - optimum))
-        paths[name] = torch.stack(path)
+            points.append(points[-1] - share * edge * hessian @ (points[-1] - optimum))
+        paths[name] = torch.stack(points)
     x, y = torch.meshgrid(*(torch.linspace(float(c) - 1.5, float(c) + 1.5, 120) for c in optimum), indexing="xy")
     offset = torch.stack([x, y], dim=-1).double() - optimum
     root = torch.einsum("...i,ij,...j->...", offset, hessian, offset).div(2).sqrt()
