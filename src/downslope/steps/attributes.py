@@ -113,6 +113,6 @@ def _restore(value: Any, contents: Any) -> bool:
 
 def _holds_the_same(value: Any, contents: Any) -> bool:
     if isinstance(value, set):
-        return value == contents
+        return bool(value == contents)
     now, then = ([*each, *(each.values() if isinstance(each, dict) else ())] for each in (value, contents))
     return len(now) == len(then) and all(map(is_, now, then))

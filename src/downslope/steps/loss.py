@@ -45,7 +45,8 @@ def has_loss(module: nn.Module) -> bool:
 
     An attribute called `loss` is rather a criterion, and a method of two arguments takes predictions.
     """
-    return inspect.isroutine(getattr(type(module), "loss", None)) and _takes_a_batch(type(module))
+    has_method = inspect.isroutine(getattr(type(module), "loss", None))
+    return has_method and _takes_a_batch(type(module))  # type: ignore[arg-type]
 
 
 @lru_cache(maxsize=16)

@@ -73,8 +73,9 @@ class MeasuredStep:
 
     def was_mended(self) -> bool:
         """Tells whether gradients arrived that were not finite, and what was applied was, and what came of it."""
-        applied = sum(self.applied.values) + sum(self.parameters.values)
-        return bool(self.arrived and self.optimizer) and isfinite(applied) and not isfinite(sum(self.arrived.values))
+        if not self.arrived or not self.optimizer or isfinite(sum(self.arrived.values)):
+            return False
+        return isfinite(sum(self.applied.values) + sum(self.parameters.values))
 
     def size(self) -> float:
         """Returns the norm of all parameters that moved, as one vector."""
