@@ -92,7 +92,9 @@ def change(ground: Ground, keys: str, value: Any, name: str = "config.yaml") -> 
     node = config
     *parents, last = keys.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
     node[last] = value
     file.write_text(yaml.safe_dump(config))
 

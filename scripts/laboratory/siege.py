@@ -116,7 +116,7 @@ COMMANDS = {
 }
 
 
-def fork(world: Path, act: Callable[[], Any]) -> tuple[int | None, str]:
+def fork(world: Path, act: Callable[[], Any], seconds: float = SECONDS) -> tuple[int | None, str]:
     """Does something in a process of its own, where everything is imported already.
 
     Returns:
@@ -133,6 +133,7 @@ def fork(world: Path, act: Callable[[], Any]) -> tuple[int | None, str]:
             os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
             os.dup2(handle, 1)
             os.dup2(handle, 2)
+            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115  # not pytest's
             os.chdir(world / "work")
             act()
             code = 0
@@ -144,14 +145,15 @@ def fork(world: Path, act: Callable[[], Any]) -> tuple[int | None, str]:
             traceback.print_exc()
         finally:
             sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(code)
-    ended = code_of(process)
+    ended = code_of(process, seconds)
     return ended, output.read_text(errors="surrogateescape") if output.exists() else ""
 
 
-def code_of(process: int) -> int | None:
+def code_of(process: int, seconds: float) -> int | None:
     """Waits for a process, and kills it when it takes too long."""
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + seconds
     while not (done := os.waitpid(process, os.WNOHANG))[0]:
         if time.monotonic() > end:
             os.killpg(process, signal.SIGKILL)
@@ -199,7 +201,7 @@ def make_template(root: Path) -> Path:
         register_optimizer_step_post_hook(interrupt)
         script("train", *SWEEP)
 
-    code, said = fork(world, train)
+    code, said = fork(world, train, 10 * SECONDS)
     if code != 143:
         raise SystemExit(f"the honest sweep has ended with {code}:\n{said}")
     for name in MADE_BY_THE_REPORT:
@@ -362,7 +364,10 @@ def in_processes(function: Callable[[int], Any], count: int, jobs: int) -> Itera
 
     def work(first: int) -> None:
         for number in range(first, count, jobs):
-            results.put((number, function(number)))
+            try:
+                results.put((number, function(number)))
+            except Exception as error:
+                results.put((number, [("died", f"the siege itself: {error}")]))
 
     workers = [context.Process(target=work, args=(first,)) for first in range(jobs)]
     for worker in workers:

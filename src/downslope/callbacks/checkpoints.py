@@ -104,6 +104,8 @@ class Checkpoints(Checkpoint):
         self._resumed = checkpoint.get("progress")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
             self._go_on(trainer, pl_module, self._resumed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
@@ -216,7 +218,7 @@ class Checkpoints(Checkpoint):
             flush_step_writer(trainer)
             if trainer.is_global_zero:
                 keep_previous(self.folder / "last.ckpt")
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)  # all of it, that is
             error = self._warn("last.ckpt") or error
         return error
 
