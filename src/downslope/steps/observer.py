@@ -98,7 +98,7 @@ class Observer(Callback):
             self.fail(error)
 
     def restored(self, load: Callable[[Any], None], state: Any) -> bool:
-        """Tells whether what a checkpoint holds of this observer could be taken over: else it begins anew, and says so."""
+        """Tells whether a state from a checkpoint could be taken over; else the observer begins anew, and says so."""
         try:
             load(state)
         except Exception as error:
