@@ -78,7 +78,10 @@ class Gate(Callback):
             if ended:
                 step = f"{ended.num_optimizer_steps:,}, {ended.status}"
                 say(f"{config.resume} has ended at step {step}: there is nothing to go on with.")
-                say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
+                if ended.status == "diverged":
+                    say("Its weights are spoiled. A smaller lr wants a run of its own: the same command without resume=.")
+                else:
+                    say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
             folder = _writable(config.hydra.run.dir, "hydra.run.dir")
             writes, resumes = is_main_process(), bool(config.get("resume"))
