@@ -320,8 +320,14 @@ def tries(attack: Attack) -> list[str]:
 
 
 def chosen(only: str, quick: bool) -> list[tuple[Attack, str]]:
-    """Returns what was asked for: attacks, each with a command."""
-    every = [(attack, name) for attack in attacks() if only in attack.name for name in tries(attack)]
+    """Returns what was asked for: attacks, each with a command; first each attack once, by the commands in turn."""
+    found = [attack for attack in attacks() if only in attack.name]
+    turns = [
+        ((place - number) % len(tries(attack)), attack, name)
+        for number, attack in enumerate(found)
+        for place, name in enumerate(tries(attack))
+    ]
+    every = [(attack, name) for _, attack, name in sorted(turns, key=lambda turn: turn[0])]
     if not quick:
         return every
     return [next((a, n) for a, n in every if a.name.startswith(start) and n == name) for start, name in QUICK.items()]

@@ -92,7 +92,7 @@ class Gate(Callback):
                 step = f"{ended.num_optimizer_steps:,}, {ended.status}"
                 say(f"{config.resume} has ended at step {step}: there is nothing to go on with.")
                 if ended.status == "diverged":
-                    say("Its weights are spoiled. A smaller lr wants a run of its own: the same command without resume=.")
+                    say("A smaller lr wants a run of its own: the same command without resume=.")
                 else:
                     say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])

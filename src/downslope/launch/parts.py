@@ -15,7 +15,6 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from downslope.runs.configuration import show
-
 from downslope.runs.prepared import take
 
 Parts = TypeVar("Parts")

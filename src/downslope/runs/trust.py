@@ -23,7 +23,8 @@ from downslope.runs.configuration import own_folders
 from downslope.runs.plain_files import read_yaml
 
 TARGET = re.compile(r"^\s*_target_:\s*['\"]?([\w.]+)", re.MULTILINE)
-FOLDERS = {"folder", "save_dir", "root_dir", "log_dir", "dirpath", "default_root_dir"}  # arguments: where to write
+FOLDERS = ("folder", "save_dir", "root_dir", "log_dir", "dirpath", "default_root_dir", "tracking_uri")  # to write into
+FOLDER = re.compile(rf"^\s*(?:{'|'.join(FOLDERS)}):\s*['\"]?([^'\"#\n]+?)['\"]?\s*(?:#.*)?$", re.MULTILINE)
 OUTPUT = Path("${hydra:runtime.output_dir}")
 ADDRESS = re.compile(r"(?!pkg://)\w[\w+.-]+:/|.*::")  # a scheme, of more letters than a drive has, or a chain of them
 
@@ -52,7 +53,7 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
         plain = _selected(file, plain, only)
     elif "hydra" in plain:
         raise ValueError(f"{file} must describe a run, got `hydra`, which says how commands are to behave.")
-    allowed = {*_own_targets(), *trusted}
+    allowed = {*_in_own_files(TARGET), *trusted}
     for key, value in _values(plain):
         place = f"{file}: `{key}`"
         if _is_target(key):
@@ -77,16 +78,16 @@ def check_inside(config: DictConfig, folder: Path, trusted: Sequence[str] = ()) 
     Args:
         config: As it is about to be used, so that every interpolation in it has a value.
         folder: The run's.
-        trusted: Values that may lead elsewhere, as they stand in the configuration.
+        trusted: Values that may lead elsewhere, as they stand in the configuration, beside those in your own files.
 
     Raises:
         ValueError: The key and its value.
     """
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     stored: Any = OmegaConf.to_container(own)
-    as_stored = dict(_values(stored))
+    as_stored, allowed = dict(_values(stored)), {*_in_own_files(FOLDER), *trusted}
     for key, value in _values(OmegaConf.to_container(own, resolve=True)):
-        if isinstance(value, str) and as_stored.get(key) not in trusted and _leads_out(key, value, folder):
+        if isinstance(value, str) and as_stored.get(key) not in allowed and _leads_out(key, value, folder):
             raise ValueError(f"`{key}` is {value!r}, which is not in the run's own folder: {_way_out(value)}")
 
 
@@ -112,10 +113,10 @@ def names_in(config: DictConfig) -> list[str]:
     return named + [name for key, value in texts if not _is_target(key) for name in _resolvers(key, value)]
 
 
-def _own_targets() -> set[str]:
-    """Every `_target_` in the folders that the running command is composed from."""
+def _in_own_files(pattern: re.Pattern[str]) -> set[str]:
+    """What stands in the folders that the running command is composed from."""
     files = [file for folder in own_folders() for file in folder.rglob("*.yaml")]
-    return {target for file in files for target in TARGET.findall(file.read_text(encoding="utf-8"))}
+    return {found for file in files for found in pattern.findall(file.read_text(encoding="utf-8"))}
 
 
 def _selected(file: Path, plain: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:

@@ -208,11 +208,18 @@ def test_what_leads_out_of_the_runs_folder_is_refused_whatever_it_is_made_of(tmp
     checkpoints = {"folder": f"{tmp_path}/checkpoints", "monitor": "val/loss"}
     data = {"path": "/anywhere/x.csv", "more": "/../x"}
     config = OmegaConf.create({"callbacks": {"checkpoints": checkpoints}, "data": data, "lr": 0.1})
-    check_inside(config, tmp_path)
-    config.callbacks.checkpoints.folder = value
-    with pytest.raises(ValueError, match=r"`callbacks\.checkpoints\.folder` is .* not in the run's own folder"):
+    with HYDRA():
         check_inside(config, tmp_path)
-    check_inside(config, tmp_path, [value])
+    config.callbacks.checkpoints.folder = value
+    with (
+        HYDRA(),
+        pytest.raises(ValueError, match=r"`callbacks\.checkpoints\.folder` is .* not in the run's own folder"),
+    ):
+        check_inside(config, tmp_path)
+    with HYDRA():
+        check_inside(config, tmp_path, [value])
+        config.callbacks.checkpoints.folder = "outputs"  # as conf/logger/wandb.yaml has it
+        check_inside(config, tmp_path)
 
 
 def test_a_strangers_configuration_fetches_nothing(script: Script, run: Path) -> None:
