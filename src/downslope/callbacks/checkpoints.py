@@ -128,6 +128,8 @@ class Checkpoints(Checkpoint):
         else:
             trainer.fit_loop.epoch_loop.restarting = False  # a new epoch, not the rest of one
         self._keeps_epoch_random = progress["batch"] == 0
+        epochs = trainer.fit_loop.epoch_progress  # of a saved one that has begun Lightning forgets `ready`
+        epochs.current.ready = epochs.current.completed + epochs.total.ready - epochs.total.completed
         _follow_settings(trainer, progress["settings"])
         announce_restart(trainer)
         for logger in trainer.loggers if progress.get("unlogged") else ():

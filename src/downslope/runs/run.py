@@ -175,7 +175,6 @@ class Run:
             text = "`monitor` names %s, which was not logged, so that there is no objective. Logged: %s."
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
-            result.write(self.folder)
             choices = HydraConfig.get().runtime.choices
             asked = {"lr": result.learning_rate, **{name: choices.get(name) for name in CHOICES}}
             asked["verdict"] = result.verdict or result.status
@@ -183,6 +182,9 @@ class Run:
             if result.excess_loss is not None:
                 came["excess_loss"] = result.excess_loss
             write_hparams(self.folder, asked, came, result.num_optimizer_steps)
+            result.write(
+                self.folder
+            )  # last: a run that is killed before it has not ended, and comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
 
