@@ -124,9 +124,9 @@ class FlightRecorder(Observer):
         return [step.record() if isinstance(step, MeasuredStep) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=self.num_steps)
+        steps = [StepRecord(**step) for step in state_dict["steps"]]
         self._first = {name: (loss, norm) for name, (loss, norm) in state_dict.get("first", {}).items()}
-        self._steps = steps
+        self._steps = deque(steps, maxlen=self.num_steps)
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer

@@ -182,9 +182,7 @@ class Run:
             if result.excess_loss is not None:
                 came["excess_loss"] = result.excess_loss
             write_hparams(self.folder, asked, came, result.num_optimizer_steps)
-            result.write(
-                self.folder
-            )  # last: a run that is killed before it has not ended, and comes to all of this again
+            result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
 
