@@ -311,5 +311,5 @@ def close_loggers(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoard):
             attempt(logger, logger.close)
-        elif hasattr(logger, "_experiment") and hasattr(logger.experiment, "finish"):  # wandb's would take the next job
-            attempt(logger, logger.experiment.finish)
+        elif finish := getattr(getattr(logger, "_experiment", None), "finish", None):  # wandb's would take the next job
+            attempt(logger, finish)
