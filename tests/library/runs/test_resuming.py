@@ -118,7 +118,7 @@ def test_a_changed_learning_rate_is_followed_where_it_is_meant(script: Script, s
     more = ("trainer.max_epochs=4", "lr=0.002", "resume_override=[trainer.max_epochs,lr]")
     assert script("train", "resume=run", *more).code == 0
     group = torch.load(stopped / LAST, weights_only=True)["optimizer_states"][0]["param_groups"][0]
-    assert group["lr"] == pytest.approx(0.0002)
+    assert group["lr"] == pytest.approx(0.002)
     assert "lr: 0.002\n" in (stopped / ".hydra" / "config.yaml").read_text()
     assert "resume: null" in (stopped / ".hydra" / "config.yaml").read_text()
 
