@@ -1,5 +1,6 @@
 """Why did it blow up? The last steps before a run diverged, kept as an aeroplane's recorder keeps them."""
 
+import contextlib
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -123,14 +124,17 @@ class FlightRecorder(Observer):
         return [step.record() if isinstance(step, MeasuredStep) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        steps = [StepRecord(**step) for step in state_dict["steps"]]
         self._first = {name: (loss, norm) for name, (loss, norm) in state_dict.get("first", {}).items()}
-        self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=self.num_steps)
+        self._steps = deque(steps, maxlen=self.num_steps)
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._automatic = module.automatic_optimization
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        with contextlib.suppress(OSError):  # then it says so where it has something to write
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._norms = StepNorms(ParameterNames(module), trainer.optimizers)
         self._snapshot, self._buffers = Snapshot(trainer.optimizers), Copies()
         self._unjudged: list[MeasuredStep] = []
