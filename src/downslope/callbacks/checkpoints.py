@@ -104,6 +104,8 @@ class Checkpoints(Checkpoint):
         self._resumed = checkpoint.get("progress")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
             self._go_on(trainer, pl_module, self._resumed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
@@ -126,6 +128,8 @@ class Checkpoints(Checkpoint):
         else:
             trainer.fit_loop.epoch_loop.restarting = False  # a new epoch, not the rest of one
         self._keeps_epoch_random = progress["batch"] == 0
+        epochs = trainer.fit_loop.epoch_progress  # of a saved one that has begun Lightning forgets `ready`
+        epochs.current.ready = epochs.current.completed + epochs.total.ready - epochs.total.completed
         _follow_settings(trainer, progress["settings"])
         announce_restart(trainer)
         for logger in trainer.loggers if progress.get("unlogged") else ():
@@ -216,7 +220,7 @@ class Checkpoints(Checkpoint):
             flush_step_writer(trainer)
             if trainer.is_global_zero:
                 keep_previous(self.folder / "last.ckpt")
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)  # all of it, that is
             error = self._warn("last.ckpt") or error
         return error
 

@@ -1,5 +1,6 @@
 """Why did it blow up? The last steps before a run diverged, kept as an aeroplane's recorder keeps them."""
 
+import contextlib
 import logging
 import warnings
 from collections import deque
@@ -138,8 +139,9 @@ class FlightRecorder(Observer):
         return [step.record() if isinstance(step, MeasuredStep) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        steps = [StepRecord(**step) for step in state_dict["steps"]]
         self._first = {name: (loss, norm) for name, (loss, norm) in state_dict.get("first", {}).items()}
-        self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=self.num_steps)
+        self._steps = deque(steps, maxlen=self.num_steps)
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
@@ -148,6 +150,8 @@ class FlightRecorder(Observer):
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         self._is_late = self._mode(trainer) == "late"
         self._keeps = not self._is_late and self.on_divergence != "continue"
+        with contextlib.suppress(OSError):  # then it says so where it has something to write
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._norms = StepNorms(ParameterNames(module), trainer.optimizers)
         self._snapshot, self._buffers = Snapshot(trainer.optimizers), Copies()
         self._unjudged: list[MeasuredStep] = []

@@ -84,6 +84,7 @@ class Pictures(Observer):
         self._most = max(THINNING, min(self.num_points, PATH_BYTES // sum(each.nbytes for each in self._parameters)))
         self._last_two: deque[Place] = deque(maxlen=2)
         self._first = self._num_steps = self._drawn_at = self._shown_at = trainer.global_step
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.follow(trainer, before=self._before)
         self._is_drawing = True
         enable(self, "on_train_batch_start", when=self._line is None)
@@ -125,7 +126,6 @@ class Pictures(Observer):
         self._drawn_at = self._num_steps
         self._shown_at = self._num_steps if shown else self._shown_at
         for name, figure in self.figures(trainer).items():
-            self.folder.mkdir(parents=True, exist_ok=True)
             picture = png(figure)  # drawn and packed once, for all who show it
             (self.folder / f"{name}.png").write_bytes(picture)
             if shown:

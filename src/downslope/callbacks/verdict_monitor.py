@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -90,7 +91,8 @@ class VerdictMonitor(Observer):
         optimizer = trainer.optimizers[0]
         if any(group.get("lr") is None for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has no learning rate to judge")
-        self._collector = EvidenceCollector(
+        make = partial(
+            EvidenceCollector,
             optimizer,
             ParameterNames(module),
             self.every_n_steps,
@@ -101,9 +103,10 @@ class VerdictMonitor(Observer):
             step=trainer.global_step,
             last_step=num_steps(trainer),
         )
-        if self._resumed:
-            self._collector.load_state_dict(self._resumed)
-            self._resumed = None
+        self._collector = make()
+        if self._resumed and not self.restored(self._collector.load_state_dict, self._resumed):
+            self._collector = make()
+        self._resumed = None
         if line := _line(trainer, module):
             table = getattr(getattr(trainer, "datamodule", None), "table", None)
             names = tuple(getattr(table, "feature_names", ()))
