@@ -33,6 +33,7 @@ class LinearRegression(LightningModule):
         super().__init__()
         self.linear = nn.Linear(num_features, 1)
         self.make_optimizer = optimizer
+        self.lr = getattr(optimizer, "keywords", {}).get("lr")  # where LearningRateFinder looks for it
         self.scheduler = scheduler
         self.train_loss = MeanMetric(nan_strategy=math.nan)  # a loss that is not a number is to be seen
         self.val_metrics = _metrics("val/")
