@@ -8,7 +8,7 @@ from downslope.tables.randomness import Stream, generator
 from downslope.tables.table import Array, Table
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SyntheticTable(Table):
     """A table whose true line is known: target = features @ weights + bias + noise."""
 
@@ -58,4 +58,4 @@ def synthetic_table(
     weights, bias = random.standard_normal(num_features), float(random.standard_normal())
     target = features @ weights + bias + noise * random.standard_normal(num_rows)
     names = tuple(f"x{index}" for index in range(1, num_features + 1))
-    return SyntheticTable("synthetic", features, target, names, "y", weights, bias)
+    return SyntheticTable("synthetic", features, target, names, "y", weights=weights, bias=bias)
