@@ -204,7 +204,7 @@ class Survey:
         num_wrong: Cells that are no numbers.
         first_wrong: Row and cell of the first of them.
         first_missing: Row of the first cell without a value.
-        values: Its distinct texts, None when there are more than `most_values`.
+        values: Its distinct texts, None when there are many more than `most_values`.
     """
 
     def __init__(self, name: str, most_values: int) -> None:
@@ -246,7 +246,7 @@ class Survey:
         wrong = np.isnan(numbers(texts, marks)) & present & ~infinite
         if self.values is not None:
             self.values |= set(compute.drop_null(compute.unique(texts)).to_pylist())
-            self.values = self.values if len(self.values) <= self.most_values else None
+            self.values = self.values if len(self.values) <= max(self.most_values, 6) else None  # true, True, TRUE
         if present.any():
             is_wrong = bool(wrong.all() if present.all() else wrong[present].all())
             self.forms = tuple(
@@ -271,7 +271,8 @@ class Survey:
             return Column(self.name, "date", form=self.forms[0])
         if self.is_mostly_numbers:
             return Column(self.name)
-        return Column(self.name, "text", tuple(sorted(self.values))) if self.values else None
+        is_short = self.values and len(self.values) <= self.most_values
+        return Column(self.name, "text", tuple(sorted(self.values or ()))) if is_short else None
 
     @property
     def is_clean(self) -> bool:

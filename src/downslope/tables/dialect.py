@@ -203,7 +203,7 @@ def _is_of_numbers(cells: list[str]) -> bool:
 
 def _marks(path: str, cells: list[str], delimiter: str, given: str | None) -> tuple[str, str]:
     """The decimal mark and what groups thousands. What can be read in two ways is refused."""
-    numbers = [cell for cell in set(cells) if re.fullmatch(r"[+-]?[\d.,'’ \u00a0\u202f]+([eE][+-]?\d+)?", cell)]
+    numbers = [cell for cell in cells if re.fullmatch(r"[+-]?[\d.,'’ \u00a0\u202f]+([eE][+-]?\d+)?", cell)]
 
     def grouped(mark: str, decimal: str = "") -> list[str]:
         tail = rf"([{re.escape(decimal)}]\d*)?" if decimal else ""
@@ -211,15 +211,15 @@ def _marks(path: str, cells: list[str], delimiter: str, given: str | None) -> tu
             cell for cell in numbers if re.fullmatch(rf"[+-]?[1-9]\d{{0,2}}([{re.escape(mark)}]\d{{3}})+{tail}", cell)
         ]
 
-    def is_decimal(mark: str) -> bool:
-        """Whether a cell shows a mark that no grouping explains."""
+    def decimals(mark: str) -> int:
+        """How many cells show a mark that no grouping explains."""
         whole = rf"(\d*|\d{{1,3}}([^\d{re.escape(mark)}]\d{{3}})+)"
         shape = re.compile(rf"[+-]?{whole}[{re.escape(mark)}]\d*([eE][+-]?\d+)?")
         known = set(grouped(mark))
-        return any(shape.fullmatch(cell) and cell not in known for cell in numbers)
+        return sum(bool(shape.fullmatch(cell)) and cell not in known for cell in numbers)
 
-    decimal = given or ("," if is_decimal(",") and not is_decimal(".") else ".")
-    if not given and decimal == "." and delimiter != "," and not is_decimal("."):
+    decimal = given or ("," if decimals(",") > decimals(".") else ".")
+    if not given and decimal == "." and delimiter != "," and not decimals("."):
         commas = grouped(",")
         if commas and all(cell.count(",") == 1 for cell in commas):
             whole, part = commas[0].split(",")

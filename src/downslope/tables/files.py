@@ -56,7 +56,11 @@ def resolve(path: str) -> list[Path]:
     else:
         files = [Path(path).expanduser()]
     if not files or not all(file.is_file() for file in files):
-        what = "a folder: name its files by data.path='folder/*.csv'" if files and files[0].is_dir() else "no such file"
+        what = (
+            "a folder: name its files by data.path='folder/*.csv'"
+            if files and files[0].is_dir()
+            else "there is no such file"
+        )
         if "://" in path and not path.startswith(PACKAGE_PREFIX):
             what = "nothing is fetched from an address"
         raise ValueError(f"`data.path` must name a CSV or Parquet file, got {path!r}: {what}.")
@@ -281,10 +285,12 @@ class ManyFiles:
 
     def blocks(self, columns: Sequence[int], numbers: Sequence[int] = ()) -> Iterator[Block]:
         """Yields the blocks of each file."""
-        self._starts, row = [], 0
+        starts: list[int] = []
+        row = 0
         for file in self.files:
-            self._starts.append(row)
+            starts.append(row)
             for block in file.blocks(columns, numbers):
+                self._starts = starts
                 row += len(block[0])
                 yield block
 

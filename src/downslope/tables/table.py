@@ -341,7 +341,7 @@ def _judged(path: str, file: TableFile, features: list[Survey], others: list[Sur
         column = survey.column()
         is_text = (column is not None and column.kind == "text") or (column is None and survey.num_wrong > 0)
         if survey in others and (column is None or is_text):
-            held = f"text ({listed(sorted(survey.values or ()), 3)}, …)" if is_text else "no number"
+            held = f"text ({listed(sorted(survey.values or ('too much to list',)), 3)})" if is_text else "no number"
             classes = (
                 "Classes are another task: make new NAME=…, with experiment=digits as the pattern." if is_text else ""
             )
@@ -356,7 +356,7 @@ def _judged(path: str, file: TableFile, features: list[Survey], others: list[Sur
                 f"{file.place(row)}, column {survey.name!r} must be a finite number, got {cell!r}: {share}. "
                 f"data.exclude=[{survey.name}] leaves the column out."
             )
-        if survey.num_missing and rules.missing == "refuse":
+        if survey.num_missing and rules.missing == "refuse" and survey in features:
             share = f"{survey.num_missing:,} of {survey.num_rows:,} cells are missing"
             raise ValueError(
                 f"{file.place(survey.first_missing)}, column {survey.name!r} must be a finite number, got none: "
@@ -402,12 +402,13 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
             start = stop
         if fast and (np.abs(part) >= EXACT).any():
             raise ValueError("Only a look at the text can tell whether float64 holds this.")
-        is_missing = np.isnan(part if missing != "mean" else part[:, plan.width - len(plan.others) :]).any(axis=1)
-        if is_missing.any() and missing == "refuse":
-            raise ValueError(f"{file.place(row + int(is_missing.argmax()))} must hold a finite number in each cell.")
-        if is_missing.any() and missing != "keep":
-            count += int(is_missing.sum())
-            store.add(part[~is_missing])
+        absent, num_features = np.isnan(part), plan.width - len(plan.others)
+        if missing == "refuse" and absent[:, :num_features].any():
+            bad = int(absent[:, :num_features].any(axis=1).argmax())
+            raise ValueError(f"{file.place(row + bad)} must hold a finite number in each cell, got none.")
+        if missing != "keep" and (gone := absent[:, 0 if missing == "drop" else num_features :].any(axis=1)).any():
+            count += int(gone.sum())
+            store.add(part[~gone])
         else:
             store.add(part)
         row += len(part)
