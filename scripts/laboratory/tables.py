@@ -27,6 +27,7 @@ from lightning import Trainer
 
 from downslope.runs.stored import columns
 from downslope.tables.files import MISSING
+from downslope.tables.table import Table
 from template.regression.data import TableData
 from template.regression.model import LinearRegression
 
@@ -67,6 +68,7 @@ def judged(file: Path) -> str:
 
 def faults(data: TableData, numeric: dict[str, list[float]], predicted: np.ndarray) -> Iterator[str]:
     """What is not as numpy and the csv module have it."""
+    assert isinstance(data.table, Table)
     table, features = data.table, np.array([numeric.get(name, ()) for name in data.table.feature_names], dtype=object)
     if len(predicted) != len(numeric[table.target_name]) or np.isfinite(predicted).sum() < len(table):
         yield f"wrong: {np.isfinite(predicted).sum()} predictions of {len(table)} rows"

@@ -135,8 +135,14 @@ def least_squares_of(chunks: Chunks) -> LeastSquares:
     scale = torch.where(variance > 0, variance, 1.0).rsqrt()
     rounding = torch.finfo(torch.float64).eps * (num_features + 1)
     if num_rows > num_features:
-        system, response = scale[:, None] * system, scale * response
-    slope = scale * _solved(system * scale, response, rounding)
+        system, response = scale[:, None] * system * scale, scale * response
+        slope = _by_cholesky(system, response)
+        if slope is None:
+            system, response = _triangle(chunks, mean, level, scale)
+            slope = _by_singular_values(system, response, num_rows)
+    else:
+        slope = _by_singular_values(system * scale, response, num_features)
+    slope = scale * slope
     errors = [((inputs - mean) @ slope - (outputs - level)) * root for inputs, outputs, root in _doubles(chunks)]
     # Of one feature and the bias alone: a bound of the least curvature, which centring knows and H has to tell from 0.
     least = 2 * variance / (1 + mean.square() + variance)
@@ -186,16 +192,30 @@ def _means(chunks: Chunks) -> tuple[int, Tensor, Tensor]:
     return num_rows, inputs, outputs
 
 
-def _solved(system: Tensor, response: Tensor, rounding: float) -> Tensor:
-    """By Cholesky where that loses at most half of the digits, else by singular values.
+def _by_cholesky(system: Tensor, response: Tensor) -> Tensor | None:
+    """The solution of the normal equations, None where that loses more than half of the digits."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed or float(factor.diagonal().min()) <= 1e-4:
+        return None
+    solution: Tensor = torch.cholesky_solve(response[:, None], factor)
+    return solution[:, 0]
+
+
+def _triangle(chunks: Chunks, mean: Tensor, level: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The centred rows' factor R and Qᵀy, some rows at a time: its condition is not squared, as that of RᵀR is."""
+    factor = torch.zeros(0, len(mean) + 1, dtype=torch.float64)
+    for inputs, outputs, root in _doubles(chunks):
+        rows = torch.cat([(inputs - mean) * scale, (outputs - level)[:, None]], dim=1) * root[:, None]
+        factor = torch.linalg.qr(torch.cat([factor, rows]), mode="r").R
+    return factor[:-1, :-1], factor[:-1, -1]
+
+
+def _by_singular_values(system: Tensor, response: Tensor, size: int) -> Tensor:
+    """The shortest solution, as numpy's.
 
     Not by QR with pivoting: torch hands LAPACK's gelsy pivots that it has not set, and its solution is one by chance.
     """
-    if len(system) == system.shape[1]:
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if not failed and float(factor.diagonal().min()) > 1e-4:
-            by_cholesky: Tensor = torch.cholesky_solve(response[:, None], factor)
-            return by_cholesky[:, 0]
+    rounding = torch.finfo(torch.float64).eps * size
     solution: Tensor = torch.linalg.lstsq(system, response, rcond=rounding, driver="gelsd").solution
     return solution
 

@@ -213,7 +213,7 @@ class Survey:
         self.first_wrong: tuple[int, Any] | None = None
         self.first_missing = 0
         self.values: set[str] | None = set()
-        self.forms = DATES
+        self.forms: tuple[str, ...] = DATES
         self.typed, self.is_grouped = "", False
 
     def add(self, cells: Any, marks: tuple[str, str]) -> None:

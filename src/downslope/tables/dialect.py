@@ -14,6 +14,7 @@ HEAD = 2**18  # bytes that the dialect is judged by
 ENCODED = 2**26  # and the encoding
 NAMES = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces", ",": "commas"}
 ENCODINGS = {"utf-16": "UTF-16", "windows-1252": "Windows-1252"}
+SPELLED = re.compile(r"[+-]?[\d.,'’ \u00a0\u202f]+([eE][+-]?\d+)?")
 THOUSANDS = (",", ".", "'", "’", " ", "\u00a0", "\u202f")
 COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"BZh": "bz2"}
 NO_TABLE = {
@@ -38,6 +39,7 @@ class Dialect:
         thousands: What groups digits by three, empty where nothing does.
         comments: Whether lines that begin with # are not part of the table.
         num_lines: Lines down to the header.
+        longest: Bytes of the longest line that was seen.
     """
 
     header: tuple[str, ...] = field(repr=False)
@@ -49,6 +51,7 @@ class Dialect:
     thousands: str = ""
     comments: bool = False
     num_lines: int = 1
+    longest: int = 0
 
     def description(self) -> str:
         """Says what is not usual, empty for commas, decimal points and UTF-8."""
@@ -102,7 +105,9 @@ def find_dialect(path: str, stream: BinaryIO, compression: str | None, decimal: 
         ValueError: It has no line of names, is no text, or its numbers can be read in two ways.
     """
     head = stream.read(HEAD)
-    is_whole = len(head) < HEAD
+    while (more := head.count(b"\n") + head.count(b"\r") < 2 and stream.read(HEAD)) and len(head) < ENCODED:
+        head += more  # a line of many thousand names
+    is_whole = len(head) % HEAD > 0
     encoding = _encoding(path, head, stream)
     text = codecs.getincrementaldecoder(encoding)().decode(head, final=False)
     lines = list(io.StringIO(text.removeprefix("\ufeff"), newline=""))
@@ -147,7 +152,7 @@ def _judged(
         names = ["rownames", *names]
     hashed = [line for line in lines[num_lines:] if line.startswith("#")]
     odd = any(len(row) != len(names) for row in named.rows(hashed))
-    mark, thousands = _marks(path, [cell.strip() for row in rows for cell in row], delimiter, decimal)
+    mark, thousands = _marks(path, [cell.strip() for row in rows[:2000] for cell in row], delimiter, decimal)
     return Dialect(
         header=tuple(name.strip() for name in names),
         encoding=encoding,
@@ -158,6 +163,7 @@ def _judged(
         thousands=thousands,
         comments=num_above > 0 or odd,
         num_lines=num_lines,
+        longest=4 * max(map(len, lines)),
     )
 
 
@@ -203,20 +209,20 @@ def _is_of_numbers(cells: list[str]) -> bool:
 
 def _marks(path: str, cells: list[str], delimiter: str, given: str | None) -> tuple[str, str]:
     """The decimal mark and what groups thousands. What can be read in two ways is refused."""
-    numbers = [cell for cell in cells if re.fullmatch(r"[+-]?[\d.,'’ \u00a0\u202f]+([eE][+-]?\d+)?", cell)]
+    numbers = [cell for cell in cells[:20_000] if SPELLED.fullmatch(cell)]
 
     def grouped(mark: str, decimal: str = "") -> list[str]:
         tail = rf"([{re.escape(decimal)}]\d*)?" if decimal else ""
-        return [
-            cell for cell in numbers if re.fullmatch(rf"[+-]?[1-9]\d{{0,2}}([{re.escape(mark)}]\d{{3}})+{tail}", cell)
-        ]
+        shape = re.compile(rf"[+-]?[1-9]\d{{0,2}}([{re.escape(mark)}]\d{{3}})+{tail}")
+        return [cell for cell in numbers if shape.fullmatch(cell)]
 
     def decimals(mark: str) -> int:
         """How many cells show a mark that no grouping explains."""
         whole = rf"(\d*|\d{{1,3}}([^\d{re.escape(mark)}]\d{{3}})+)"
         shape = re.compile(rf"[+-]?{whole}[{re.escape(mark)}]\d*([eE][+-]?\d+)?")
-        known = set(grouped(mark))
-        return sum(bool(shape.fullmatch(cell)) and cell not in known for cell in numbers)
+        return sum(bool(shape.fullmatch(cell)) for cell in numbers) - sum(
+            cell.count(mark) == 1 for cell in grouped(mark)
+        )
 
     decimal = given or ("," if decimals(",") > decimals(".") else ".")
     if not given and decimal == "." and delimiter != "," and not decimals("."):

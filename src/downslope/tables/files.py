@@ -13,8 +13,8 @@ import numpy as np
 from downslope.tables.dialect import Dialect, compression_of, find_dialect
 
 PACKAGE_PREFIX = "pkg://"
-BLOCK = 2**20  # bytes of a CSV file that are parsed at a time
-ROWS = 2**16  # of a Parquet file
+BLOCK = 2**18  # bytes of a CSV file that are parsed at a time
+ROWS = 2**14  # of a Parquet file
 MISSING = (
     "", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "-nan", "-NaN", "NaT", "NULL", "null", "Null",
     "None", "?", ".", "-", "--",
@@ -181,7 +181,7 @@ class CsvFile:
             try:
                 reader = csv.open_csv(
                     stream,
-                    csv.ReadOptions(column_names=names, skip_rows=skipped, block_size=BLOCK),
+                    csv.ReadOptions(column_names=names, skip_rows=skipped, block_size=max(BLOCK, 4 * dialect.longest)),
                     csv.ParseOptions(delimiter=dialect.delimiter, quote_char=dialect.quote, newlines_in_values=True),
                     csv.ConvertOptions(
                         column_types=types,
@@ -247,7 +247,7 @@ class ParquetFile:
         from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(self.file) as opened:
+            with parquet.ParquetFile(self.file, pre_buffer=False, buffer_size=BLOCK) as opened:
                 yield opened
         except (pyarrow.ArrowException, OSError, UnicodeError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error

@@ -129,8 +129,8 @@ class Units:
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Units":
         """Returns what `state_dict` was taken of."""
-        units = (Standardization.from_state_dict(state[name]) for name in ("feature_units", "target_units"))
-        return cls(state["means"].numpy(), *units)
+        features, target = (Standardization.from_state_dict(state[name]) for name in ("feature_units", "target_units"))
+        return cls(state["means"].numpy(), features, target)
 
 
 def filled(values: Array, instead: Array) -> Array:

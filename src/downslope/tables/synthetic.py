@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from downslope.tables.columns import Array
 from downslope.tables.randomness import Stream, generator
-from downslope.tables.table import Array, Table
+from downslope.tables.table import Table
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

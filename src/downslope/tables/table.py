@@ -212,7 +212,7 @@ def _read_table(
 ) -> Table | StoredTable:
     file = open_table(path, decimal)
     features, index = _chosen(path, file.names, targets, features, exclude, weight)
-    most_bytes = {True: float("inf"), False: 0.0}.get(in_memory, SHARE * free_memory())  # type: ignore[call-overload]
+    most_bytes = SHARE * free_memory() if in_memory == "auto" else float("inf") if in_memory else 0.0
     for plan in _plans(path, file, features, (*targets, *weight), rules):
         store = Store(plan.width, most_bytes, seed or 0)
         try:
@@ -435,10 +435,12 @@ def _warn(table: Table, targets: Sequence[str]) -> None:
         elif len(distinct) <= min(FEW_VALUES, len(table) // 5) and not (target % 1).any():
             text = "%s: the target %s holds %d whole numbers alone. If they are classes: %s"
             log.warning(text, table.name, name, len(distinct), CLASSES)
-        if same := [feature for feature, column in columns.items() if np.array_equal(column, target)]:
+        if same := [
+            each for each, column in columns.items() if column[0] == target[0] and np.array_equal(column, target)
+        ]:
             log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, listed(same), name)
-    seen: dict[bytes, str] = {}
-    for name, column in columns.items():
-        first = seen.setdefault(hashlib.sha256(column.tobytes()).digest(), name)
-        if first != name:
+    seen: dict[tuple[float, ...], str] = {}
+    for name, column, total in zip(columns, columns.values(), table.features.sum(axis=0).tolist(), strict=True):
+        first = seen.setdefault((total, *column[:9].tolist()), name)
+        if first != name and np.array_equal(column, columns[first]):
             log.warning("%s: the columns %s and %s are the same.", table.name, first, name)

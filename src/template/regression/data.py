@@ -13,8 +13,9 @@ from downslope.gradients.least_squares import LeastSquares
 from downslope.tables.batches import Batch
 from downslope.tables.columns import Column
 from downslope.tables.standardization import Units, filled
+from downslope.tables.stored import StoredTable
 from downslope.tables.synthetic import synthetic_table
-from downslope.tables.table import Missing, StoredTable, Table, Text, read_features, read_table
+from downslope.tables.table import Missing, Table, Text, read_features, read_table
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class TableData(LightningDataModule):
                 raise ValueError(f"`{name}_fraction` must be between 0 and 1, got {fraction!r}.")
         self.path = path
         self.target_names = [str(name) for name in (target if isinstance(target, list | tuple) else [target])]
-        self.reading = {"features": features, "exclude": exclude, "weight": weight, "text": text}
+        self.reading: dict[str, Any] = {"features": features, "exclude": exclude, "weight": weight, "text": text}
         self.reading |= {"max_values": max_values, "missing": missing, "decimal": decimal}
         self.reading |= {"in_memory": in_memory, "seed": seed}
         self.batch_size = batch_size
@@ -166,7 +167,8 @@ class TableData(LightningDataModule):
 
     def _batches(self, part: str, seed: int | None = None) -> Iterable[Batch]:
         rank, num_processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return self.parts[part].batches(self.batch_size, seed, rank, num_processes)
+        batches: Iterable[Batch] = self.parts[part].batches(self.batch_size, seed, rank, num_processes)
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries, so that predictions are made from names and in the user's units."""

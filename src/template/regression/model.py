@@ -53,9 +53,10 @@ class LinearRegression(LightningModule):
         The weight w is 1 unless the data have one. The observers may call it again, so that it does nothing else.
         """
         features, target, *weight = batch
+        prediction: Tensor = self(features)
         if weight:
-            return (weight[0] * (self(features) - target).square()).mean()
-        return nn.functional.mse_loss(self(features), target)
+            return (weight[0] * (prediction - target).square()).mean()
+        return nn.functional.mse_loss(prediction, target)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Returns the loss, which Lightning takes through zero_grad, backward, clip, step and scheduler."""
