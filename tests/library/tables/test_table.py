@@ -2,6 +2,8 @@ import csv
 import io
 import math
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -216,3 +218,12 @@ def test_any_bytes_are_a_table_of_finite_numbers_or_a_refusal(tmp_path: Path, co
         assert len(table)
         assert np.isfinite(table.features).all()
         assert np.isfinite(table.target).all()
+
+
+def test_the_shipped_table_is_read_without_pyarrow() -> None:
+    code = (
+        "import sys; from downslope.tables.table import read_table;"
+        "print(len(read_table('pkg://template.regression/diabetes.csv', 'progression')), 'pyarrow' in sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ended.stdout == "442 False\n"
