@@ -98,12 +98,20 @@ class Table:
         return digest.hexdigest()[:12]
 
 
-class Rules(NamedTuple):
-    """How columns of text and missing cells are dealt with."""
+class Asked(NamedTuple):
+    """What `read_table` was asked for; names as they stand in the file, also where Hydra read one as a number."""
 
+    path: str
+    targets: tuple[str, ...]
+    features: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+    weight: tuple[str, ...]
     text: Text
     max_values: int
     missing: Missing
+    decimal: str | None
+    in_memory: bool | Literal["auto"]
+    seed: int
 
 
 @dataclass(frozen=True)
@@ -115,12 +123,14 @@ class Plan:
         others: Targets and weight.
         numbers: Names of those that the reader turns into numbers by itself.
         notes: What is left out and changed, for people.
+        has_weight: Whether the last of the others is one.
     """
 
     features: list[Column]
     others: list[Column]
     numbers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    has_weight: bool = False
 
     @property
     def width(self) -> int:
@@ -175,73 +185,52 @@ def read_table(
             raise ValueError(f"`{key}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
     if not isinstance(max_values, int) or max_values < 0:
         raise ValueError(f"`max_values` must be a whole number of at least 0, got {max_values!r}.")
-    changed = tuple((stat.st_mtime_ns, stat.st_size) for stat in (file.stat() for file in resolve(path)))
-    return _read_table(
-        path,
-        _names(target) or (),
-        _names(features),
-        _names(exclude) or (),
-        _names(weight) or (),
-        Rules(text, max_values, missing),
-        decimal,
-        changed,
-        in_memory,
-        None if in_memory is True else seed,
-    )
+    names = (_names(target) or (), _names(features), _names(exclude) or (), _names(weight) or ())
+    asked = Asked(path, *names, text, max_values, missing, decimal, in_memory, 0 if in_memory is True else seed)
+    return _read_table(asked, tuple((stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, resolve(path))))
 
 
 def _names(given: Any) -> tuple[str, ...] | None:
-    """The names of columns, which Hydra may have read as numbers."""
     if given is None:
         return None
     return tuple(map(str, given)) if isinstance(given, list | tuple) else (str(given),)
 
 
 @functools.lru_cache(maxsize=1)
-def _read_table(
-    path: str,
-    targets: tuple[str, ...],
-    features: tuple[str, ...] | None,
-    exclude: tuple[str, ...],
-    weight: tuple[str, ...],
-    rules: Rules,
-    decimal: str | None,
-    _changed: tuple[tuple[int, int], ...],
-    in_memory: bool | Literal["auto"],
-    seed: int | None,
-) -> Table | StoredTable:
-    file = open_table(path, decimal)
-    features, index = _chosen(path, file.names, targets, features, exclude, weight)
-    most_bytes = SHARE * free_memory() if in_memory == "auto" else float("inf") if in_memory else 0.0
-    for plan in _plans(path, file, features, (*targets, *weight), rules):
-        store = Store(plan.width, most_bytes, seed or 0)
+def _read_table(asked: Asked, _changed: tuple[tuple[int, int], ...]) -> Table | StoredTable:
+    file = open_table(asked.path, asked.decimal)
+    names, index = _chosen(asked, file.names)
+    most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else float("inf") if asked.in_memory else 0.0
+    for plan in _plans(asked, file, names):
+        store = Store(plan.width, most_bytes, asked.seed)
         try:
-            num_dropped = _fill(store, path, file, plan, rules.missing)
+            num_dropped = _fill(store, asked.path, file, plan, asked.missing)
         except ValueError:  # read as numbers at once; what is not will be told apart
             if not plan.numbers:
                 raise
         else:
             break
-    num_features = sum(len(column.feature_names) for column in plan.features)
-    end = num_features + len(targets)
     notes = [file.said] if file.said else []
     notes += [f"without {listed(index)}: row numbers"] if index else []
     notes += plan.notes
-    notes += (
-        [f"{num_dropped:,} {'row' if num_dropped == 1 else 'rows'} with missing cells left out"] if num_dropped else []
-    )
-    name = Path(path).name.partition(".")[0] or path
-    names = tuple(name for column in plan.features for name in column.feature_names)
-    about = (names, ", ".join(targets))
+    notes += [f"{counted(num_dropped, 'row')} with missing cells left out"] if num_dropped else []
+    name = Path(asked.path).name.partition(".")[0] or asked.path
+    about = (tuple(name for column in plan.features for name in column.feature_names), ", ".join(asked.targets))
     if store.file:
-        size = f"{8e-9 * store.width * store.num_rows:.2g} GB in a temporary file"
-        window = f"{size}, shuffled in windows of {WINDOW * store.chunk_rows:,} rows"
-        return StoredTable(name, store, *about, tuple(plan.features), (*notes, window), len(targets))
-    values = store.values
-    target = values[:, num_features] if len(targets) == 1 else values[:, num_features:end]
-    weights = values[:, end] if weight else None
-    table = Table(name, values[:, :num_features], target, *about, weights, tuple(plan.features), tuple(notes))
-    _warn(table, targets)
+        notes.append(f"{8e-9 * store.width * store.num_rows:.2g} GB in a temporary file, shuffled in windows of ")
+        notes[-1] += f"{WINDOW * store.chunk_rows:,} rows"
+        return StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.targets))
+    features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.targets)]), axis=1)
+    table = Table(
+        name,
+        features,
+        targets[:, 0] if len(asked.targets) == 1 else targets,
+        *about,
+        weight[:, 0] if asked.weight else None,
+        tuple(plan.features),
+        tuple(notes),
+    )
+    _warn(table, asked.targets)
     return table
 
 
@@ -262,48 +251,40 @@ def read_features(path: str, columns: Sequence[Column], missing: Missing, decima
     _check_once(path, file.names, [column.name for column in columns])
     plan = Plan(list(columns), [])
     store = Store(plan.width, float("inf"), 0)
-    num_unknown = _fill(store, path, file, plan, "refuse" if missing == "refuse" else "keep")
-    values = store.values
-    if num_unknown:
-        log.warning("%s: %s texts are unknown to the run: they count as none of its values.", path, f"{num_unknown:,}")
-    if num_missing := int(np.isnan(values).any(axis=1).sum()):
-        done = "count as the mean of the training rows" if missing == "mean" else "are not predicted: nan"
-        log.warning("%s: %s rows with missing cells %s.", path, f"{num_missing:,}", done)
-    return values
+    if unknown := _fill(store, path, file, plan, "refuse" if missing == "refuse" else "keep"):
+        log.warning("%s: %s not known to the run: none of its values.", path, counted(unknown, "text"))
+    if absent_rows := int(np.isnan(store.values).any(axis=1).sum()):
+        done = "filled with the mean of the training rows" if missing == "mean" else "not predicted: nan"
+        log.warning("%s: %s with missing cells, %s.", path, counted(absent_rows, "row"), done)
+    return store.values
 
 
-def _chosen(
-    path: str,
-    header: list[str],
-    targets: tuple[str, ...],
-    features: tuple[str, ...] | None,
-    exclude: tuple[str, ...],
-    weight: tuple[str, ...],
-) -> tuple[tuple[str, ...], list[str]]:
+def _chosen(asked: Asked, header: list[str]) -> tuple[tuple[str, ...], list[str]]:
     """The names of the features, and those of row numbers that are left out."""
-    known = f"of {path} ({listed(header, 40)})"
-    for key, names in (("target", targets), ("weight", weight), ("features", features or ()), ("exclude", exclude)):
-        for name in names:
-            if name not in header:
-                raise ValueError(
-                    f"`{key}` must be {'columns' if key[-1] == 's' else 'a column'} {known}, got {name!r}."
-                )
-    used, index = (*targets, *weight), []
-    if features is None:
-        others = [name for name in header if name not in used and name not in exclude]
+    known, used, index = f"of {asked.path} ({listed(header, 40)})", (*asked.targets, *asked.weight), list[str]()
+    given = {"target": asked.targets, "weight": asked.weight, "features": asked.features, "exclude": asked.exclude}
+    for key, name in ((key, name) for key, names in given.items() for name in names or ()):
+        if name not in header:
+            what = "columns" if key == "features" else "a column"
+            raise ValueError(f"`{key}` must be {what} {known}, got {name!r}.")
+    features = tuple(name for name in asked.features or header if name not in asked.exclude)
+    if asked.features is None:
+        others = [name for name in features if name not in used]
         index = [name for name in others if not name or INDEX.fullmatch(name)]
-        features = tuple(name for name in others if name not in index)
-        if not features and index:  # a series: there is nothing else to predict it from
-            features, index = (index[0],), index[1:]
-    else:
-        features = tuple(name for name in features if name not in exclude)
+        # Of a series there is nothing else to predict it from.
+        features, index = (tuple(others[:1]), others[1:]) if index == others else (_without(others, index), index)
     for name in (*used, *features):
         if (*used, *features).count(name) > 1 and header.count(name) == 1:
             raise ValueError(f"`features` must hold each column once and not the target, got {name!r} again.")
-    _check_once(path, header, [*used, *features])
+    _check_once(asked.path, header, [*used, *features])
     if not features:
-        raise ValueError(f"{path} must hold a column beside the target {listed(targets)} to predict it from, got none.")
+        what = f"a column beside the target {listed(asked.targets)} to predict it from"
+        raise ValueError(f"{asked.path} must hold {what}, got none.")
     return features, index
+
+
+def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in others)
 
 
 def _check_once(path: str, header: list[str], names: Sequence[str]) -> None:
@@ -312,73 +293,76 @@ def _check_once(path: str, header: list[str], names: Sequence[str]) -> None:
             raise ValueError(f"{path} must name each column once, got {name!r} {header.count(name)} times.")
 
 
-def _plans(
-    path: str, file: TableFile, features: tuple[str, ...], others: tuple[str, ...], rules: Rules
-) -> Iterator[Plan]:
+def _plans(asked: Asked, file: TableFile, features: tuple[str, ...]) -> Iterator[Plan]:
     """Ways to read the table, the fast ones first: as numbers at once, by the first block; after a look at all."""
-    names = (*features, *others)
-    places = [file.names.index(name) for name in names]
+    others = (*asked.targets, *asked.weight)
+    at_once = Plan(
+        list(map(Column, features)), list(map(Column, others)), (*features, *others), has_weight=bool(asked.weight)
+    )
     if file.is_plain:
-        yield Plan([Column(name) for name in features], [Column(name) for name in others], names)
+        yield at_once
         return
-    surveys = [Survey(name, rules.max_values) for name in names]
-    for number, block in enumerate(file.blocks(places)):
+    surveys = [Survey(name, asked.max_values) for name in at_once.numbers]
+    for number, block in enumerate(file.blocks([file.names.index(survey.name) for survey in surveys])):
         for survey, cells in zip(surveys, block, strict=True):
             survey.add(cells, file.marks)
         if number == 0 and all(survey.is_clean for survey in surveys):
-            yield Plan([Column(name) for name in features], [Column(name) for name in others], names)
+            yield at_once
     if not surveys[0].num_rows:
-        raise ValueError(f"{path} must hold rows below its header, got none.")
-    plan = _judged(path, file, surveys[: len(features)], surveys[len(features) :], rules)
-    if numbers := tuple(survey.name for survey in surveys if survey.is_clean):
-        yield replace(plan, numbers=numbers)
+        raise ValueError(f"{asked.path} must hold rows below its header, got none.")
+    for survey in surveys:
+        if wrong := _wrong(survey, survey.name in others, asked, file):
+            raise ValueError(wrong)
+    plan = _judged(asked, surveys[: len(features)], surveys[len(features) :])
+    yield replace(plan, numbers=tuple(survey.name for survey in surveys if survey.is_clean))
     yield plan
 
 
-def _judged(path: str, file: TableFile, features: list[Survey], others: list[Survey], rules: Rules) -> Plan:
-    """What the columns hold, each of them looked at; refused where that may be a mistake."""
-    for survey in (*features, *others):
+def _wrong(survey: Survey, is_target: bool, asked: Asked, file: TableFile) -> str | None:
+    """What may be a mistake in a column, in words."""
+    column, name = survey.column(), survey.name
+    is_text = column.kind == "text" if column else survey.num_wrong > 0
+    if is_target and is_text:
+        values = listed(sorted(survey.values or ("of many values",)), 3)
+        return (
+            f"{asked.path}: {name!r} must be a column of numbers, got text ({values}). If these are classes: {CLASSES}"
+        )
+    if is_target and column is None:
+        return f"{asked.path}: {name!r} must be a column of numbers, got none."
+    must = f"column {name!r} must be a finite number, got"
+    if (survey.is_mostly_numbers and column == Column(name)) or (is_text and asked.text == "refuse"):
+        row, cell = survey.first_wrong or (0, None)
+        share = f"{survey.num_wrong:,} of {survey.num_rows - survey.num_missing:,} cells are none"
+        return f"{file.place(row)}, {must} {cell!r}: {share}. data.exclude=[{name}] leaves the column out."
+    if survey.num_missing and asked.missing == "refuse" and not is_target:
+        share = f"{survey.num_missing:,} of {survey.num_rows:,} cells are missing"
+        return f"{file.place(survey.first_missing)}, {must} none: {share}. data.missing=drop leaves such rows out."
+    return None
+
+
+def _judged(asked: Asked, features: list[Survey], others: list[Survey]) -> Plan:
+    """What the columns hold, each of them looked at."""
+    columns, left_out, changed = [], dict[str, list[str]](), dict[str, list[str]]()
+    for survey in features:
         column = survey.column()
-        is_text = (column is not None and column.kind == "text") or (column is None and survey.num_wrong > 0)
-        if survey in others and (column is None or is_text):
-            held = f"text ({listed(sorted(survey.values or ('too much to list',)), 3)})" if is_text else "no number"
-            classes = (
-                "Classes are another task: make new NAME=…, with experiment=digits as the pattern." if is_text else ""
-            )
-            raise ValueError(
-                f"{path}: {survey.name!r}, the target, must be a column of numbers, got {held}. {classes}".strip()
-            )
-        if (survey.is_mostly_numbers and column == Column(survey.name)) or (is_text and rules.text == "refuse"):
-            row, cell = survey.first_wrong or (0, None)
-            present = survey.num_rows - survey.num_missing
-            share = f"{survey.num_wrong:,} of {present:,} cells ({survey.num_wrong / present:.2g}) are none"
-            raise ValueError(
-                f"{file.place(row)}, column {survey.name!r} must be a finite number, got {cell!r}: {share}. "
-                f"data.exclude=[{survey.name}] leaves the column out."
-            )
-        if survey.num_missing and rules.missing == "refuse" and survey in features:
-            share = f"{survey.num_missing:,} of {survey.num_rows:,} cells are missing"
-            raise ValueError(
-                f"{file.place(survey.first_missing)}, column {survey.name!r} must be a finite number, got none: "
-                f"{share}. data.missing=drop leaves such rows out."
-            )
-    sparse = [each.name for each in features if rules.missing == "drop" and 2 * each.num_missing > each.num_rows]
-    kept = {each.name: each.column() for each in features if each.name not in sparse}
-    columns = [column for column in kept.values() if column]
-    empty = [each.name for each in features if each.num_missing == each.num_rows and each.name not in sparse]
-    texts = [name for name, column in kept.items() if column is None and name not in empty]
-    spread = [f"{column.name} ({len(column.values)})" for column in columns if column.kind == "text"]
-    dates = [column.name for column in columns if column.kind == "date"]
-    said = {
-        f"without {listed(texts)}: text of more than {rules.max_values} values": texts,
-        f"without {listed([*sparse, *empty])}: mostly missing": [*sparse, *empty],
-        f"a 0 or 1 for each text of {listed(spread)}": spread,
-        f"days since 1970 for {listed(dates)}": dates,
-    }
-    notes = tuple(note for note, names in said.items() if names)
+        if survey.num_missing > survey.num_rows / (2 if asked.missing == "drop" else 1.001):
+            left_out.setdefault("mostly missing", []).append(survey.name)
+        elif column is None:
+            reason = f"text of more than {asked.max_values} values" if survey.num_wrong else "no numbers"
+            left_out.setdefault(reason, []).append(survey.name)
+        else:
+            columns.append(column)
+            if column.kind == "text":
+                changed.setdefault("a 0 or 1 for each text of", []).append(f"{column.name} ({len(column.values)})")
+            elif column.kind == "date":
+                changed.setdefault("days since 1970 for", []).append(column.name)
+    notes = [f"without {listed(names)}: {reason}" for reason, names in left_out.items()]
+    notes += [f"{what} {listed(names)}" for what, names in changed.items()]
     if not columns:
-        raise ValueError(f"{path} must hold a column to predict from, got none that is of use: {'; '.join(notes)}.")
-    return Plan(columns, [column for each in others if (column := each.column())], notes=notes)
+        raise ValueError(
+            f"{asked.path} must hold a column to predict from, got none that is of use: {'; '.join(notes)}."
+        )
+    return Plan(columns, [column for each in others if (column := each.column())], (), tuple(notes), bool(asked.weight))
 
 
 def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) -> int:
@@ -402,6 +386,9 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
             start = stop
         if fast and (np.abs(part) >= EXACT).any():
             raise ValueError("Only a look at the text can tell whether float64 holds this.")
+        if plan.has_weight and (part[:, -1] < 0).any():
+            bad = int((part[:, -1] < 0).argmax())
+            raise ValueError(f"{file.place(row + bad)} must have a weight of at least 0, got {part[bad, -1]:g}.")
         absent, num_features = np.isnan(part), plan.width - len(plan.others)
         if missing == "refuse" and absent[:, :num_features].any():
             bad = int(absent[:, :num_features].any(axis=1).argmax())
@@ -412,6 +399,8 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
         else:
             store.add(part)
         row += len(part)
+    if plan.numbers and 2 * count > row:
+        raise ValueError("Some column may be mostly missing: which?")
     if not store.num_rows:
         got = f"{row:,} with a missing cell in each: data.exclude=[…] or data.missing=mean" if row else "none"
         raise ValueError(f"{path} must hold rows below its header, got {got}.")
@@ -425,6 +414,11 @@ def listed(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(name or "''" for name in names[:most]) + more
 
 
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things for people."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def _warn(table: Table, targets: Sequence[str]) -> None:
     """Warns of what makes a task too easy, or no regression."""
     columns = dict(zip(table.feature_names, table.features.T, strict=True))
@@ -435,9 +429,8 @@ def _warn(table: Table, targets: Sequence[str]) -> None:
         elif len(distinct) <= min(FEW_VALUES, len(table) // 5) and not (target % 1).any():
             text = "%s: the target %s holds %d whole numbers alone. If they are classes: %s"
             log.warning(text, table.name, name, len(distinct), CLASSES)
-        if same := [
-            each for each, column in columns.items() if column[0] == target[0] and np.array_equal(column, target)
-        ]:
+        alike = (each for each, column in columns.items() if column[0] == target[0])
+        if same := [each for each in alike if np.array_equal(columns[each], target)]:
             log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, listed(same), name)
     seen: dict[tuple[float, ...], str] = {}
     for name, column, total in zip(columns, columns.values(), table.features.sum(axis=0).tolist(), strict=True):

@@ -48,7 +48,7 @@ REFUSED = [
         "data.path=text.csv data.target=y data.text=refuse",
         "text.csv, row 2 (line 3), column 'a' must be a finite number",
     ),
-    ("data.path=text.csv data.target=a", "text.csv: 'a', the target, must be a column of numbers"),
+    ("data.path=text.csv data.target=a", "text.csv: 'a' must be a column of numbers"),
     ("data.path=text.csv data.target=y data.text=maybe", "`data.text` must be one of one_hot, refuse, got 'maybe'."),
     ("data.path=twice.csv data.target=y", "twice.csv must name each column once, got 'a' 2 times."),
     ("data.path=text.csv", "`data.target` must be a column of text.csv (a, y), got 'progression'."),

@@ -78,8 +78,8 @@ def test_a_new_file_is_read_as_the_first_was(tmp_path: Path, caplog: pytest.LogC
         values = read_features(str(tmp_path / "new.csv"), columns, "drop")
     np.testing.assert_array_equal(values, [[1.5, 1, 0, 4, 0], [np.nan, 0, 0, 4, 1]])
     assert [message.partition("new.csv: ")[2] for message in caplog.messages[-2:]] == [
-        "1 texts are unknown to the run: they count as none of its values.",
-        "1 rows with missing cells are not predicted: nan.",
+        "1 text not known to the run: none of its values.",
+        "1 row with missing cells, not predicted: nan.",
     ]
     (tmp_path / "new.csv").write_text("a,city,when,new\n1,Ulm,yesterday,true\n")
     with pytest.raises(ValueError, match=r"row 1 \(line 2\), column 'when' must be a date, got 'yesterday'"):
@@ -106,7 +106,7 @@ def test_parquet_of_every_type(tmp_path: Path) -> None:
     assert isinstance(table, Table)
     assert table.feature_names[:11] == tuple(columns)[:11]
     assert table.features.tolist() == [[1.0] * 8 + [2.0] * 3 + [1, 0], [2.0] * 7 + [0.0] + [2.0] * 3 + [0, 1]]
-    assert "nested" in " ".join(table.notes)
+    assert table.notes[:2] == ("without __index_level_0__: row numbers", "without nested: no numbers")
 
 
 def test_several_files_are_one_table(tmp_path: Path) -> None:
@@ -136,3 +136,15 @@ def test_what_makes_a_task_too_easy_or_no_regression_is_warned_of(
         "t: the columns c and y are the same.",
         f"t: the target y holds 3 whole numbers alone. If they are classes: {CLASSES}",
     ]
+
+
+def test_a_negative_weight_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"row 2 \(line 3\) must have a weight of at least 0, got -1"):
+        read(tmp_path, "a,y,w\n1,2,1\n3,4,-1\n", weight="w")
+
+
+def test_columns_that_are_mostly_missing_are_left_out_before_their_rows_are(tmp_path: Path) -> None:
+    table = read(tmp_path, "a,b,y\n" + "".join(f"{i},{i if i % 3 == 0 else ''},{i % 4}\n" for i in range(30)))
+    assert table.feature_names == ("a",)
+    assert len(table) == 30
+    assert table.notes == ("without b: mostly missing",)

@@ -104,7 +104,7 @@ def test_the_table_cannot_be_written(tmp_path: Path) -> None:
         ("", "must start with a line of column names"),
         ("\n1,2\n", "must start with a line of column names"),
         ("a,y\n", "must hold rows below its header, got none"),
-        ("a,y\n1,nan\n", "'y', the target, must be a column of numbers, got no number"),
+        ("a,y\n1,nan\n", "'y' must be a column of numbers, got none"),
         ("a,y\n1,\n,2\n", "must hold rows below its header, got 2 with a missing cell in each"),
         ("a,y\n1,2\ninf,3\n", "row 2 (line 3), column 'a' must be a finite number, got 'inf'"),
         ("a,y\n1,2\n1e999,3\n", "row 2 (line 3), column 'a' must be a finite number, got '1e999'"),
@@ -122,7 +122,7 @@ def test_the_table_cannot_be_written(tmp_path: Path) -> None:
         ("y\n1\n", "must hold a column beside the target y"),
         (
             "a,y\n1,red\n2,blue\n",
-            "'y', the target, must be a column of numbers, got text (blue, red). Classes are another",
+            "'y' must be a column of numbers, got text (blue, red). If these are classes: make new",
         ),
         (b"a,y\n\x81,2\n", "must be text in UTF-8, UTF-16 or Windows-1252"),
         (b"PK\x03\x04\x00\x00\x9c\xff", "a spreadsheet: save it as CSV"),
