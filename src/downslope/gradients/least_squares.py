@@ -143,7 +143,7 @@ def least_squares_of(chunks: Chunks) -> LeastSquares:
     else:
         slope = _by_singular_values(system * scale, response, num_features)
     slope = scale * slope
-    errors = [((inputs - mean) @ slope - (outputs - level)) * root for inputs, outputs, root in _doubles(chunks)]
+    errors = (((inputs - mean) @ slope - (outputs - level)) * root for inputs, outputs, root in _doubles(chunks))
     # Of one feature and the bias alone: a bound of the least curvature, which centring knows and H has to tell from 0.
     least = 2 * variance / (1 + mean.square() + variance)
     is_resolved = bool((least[variance > ZERO * mean.square()] > rounding * eigenvalues[-1]).all())
