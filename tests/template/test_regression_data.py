@@ -134,7 +134,7 @@ def test_several_targets_are_predicted_under_their_names(tmp_path: Path) -> None
     (tmp_path / "t.csv").write_text("\n".join(["a,b,y,z", *lines]))
     data = TableData(str(tmp_path / "t.csv"), ["y", "z"], batch_size=60, seed=0)
     data.setup("fit")
-    assert data.parts["train"].target.shape == (48, 2)
+    assert data.parts["train"][1].shape == (48, 2)
     assert data.least_squares is None
     optimizer = partial(torch.optim.SGD, lr=0.5)
     model = LinearRegression(2, optimizer, {"scheduler": None, "interval": "", "monitor": ""}, data.num_targets)

@@ -1,7 +1,6 @@
 """Batches cut out of tensors in memory: the order of the rows is a function of (seed, epoch)."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +28,8 @@ class ShuffledOrder:
         return torch.from_numpy(generator(Stream.ORDER, self.seed, self.epoch).permutation(self.num_rows))
 
 
-class Part(NamedTuple):
-    """Rows in memory, in the units of the training rows."""
-
-    features: Tensor
-    target: Tensor
-    weight: Tensor | None = None
+class Part(tuple[Tensor, ...]):
+    """Features, target and, where there is one, weight of rows in memory, in the units of the training rows."""
 
     def least_squares(self) -> LeastSquares:
         """Returns the closed form of a line over them."""
@@ -42,8 +37,9 @@ class Part(NamedTuple):
 
     def batches(self, batch_size: int, seed: int | None, rank: int, num_processes: int) -> "Batches":
         """Returns them in batches, shuffled where there is a seed."""
-        order = None if seed is None else ShuffledOrder(len(self.target), seed)
-        return Batches(self.features, self.target, batch_size, order, rank, num_processes, self.weight)
+        features, target, *weight = self
+        order = None if seed is None else ShuffledOrder(len(target), seed)
+        return Batches(features, target, batch_size, order, rank, num_processes, *weight)
 
 
 class Batches:

@@ -85,8 +85,13 @@ class Table:
 
     def part(self, rows: NDArray[np.int64], units: Units) -> Part:
         """Returns rows in the units of a model."""
-        batches = [units.apply(*chunk) for chunk in self.chunks(rows)]
-        return Part(*(torch.cat(each) for each in zip(*batches, strict=True)))
+        whole: list[torch.Tensor] = []
+        for number, chunk in enumerate(self.chunks(rows)):
+            batch = units.apply(*chunk)
+            whole = whole or [torch.empty(len(rows), *each.shape[1:]) for each in batch]
+            for kept, each in zip(whole, batch, strict=True):
+                kept[number * ROWS_AT_ONCE : number * ROWS_AT_ONCE + len(each)] = each
+        return Part(whole)
 
     @functools.cached_property
     def digest(self) -> str:
@@ -411,7 +416,7 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
 def listed(names: Sequence[str], most: int = 5) -> str:
     """Returns names for people, not too many of them."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(name or "''" for name in names[:most]) + more
+    return ", ".join(name or "an unnamed one" for name in names[:most]) + more
 
 
 def counted(number: int, noun: str) -> str:

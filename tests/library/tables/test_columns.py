@@ -26,7 +26,7 @@ def test_row_numbers_are_left_out_and_said_unless_named_or_alone(tmp_path: Path,
     text = f"{name},a,y\n1,5,2\n2,6,3\n"
     table = read(tmp_path, text)
     assert table.feature_names == ("a",)
-    assert table.notes == (f"without {name or repr('')}: row numbers",)
+    assert table.notes == (f"without {name or 'an unnamed one'}: row numbers",)
     if name:
         assert read(tmp_path, text, features=[name]).features.tolist() == [[1], [2]]
     assert read(tmp_path, f"{name},y\n1,2\n2,3\n").features.tolist() == [[1], [2]]
