@@ -105,7 +105,11 @@ def find_dialect(path: str, stream: BinaryIO, compression: str | None, decimal: 
         ValueError: It has no line of names, is no text, or its numbers can be read in two ways.
     """
     head = stream.read(HEAD)
-    while (more := head.count(b"\n") + head.count(b"\r") < 2 and stream.read(HEAD)) and len(head) < ENCODED:
+    while (
+        (more := head.count(b"\n") + head.count(b"\r") < 2 and stream.read(HEAD))
+        and b"\0" not in head
+        and len(head) < ENCODED
+    ):
         head += more  # a line of many thousand names
     is_whole = len(head) % HEAD > 0
     encoding = _encoding(path, head, stream)

@@ -143,3 +143,16 @@ def test_dependent_columns_have_numpys_optimum(gap: float) -> None:
     for _ in range(5):  # torch's gelsy has another solution at each call
         line = least_squares(torch.from_numpy(features), torch.from_numpy(target))
         assert line.loss == pytest.approx(error, rel=1e-9)
+
+
+def test_the_excess_is_the_loss_above_the_optimum_by_numpy_in_float64() -> None:
+    features, target = problem(40, 3, seed=9)
+    theta = torch.tensor([0.3, -2.0, 1.0, 0.5])
+    error = features.double().numpy() @ theta[:3].double().numpy() + 0.5 - target.double().numpy()
+    line = least_squares(features, target)
+    assert line.excess(theta) == pytest.approx((error**2).mean() - line.loss, rel=1e-12)
+
+
+def test_a_curvature_that_is_not_known_leaves_the_excess_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[least_squares.__module__], "MOST_CURVATURES", 20)
+    assert least_squares(*problem(90, 30, seed=6)).excess(torch.zeros(31)) is None
