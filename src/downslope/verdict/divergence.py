@@ -23,7 +23,8 @@ def why_too_large(seen: Evidence, limits: Thresholds, diverges: bool) -> str | N
     where = f", at {early:.2g} × the critical learning rate" if early else ""
     if _was_thrown(seen, limits):
         return f"the first steps threw the loss to {seen.early_growth:.2g} × where it began{where}"
-    if (early or 0) > 1 and seen.line is None and seen.step >= 2 * EARLY and _has_not_come_down(seen, 1.25):
+    is_uphill = (early or 0) > 1 and seen.line is None and _has_not_come_down(seen, 1.25)
+    if is_uphill and (seen.step >= 2 * EARLY or (seen.early_peak or 0) > limits.growth):
         return f"the first steps went uphill{where}, and the loss has not come down since"
     if (early or 0) > NEARLY_HELD and seen.step >= LONG and _rests_high(seen, limits):
         return f"noise holds the loss at {seen.loss or 0:.3g}, from {seen.first_loss or 0:.3g}{where}"
@@ -47,7 +48,8 @@ def _was_thrown(seen: Evidence, limits: Thresholds) -> bool:
     """
     if seen.line is not None or (seen.early_growth or 0) <= limits.growth:
         return False
-    is_stable = seen.sharpness is not None and seen.stability is not None and seen.stability <= 1
+    # λ where it was thrown to tells nothing of where it began, which η_c was measured at.
+    is_stable = seen.sharpness is not None and (seen.stability or 2) <= 1 and seen.early_critical_ratio is None
     return (seen.early_critical_ratio or 0) > 1 or (not is_stable and _has_not_come_down(seen, limits.growth))
 
 

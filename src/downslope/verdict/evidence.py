@@ -26,7 +26,8 @@ class Evidence:
     first_loss: float | None = None
     loss: float | None = None  # mean of the recent ones; of full batches the last
     best_loss: float | None = None  # the least such mean so far
-    early_growth: float | None = None  # largest of the first losses over the very first, beyond chance
+    early_peak: float | None = None  # largest of the first losses over the very first
+    early_growth: float | None = None  # … beyond chance
     loss_growth: float = 0.0  # standard errors by which the logarithm of the loss now lies above that at the best
     loss_rise: float = 0.0  # the same of the newer half of the recent losses, above the older
     loss_trend: float = 0.0  # the same of the later half of all losses

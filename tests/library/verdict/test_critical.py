@@ -70,6 +70,10 @@ def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_sixth
         ({"early_growth": 1.9, "loss": 1.9}, "too_large"),  # … and did not
         ({"early_critical_ratio": 0.5}, "converging"),  # a jump that no rate explains, and it came down
         ({"early_critical_ratio": None, "loss": 1.9}, "too_large"),
+        ({"early_critical_ratio": 0.4, "loss": 1.9, "sharpness": 1e-6}, "too_large"),  # flat where it was thrown to
+        ({"early_growth": 1.0, "early_peak": 3.0, "step": 16, "loss": 1.9}, "too_large"),
+        ({"early_growth": 1.0, "early_peak": 3.0, "step": 16, "loss": 0.9}, "converging"),
+        ({"early_growth": 1.0, "early_peak": 1.5, "step": 16, "loss": 1.9}, "converging"),
         ({"early_critical_ratio": None, "loss": 1.9, "sharpness": 1.0, "method": "momentum"}, "converging"),
     ],
 )
