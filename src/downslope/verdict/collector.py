@@ -26,7 +26,7 @@ from downslope.gradients.vectors import flat
 from downslope.verdict import window
 from downslope.verdict.evidence import Evidence
 from downslope.verdict.losses import EARLY, FEW, Losses
-from downslope.verdict.method import decay_of, decays_of, is_maximising, method_of, rate_of
+from downslope.verdict.method import decay_of, decays_of, first_length, is_maximising, method_of, rate_of
 from downslope.verdict.traces import LossTraces, traces_of_loss
 from downslope.verdict.window import Row, Window
 
@@ -186,14 +186,14 @@ class EvidenceCollector:
     def add_critical(self, step: int, value: float) -> None:
         """Takes the critical learning rate of a step: `downslope.gradients.critical_learning_rate`.
 
-        Momentum's first steps are short: (1 − βᵗ⁺¹) of what they come to be along a constant gradient, and so η_c is
-        taken for as many times less.
+        The first steps of some methods are shorter or longer than they come to be, and η_c is taken for as much less or
+        more (`downslope.verdict.method.first_length`).
 
         Args:
             step: t, steps taken before it.
             value: η_c, along the step that was really made, above 0.
         """
-        value *= 1 - method_of(self.optimizer)[1] ** (step + 1)
+        value *= first_length(self.optimizer, step)
         known = self._lasting
         known["critical_learning_rate"] = value
         known["least_critical_learning_rate"] = min(value, known.get("least_critical_learning_rate", math.inf))

@@ -23,6 +23,16 @@ def method_of(optimizer: Optimizer) -> tuple[Method, float]:
     return ("adam" if isinstance(optimizer, Adam | NAdam | RAdam | RMSprop) else "other"), 0.0
 
 
+def first_length(optimizer: Optimizer, step: int) -> float:
+    """What the step after so many is of those to come along a constant gradient.
+
+    Momentum's are short, (1 − βᵗ⁺¹) of them; RMSprop's, whose mean square begins at 0, long, 1/√(1 − αᵗ⁺¹).
+    """
+    if isinstance(optimizer, RMSprop):
+        return float(1 - optimizer.param_groups[0]["alpha"] ** (step + 1)) ** -0.5
+    return 1 - method_of(optimizer)[1] ** (step + 1)
+
+
 def decays_of(optimizer: Optimizer) -> list[float]:
     """What is added of each parameter to its gradient; AdamW shortens the weights apart from that."""
     return [

@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from downslope.gradients import critical_learning_rate, least_squares
 from downslope.verdict import Evidence, EvidenceCollector, Verdict, judge, suggest
+from downslope.verdict.method import first_length
 
 SOUND = Evidence(
     step=100,
@@ -231,6 +232,20 @@ def test_the_short_first_step_of_momentum_is_not_taken_for_a_steady_one() -> Non
     assert collector.evidence().critical_learning_rate == pytest.approx(0.2)
     collector.add_critical(200, 2.0)
     assert collector.evidence().critical_learning_rate == pytest.approx(2.0)
+
+
+def test_the_long_first_steps_of_rmsprop_are_not_taken_for_steady_ones() -> None:
+    module = nn.Linear(1, 1)
+    optimizer = RMSprop(module.parameters(), lr=0.01)
+    lengths = []
+    for _ in range(9):
+        module.weight.grad, module.bias.grad = torch.ones(1, 1), torch.ones(1)
+        before = float(module.bias)
+        optimizer.step()
+        lengths.append((before - float(module.bias)) / 0.01)
+    assert lengths[0] == pytest.approx(10, rel=1e-4)
+    for step in (0, 8):
+        assert first_length(optimizer, step) == pytest.approx(lengths[step], rel=1e-4)
 
 
 def test_lbfgs_is_known_by_name() -> None:
