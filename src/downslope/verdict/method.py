@@ -29,8 +29,8 @@ def first_length(optimizer: Optimizer, step: int) -> float:
     Momentum's are short, (1 − βᵗ⁺¹) of them; RMSprop's, whose mean square begins at 0, long, 1/√(1 − αᵗ⁺¹).
     """
     if isinstance(optimizer, RMSprop):
-        return float(1 - optimizer.param_groups[0]["alpha"] ** (step + 1)) ** -0.5
-    return 1 - method_of(optimizer)[1] ** (step + 1)
+        return float((1 - optimizer.param_groups[0]["alpha"] ** (step + 1)) ** -0.5)
+    return float(1 - method_of(optimizer)[1] ** (step + 1))
 
 
 def decays_of(optimizer: Optimizer) -> list[float]:
