@@ -87,7 +87,7 @@ class EvidenceCollector:
         self._least_found: Tensor | None = None  # since the last step
         self._asked: Tensor | None = None  # sum of the losses that were differentiated since the last step
         self._differentiated: list[Tensor] = []  # … at each step of the window
-        self._traces: list[LossTraces] = []
+        self._traces = LossTraces()  # of the first loss since the last judgement
         self._lasting: dict[str, Any] = {}  # what one judgement finds and later ones need, by its name in `Evidence`
         self._time = 0.0
 
@@ -146,7 +146,7 @@ class EvidenceCollector:
     def add_loss(self, loss: Tensor, num_batches: int = 1) -> None:
         """Takes the loss of a step's batch, or the mean of those of several."""
         self._recent.append(loss.detach())
-        if num_batches > 1 and self._differentiated and not self._traces[-1].is_whole:
+        if num_batches > 1 and self._differentiated and not self._traces.is_whole:
             self._differentiated.pop()  # each may have been divided beforehand, as it was logged
 
     def add_backward(self, loss: Tensor | None = None) -> None:
@@ -162,9 +162,9 @@ class EvidenceCollector:
         self._least_found = found if self._least_found is None else torch.minimum(self._least_found, found)
         if loss is None:
             return
-        if self._asked is None:
-            self._traces.append(traces_of_loss(loss))
-        self._asked = loss.detach() + (0.0 if self._asked is None else self._asked)
+        if not self._differentiated and self._asked is None:
+            self._traces = traces_of_loss(loss)
+        self._asked = loss.detach().mean() + (0.0 if self._asked is None else self._asked)
 
     def add_step(self) -> None:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied."""
@@ -234,7 +234,7 @@ class EvidenceCollector:
         self._recent.clear()
         self._window.clear()
         self._differentiated.clear()
-        self._traces.clear()
+        self._traces = LossTraces()
         self._judged_at = self.step
         self._leftover = None
         return Evidence(
@@ -306,9 +306,8 @@ class EvidenceCollector:
 
     def _of_the_loss(self, losses: Sequence[float]) -> dict[str, Any]:
         """What was differentiated: of how many times the loss, of what, and how much a constant output has of it."""
-        levels = [trace.level for trace in self._traces if trace.level is not None]
-        if levels:
-            known, level = self._lasting.get("constant_loss"), float(torch.stack(levels).mean())
+        if self._traces.level:
+            known, level = self._lasting.get("constant_loss"), self._traces.level()
             self._lasting["constant_loss"] = level if known is None else 0.8 * known + 0.2 * level
         missing = max(0, self.step - self._judged_at - len(losses))  # that of a step in which the run ended
         num = len(self._differentiated) - missing
@@ -317,9 +316,9 @@ class EvidenceCollector:
             if asked > 1.8 * logged > 0:
                 self._lasting["gradient_excess"] = asked / logged
         return {
-            "squashed": next((trace.squashed for trace in self._traces if trace.squashed), ""),
-            "broadcast": next((trace.broadcast for trace in self._traces if trace.broadcast), ""),
-            "is_maximised": any(trace.is_maximised for trace in self._traces) or is_maximising(self.optimizer),
+            "squashed": self._traces.squashed,
+            "broadcast": self._traces.broadcast,
+            "is_maximised": self._traces.is_maximised or is_maximising(self.optimizer),
         }
 
     def _exact_excess(self) -> float | None:

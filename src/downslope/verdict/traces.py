@@ -1,7 +1,8 @@
 """Traces of mistakes beside gradients and steps: in the graph behind a loss, in the modules, in a batch."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,19 +18,17 @@ HUGE = 1e4
 
 
 class LossTraces(NamedTuple):
-    """What a loss is of; `level` is a tensor, so that nobody has to wait for it."""
+    """What a loss is of; `level` is computed when it is asked, so that no step waits for it."""
 
     squashed: str = ""  # how softmax or sigmoid stands in the wrong place
     broadcast: str = ""  # the shapes of output and target, where they differ
     is_maximised: bool = False
     is_whole: bool = False  # nothing was done to it before it is differentiated
-    level: Tensor | None = (
-        None  # the loss of the best output that ignores the inputs, where the loss is no more than that
-    )
+    level: Callable[[], float] | None = None  # this loss of the best output that ignores the inputs
 
 
 def traces_of_loss(loss: Tensor) -> LossTraces:
-    """Returns what the graph behind a loss tells, before `backward` frees it. Nothing is computed but the level.
+    """Returns what the graph behind a loss tells, before `backward` frees it. Nothing is computed.
 
     Example:
         >>> output, target = torch.randn(4, 1, requires_grad=True), torch.tensor([0, 0, 0, 0])
@@ -49,19 +48,18 @@ def traces_of_loss(loss: Tensor) -> LossTraces:
         squashed = OVER_ROWS if nodes[place + 1]._saved_dim == 0 else squashed
     if names[place] == "BinaryCrossEntropyWithLogits" and "Sigmoid" in before:
         squashed = ONE_TOO_MANY.format("sigmoid")
-    broadcast = ""
-    if "Expand" in before[:1]:
-        shape, target = nodes[place + 1]._saved_self_sym_sizes, nodes[place]._saved_target.shape
-        broadcast = f"{tuple(shape)} against {tuple(target)}"
+    broadcast, target = "", _saved(nodes[place], "target")
+    if "Expand" in before[:1] and target is not None:
+        broadcast = f"{tuple(nodes[place + 1]._saved_self_sym_sizes)} against {tuple(target.shape)}"
     divisor = 1 if place == 0 else _divisor(nodes[0]) if place == 1 else None
-    level = _level(nodes[place], names[place]) if divisor and not broadcast else None
+    level = _level(nodes[place], names[place], target) if divisor and target is not None and not broadcast else None
     return LossTraces(squashed, broadcast, names[:place].count("Neg") % 2 == 1, divisor == 1, level)
 
 
 def _divisor(node: Any) -> int | None:
     """What a loss was divided by, if a whole number, as Lightning divides by that of batches; read without waiting."""
-    other = getattr(node, "_saved_other", None)
-    if not type(node).__name__.startswith("Div") or not isinstance(other, Tensor) or not other.is_cpu:
+    other = _saved(node, "other") if type(node).__name__.startswith("Div") else None
+    if other is None or not other.is_cpu:
         return None
     return int(other) if other.ndim == 0 and not other.is_floating_point() else None
 
@@ -77,22 +75,35 @@ def _chain(node: Any) -> Iterator[Any]:
         node = next((earlier for earlier, _ in node.next_functions if earlier is not None), None)
 
 
-def _level(node: Any, name: str) -> Any:
-    """The entropy of the batch's classes, or the mean variance of its targets, both without the bias of few rows."""
-    if node._saved_reduction != MEAN or getattr(node, "_saved_weight", None) is not None:
+def _saved(node: Any, name: str) -> Tensor | None:
+    """What a function keeps for its backward; None where a hook, such as checkpointing's, would compute it anew."""
+    raw = getattr(node, f"_raw_saved_{name}", None)
+    saved = None if raw is None or getattr(raw, "unpack_hook", raw) else getattr(node, f"_saved_{name}")
+    return saved.detach() if isinstance(saved, Tensor) else None
+
+
+def _level(node: Any, name: str, target: Tensor) -> Callable[[], float] | None:
+    """What computes the entropy of a batch's classes, or the mean variance of its targets, when it is asked."""
+    if node._saved_reduction != MEAN or _saved(node, "weight") is not None:
         return None
-    target: Tensor = node._saved_target.detach()
     if name.startswith("NllLoss"):
-        counts = torch.bincount(target[target != node._saved_ignore_index].flatten()).float()
-        shares = counts / counts.sum()
-        few = ((counts > 0).sum() - 1) / (2 * counts.sum())  # Miller (1955)
-        return torch.special.entr(shares).sum() + few
+        return partial(_entropy, target, node._saved_ignore_index)
     if name == "MseLoss" and len(target) > 1:
-        return target.float().var(0).mean()
+        return lambda: float(target.float().var(0).mean())
     if name == "BinaryCrossEntropyWithLogits":
-        share = target.float().mean(0)
-        return (torch.special.entr(share) + torch.special.entr(1 - share)).mean()
+        return partial(_binary_entropy, target)
     return None
+
+
+def _entropy(target: Tensor, ignored: int) -> float:
+    counts = torch.bincount(target[target != ignored].flatten()).float()
+    few = ((counts > 0).sum() - 1) / (2 * counts.sum())  # the bias of few rows: Miller (1955)
+    return float(torch.special.entr(counts / counts.sum()).sum() + few)
+
+
+def _binary_entropy(target: Tensor) -> float:
+    share = target.float().mean(0)
+    return float((torch.special.entr(share) + torch.special.entr(1 - share)).mean())
 
 
 def traces_of_modules(module: nn.Module) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from downslope.verdict.flight_record import as_numbers
 from downslope.verdict.traces import broken_rows, input_size, traces_of_loss, traces_of_modules
@@ -56,16 +57,29 @@ def test_the_loss_of_a_constant_output_is_the_targets_entropy_or_variance() -> N
     classes = torch.arange(3).repeat(1000)
     found = traces_of_loss(functional.cross_entropy(torch.zeros(3000, 3, requires_grad=True), classes)).level
     assert found is not None
-    assert float(found) == pytest.approx(math.log(3), rel=1e-3)
+    assert found() == pytest.approx(math.log(3), rel=1e-3)
     found = traces_of_loss(functional.mse_loss(logits(1)[:, 0], NUMBERS)).level
     assert found is not None
-    assert float(found) == pytest.approx((9 + 4 + 0 + 25) / 3)  # around a mean of 4
+    assert found() == pytest.approx((9 + 4 + 0 + 25) / 3)  # around a mean of 4
     found = traces_of_loss(
         functional.binary_cross_entropy_with_logits(logits(1)[:, 0], torch.tensor([0.0, 1, 1, 1]))
     ).level
     assert found is not None
-    assert float(found) == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    assert found() == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
     assert traces_of_loss(2 * functional.mse_loss(logits(1)[:, 0], NUMBERS)).level is None
+
+
+def test_a_loss_that_is_computed_again_in_its_backward_is_not_computed_for_a_look() -> None:
+    calls = []
+
+    def loss(output: Tensor) -> Tensor:
+        calls.append(1)
+        return functional.cross_entropy(output.softmax(1), CLASSES)
+
+    found = traces_of_loss(checkpoint(loss, logits(), use_reentrant=False))
+    assert "softmax" in found.squashed
+    assert found.level is None
+    assert len(calls) == 1
 
 
 def test_layers_that_do_not_what_they_do_in_training_are_listed_unless_they_have_learned() -> None:
