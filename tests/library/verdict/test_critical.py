@@ -240,9 +240,9 @@ def test_the_long_first_steps_of_rmsprop_are_not_taken_for_steady_ones() -> None
     lengths = []
     for _ in range(9):
         module.weight.grad, module.bias.grad = torch.ones(1, 1), torch.ones(1)
-        before = float(module.bias)
+        before = float(module.bias.detach())
         optimizer.step()
-        lengths.append((before - float(module.bias)) / 0.01)
+        lengths.append((before - float(module.bias.detach())) / 0.01)
     assert lengths[0] == pytest.approx(10, rel=1e-4)
     for step in (0, 8):
         assert first_length(optimizer, step) == pytest.approx(lengths[step], rel=1e-4)
