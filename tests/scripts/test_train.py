@@ -91,7 +91,6 @@ def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) 
         *("train/loss", "val/loss", "val/mae", "val/r2", "test/loss", "test/mae", "test/r2", "excess_loss"),
         *("gradient_norm/total", "gradient_norm/linear.weight", "gradient_norm/linear.bias"),
         "gradient_norm/applied",
-        *("curvature/sharpness", "learning_rate_effect/stability"),
         *("learning_rate_effect/critical", "learning_rate_effect/critical_ratio"),
         "learning_rate/SGD",
         *(
