@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from downslope.tables.table import Table
+from downslope.tables.table import Table, split
 from template.regression.data import TableData
 
 
@@ -10,3 +10,8 @@ def data_of(table: Table, **settings: Any) -> TableData:
     data = TableData(table.name, table.target_name, **settings)
     data.table = table
     return data
+
+
+def rows_of(data: TableData) -> dict[str, Any]:
+    """The rows of each part."""
+    return split(data.table, data.seed, data.fractions)

@@ -13,17 +13,17 @@ def schedulers(settings: dict[str, Any], optimizer: Optimizer, trainer: Trainer)
     """Returns what Lightning is to know of an optimizer's schedule; nothing where the rate stays as it is.
 
     Args:
-        settings: `scheduler` makes it, given the optimizer; where that takes `num_steps`, and is not given it, it gets
-            the optimizer steps of the whole run. The rest is Lightning's: `interval`, `frequency`, `monitor`.
+        settings: `scheduler` makes it, given the optimizer, and where it asks for `num_steps` the optimizer steps of
+            the whole run. The rest is Lightning's: `interval`, `frequency`, `monitor`.
         optimizer: Whose rate it is.
         trainer: Knows where the run ends.
     """
     make = settings["scheduler"]
     if make is None:
         return []
-    num_steps: Any = inspect.signature(make).parameters.get("num_steps")
-    is_missing = num_steps is not None and num_steps.default is num_steps.empty
-    length = {"num_steps": trainer.estimated_stepping_batches} if is_missing else {}
+    asked = inspect.signature(make).parameters
+    is_asked = "num_steps" in asked and asked["num_steps"].default is inspect.Parameter.empty
+    length = {"num_steps": trainer.estimated_stepping_batches} if is_asked else {}
     return [{**settings, "scheduler": make(optimizer, **length)}]
 
 

@@ -1,3 +1,5 @@
+import csv
+import itertools
 import json
 import re
 from collections.abc import Callable
@@ -31,7 +33,7 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     assert len(events) == 1
     pictures = {"loss_surface.png", "step_along_gradient.png"}
     others = {file.name for file in run.iterdir()} - set(events) - pictures
-    assert others == {".hydra", "checkpoints", "result.json", "train.log"}
+    assert others == {".hydra", ".lock", "checkpoints", "result.json", "train.log"}
     assert all((run / name).exists() for name in pictures)
     assert {file.name for file in (run / "checkpoints").iterdir()} == {"last.ckpt", "best.ckpt"}
     lines = ended.stdout.splitlines()
@@ -142,14 +144,22 @@ def test_synthetic_data_and_a_picture_book_line(script: Script, tmp_path: Path) 
     assert result["excess_loss"] < 1e-3
 
 
-def test_a_constant_column_and_a_large_batch_are_warned_of(script: Script, tmp_path: Path) -> None:
+def test_a_constant_column_is_warned_of(script: Script, tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("a,b,y\n" + "".join(f"{i},1,{i * i}\n" for i in range(20)))
     ended = script("train", "data.path=t.csv", "data.target=y", "data.batch_size=100", *FAST)
     assert ended.code == 0
     assert ended.err.splitlines() == [
         "WARNING: t: constant in the training rows, so without use: b.",
-        "WARNING: data.batch_size=100 is more than the 16 training rows: every batch holds them all.",
     ]
+
+
+def test_an_overfitted_batch_is_the_same_batch_each_time(script: Script, tmp_path: Path) -> None:
+    table = ("data=synthetic", "data.num_features=3", "data.noise=1", "lr=0.1", "data.batch_size=8", "logger=csv")
+    assert script("train", "trainer=overfit", *table, "trainer.max_epochs=150", "hydra.run.dir=run").code == 0
+    with (tmp_path / "run/csv/version_0/metrics.csv").open() as stream:
+        losses = [float(row["train/loss"]) for row in csv.DictReader(stream) if row["train/loss"]]
+    assert len(losses) == 150
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))  # full batches of these eight rows
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from downslope.runs.stored import columns
 from downslope.tables.table import Table
 from template.regression.data import TableData
 from template.regression.model import LinearRegression
-from tests.table_data import data_of
+from tests.table_data import data_of, rows_of
 
 SETTINGS = {"batch_size": 8, "seed": 0}
 
@@ -26,28 +26,28 @@ def table(num_rows: int = 40) -> Table:
 
 def test_parts_are_disjoint_and_hold_every_row() -> None:
     module = data_of(table(), **SETTINGS)
-    rows = np.concatenate(list(module.rows.values()))
+    rows = np.concatenate(list(rows_of(module).values()))
     assert sorted(rows) == list(range(40))
-    assert [len(part) for part in module.rows.values()] == [32, 4, 4]
+    assert [len(part) for part in rows_of(module).values()] == [32, 4, 4]
 
 
 def test_the_split_depends_on_the_seed_alone() -> None:
     first, second, other = (data_of(table(), batch_size=size, seed=seed) for size, seed in ((8, 0), (3, 0), (8, 1)))
-    assert np.array_equal(first.rows["test"], second.rows["test"])
-    assert not np.array_equal(first.rows["test"], other.rows["test"])
+    assert np.array_equal(rows_of(first)["test"], rows_of(second)["test"])
+    assert not np.array_equal(rows_of(first)["test"], rows_of(other)["test"])
 
 
 def test_all_parts_are_in_units_of_the_training_rows() -> None:
     module = data_of(table(), **SETTINGS)
     module.setup("fit")
-    train, validation = module.rows["train"], module.rows["val"]
+    train, validation = rows_of(module)["train"], rows_of(module)["val"]
     raw = module.table.features
     expected = (raw[validation] - raw[train].mean(axis=0)) / raw[train].std(axis=0)
     np.testing.assert_allclose(module.parts["val"][0].numpy(), expected, rtol=1e-5)
     target = module.table.target
     np.testing.assert_allclose(
         module.parts["test"][1].numpy(),
-        (target[module.rows["test"]] - target[train].mean()) / target[train].std(),
+        (target[rows_of(module)["test"]] - target[train].mean()) / target[train].std(),
         rtol=1e-4,
     )
 
@@ -56,7 +56,7 @@ def test_unstandardized_values_are_kept() -> None:
     module = data_of(table(), standardize=False, **SETTINGS)
     module.setup("fit")
     np.testing.assert_array_equal(
-        module.parts["train"][0].numpy(), module.table.features[module.rows["train"]].astype(np.float32)
+        module.parts["train"][0].numpy(), module.table.features[rows_of(module)["train"]].astype(np.float32)
     )
 
 
@@ -73,7 +73,7 @@ def test_the_loaders_serve_their_parts() -> None:
         assert torch.equal(served.sort().values, module.parts[part][1].sort().values)
 
 
-def test_a_constant_column_and_a_large_batch_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_constant_column_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     rows = table()
     features = rows.features.copy()
     features[:, 1] = 4.2
@@ -83,7 +83,6 @@ def test_a_constant_column_and_a_large_batch_are_warned_of(caplog: pytest.LogCap
         module.setup("test")
     assert caplog.messages == [
         "t: constant in the training rows, so without use: b.",
-        "data.batch_size=100 is more than the 32 training rows: every batch holds them all.",
     ]
     assert torch.isfinite(module.parts["train"][0]).all()
 
@@ -117,7 +116,7 @@ def test_weights_count_in_the_loss_as_repeated_rows_do() -> None:
     module.setup("fit")
     features, target, weight = module.parts["train"]
     assert weight.mean() == pytest.approx(1.0)
-    repeats = whole[module.rows["train"]]
+    repeats = whole[rows_of(module)["train"]]
     repeated = (each.repeat_interleave(torch.from_numpy(repeats), dim=0) for each in (features, target))
     assert module.least_squares is not None
     line, expected = module.least_squares, least_squares(*repeated)

@@ -103,6 +103,21 @@ class Table:
         return digest.hexdigest()[:12]
 
 
+def split(table: Table | StoredTable, seed: int, fractions: tuple[float, float]) -> dict[str, Any]:
+    """Returns the rows to train on, to validate and to test with.
+
+    Raises:
+        ValueError: There are too few.
+    """
+    rows: dict[str, Any] = table.split(seed, fractions)
+    if min(map(len, rows.values())) < LEAST_ROWS:
+        raise ValueError(
+            f"{table.name} must leave {LEAST_ROWS} rows to train on beside {len(rows['val'])} for validation and "
+            f"{len(rows['test'])} for test, got {len(table)} rows."
+        )
+    return rows
+
+
 class Asked(NamedTuple):
     """What `read_table` was asked for; names as they stand in the file, also where Hydra read one as a number."""
 

@@ -15,11 +15,10 @@ from downslope.tables.columns import Column
 from downslope.tables.standardization import Units, filled
 from downslope.tables.stored import StoredTable
 from downslope.tables.synthetic import synthetic_table
-from downslope.tables.table import Missing, Table, Text, read_features, read_table
+from downslope.tables.table import Missing, Table, Text, read_features, read_table, split
 
 log = logging.getLogger(__name__)
 
-MIN_ROWS_PER_PART = 2  # R² needs two
 ROWS_AT_ONCE = 65_536  # of a prediction
 
 
@@ -75,8 +74,7 @@ class TableData(LightningDataModule):
         self.path = path
         self.target_names = [str(name) for name in (target if isinstance(target, list | tuple) else [target])]
         self.reading: dict[str, Any] = {"features": features, "exclude": exclude, "weight": weight, "text": text}
-        self.reading |= {"max_values": max_values, "missing": missing, "decimal": decimal}
-        self.reading |= {"in_memory": in_memory, "seed": seed}
+        self.reading |= {"max_values": max_values, "missing": missing, "decimal": decimal, "in_memory": in_memory}
         self.batch_size = batch_size
         self.seed = seed
         self.standardize = standardize
@@ -85,32 +83,17 @@ class TableData(LightningDataModule):
     @cached_property
     def table(self) -> Table | StoredTable:
         """All rows, read when they are first asked for."""
-        return read_table(self.path, self.target_names, **self.reading)
-
-    @cached_property
-    def rows(self) -> dict[str, Any]:
-        """The rows of each part, which the seed decides."""
-        rows = self.table.split(self.seed, self.fractions)
-        if min(map(len, rows.values())) < MIN_ROWS_PER_PART:
-            val, test = (len(rows[part]) for part in ("val", "test"))
-            raise ValueError(
-                f"{self.table.name} must leave {MIN_ROWS_PER_PART} rows to train on beside {val} for "
-                f"validation and {test} for test, got {len(self.table)} rows."
-            )
-        return rows
+        return read_table(self.path, self.target_names, seed=self.seed, **self.reading)
 
     @cached_property
     def parts(self) -> dict[str, Any]:
         """Features, target and, where there is one, weight of each part, in the units of the training rows."""
-        training = self.rows["train"]
+        rows = split(self.table, self.seed, self.fractions)
         self.feature_names, self.columns = self.table.feature_names, self.table.columns
-        self.units = Units.measured(lambda: self.table.chunks(training), self.standardize)
+        self.units = Units.measured(lambda: self.table.chunks(rows["train"]), self.standardize)
         if useless := [name for name, same in zip(self.feature_names, self.units.is_constant, strict=True) if same]:
             log.warning("%s: constant in the training rows, so without use: %s.", self.table.name, ", ".join(useless))
-        if self.batch_size > len(training):
-            text = "data.batch_size=%d is more than the %d training rows: every batch holds them all."
-            log.warning(text, self.batch_size, len(training))
-        return {part: self.table.part(rows, self.units) for part, rows in self.rows.items()}
+        return {part: self.table.part(each, self.units) for part, each in rows.items()}
 
     @property
     def num_features(self) -> int:
@@ -146,8 +129,9 @@ class TableData(LightningDataModule):
             _ = self.parts
 
     def train_dataloader(self) -> Iterable[Batch]:
-        """Shuffled anew each epoch."""
-        return self._batches("train", self.seed)
+        """Shuffled anew each epoch; with the Trainer's `overfit_batches` as they stand: the same rows each time."""
+        is_fixed = self.trainer is not None and self.trainer.overfit_batches
+        return self._batches("train", None if is_fixed else self.seed)
 
     def val_dataloader(self) -> Iterable[Batch]:
         """In a fixed order."""
@@ -167,8 +151,7 @@ class TableData(LightningDataModule):
 
     def _batches(self, part: str, seed: int | None = None) -> Iterable[Batch]:
         rank, num_processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        batches: Iterable[Batch] = self.parts[part].batches(self.batch_size, seed, rank, num_processes)
-        return batches
+        return self.parts[part].batches(self.batch_size, seed, rank, num_processes)  # type: ignore[no-any-return]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries, so that predictions are made from names and in the user's units."""

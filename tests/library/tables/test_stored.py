@@ -10,6 +10,7 @@ from torch import Tensor
 from downslope.tables import stored
 from downslope.tables.stored import StoredTable
 from template.regression.data import TableData
+from tests.table_data import rows_of
 
 NUM_ROWS = 1000
 
@@ -40,7 +41,7 @@ def served(loader: object, epoch: int = 0, start: int = 0) -> list[Tensor]:
 def test_every_row_is_in_one_part_and_served_once_an_epoch(path: str) -> None:
     module = data(path, in_memory=False)
     assert isinstance(module.table, StoredTable)
-    parts = {part: torch.cat([chunk[0][:, 0] for chunk in module.parts[part].chunks()]) for part in module.rows}
+    parts = {part: torch.cat([chunk[0][:, 0] for chunk in module.parts[part].chunks()]) for part in rows_of(module)}
     assert {part: len(rows) for part, rows in parts.items()} == {"train": 800, "val": 100, "test": 100}
     assert torch.equal(torch.cat(list(parts.values())).sort().values, torch.arange(1000.0))
     batches = served(module.train_dataloader())
