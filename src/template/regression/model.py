@@ -1,7 +1,7 @@
 """Linear regression y = Wx + b under the mean squared error, trained by Lightning."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning import LightningModule
@@ -52,6 +52,12 @@ class LinearRegression(LightningModule):
         """
         features, target = batch
         return nn.functional.mse_loss(self(features), target)
+
+    def stacked_loss(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Returns the loss of many lines at once: parameters and result have a leading axis of lines."""
+        features, target = batch
+        predictions = features @ parameters["linear.weight"][:, 0].T + parameters["linear.bias"][:, 0]
+        return (predictions - target[:, None]).square().mean(dim=0)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Returns the loss, which Lightning takes through zero_grad, backward, clip, step and scheduler."""
