@@ -27,7 +27,7 @@ from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.plain_files import check_regular
 from downslope.runs.result import EXIT_CODES, read_result
 from downslope.runs.resuming import keep_changes, load_run_configuration
-from downslope.sweeps.ending import BASIC, Ending
+from downslope.sweeps.ending import IN_THIS_PROCESS, VECTORIZED, Ending
 from downslope.sweeps.grid import MISSING, missing_jobs, typed_overrides, values
 from downslope.sweeps.job import job_name
 
@@ -73,6 +73,8 @@ class Gate(Callback):
                 say(f"{config.resume} has ended at step {step}: there is nothing to go on with.")
                 say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
+            if config.hydra.launcher._target_ == VECTORIZED:
+                raise ValueError("`hydra/launcher=vectorized` trains the jobs of a sweep at once, got one run: add -m.")
             folder = _writable(config.hydra.run.dir, "hydra.run.dir")
             _check(config.copy(), folder, self.build)
             if config.get("resume"):
@@ -94,7 +96,7 @@ class Gate(Callback):
                 self._check_sweep(config, config_name, folder)
         with open_dict(config), read_write(config):
             Gate.sweep = Ending(config)
-            if anything_to_run and config.hydra.launcher._target_ != BASIC:
+            if anything_to_run and config.hydra.launcher._target_ not in IN_THIS_PROCESS:
                 Gate.sweep.listen(config)
 
     def _check_sweep(self, config: DictConfig, config_name: str, folder: Path) -> None:

@@ -18,13 +18,13 @@ def training_loss(trainer: Trainer, module: LightningModule) -> float:
     rows as they did in training. The module, whose `loss` is a mean over the rows of a batch, is left as it was.
     """
     named = (*module.named_parameters(), *module.named_buffers())
-    state = {f"module.{name}": _wide(tensor) for name, tensor in named}
+    state = {f"module.{name}": wide(tensor) for name, tensor in named}
     was_training = module.training
     module.eval()
     total = torch.zeros(2, dtype=torch.float64)
     for batch in trainer.train_dataloader or ():
         rows = extract_batch_size(batch)
-        loss = functional_call(_Loss(module), state, (apply_to_collection(batch, Tensor, _wide),))
+        loss = functional_call(_Loss(module), state, (apply_to_collection(batch, Tensor, wide),))
         total += torch.stack([rows * loss.double(), torch.tensor(rows, dtype=torch.float64)])
     module.train(was_training)
     if trainer.world_size > 1:
@@ -32,7 +32,8 @@ def training_loss(trainer: Trainer, module: LightningModule) -> float:
     return float(total[0] / total[1])
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def wide(tensor: Tensor) -> Tensor:
+    """Returns it on the CPU, and a number with a point in float64."""
     tensor = tensor.detach().cpu()
     return tensor.double() if tensor.is_floating_point() else tensor
 

@@ -20,7 +20,9 @@ from downslope.runs.signals import SIGNALS, STOP_FILE, Interrupted
 from downslope.sweeps.grid import sources_digest
 from downslope.sweeps.job import SOURCES, is_running, result_of
 
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # its jobs run in this very process
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+VECTORIZED = "hydra_plugins.downslope_launcher.Vectorized"
+IN_THIS_PROCESS = (BASIC, VECTORIZED)  # where their jobs run
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 RAY_MEMORY = 75 * 2**20  # bytes: what the launcher asks for, where Ray would take a third of the machine's
 DIED = "its process died without a word: the same command with hydra.sweep.dir= of this sweep runs it again"

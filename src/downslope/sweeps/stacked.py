@@ -78,7 +78,9 @@ class StackedOptimizer(Optimizer):
         parameters: Each with a leading axis of members; or groups of them that have settings of their own.
         kind: SGD, Adam, AdamW or RMSprop.
         settings: What that takes, by name: a number for all, or a tensor with one for each member.
-        clip: Largest gradient norm of each member (infinity for none), or `clip_value` for each element.
+        buffers: With a leading axis of members too: what the loss changes in place is taken back like a weight.
+        clip: Largest gradient norm of each member, infinity for none.
+        clips_values: Clip each element instead.
 
     Attributes:
         alive: Which members still train.
@@ -91,8 +93,9 @@ class StackedOptimizer(Optimizer):
         parameters: Sequence[Any],
         kind: type[Optimizer],
         settings: Mapping[str, Any],
+        buffers: Sequence[Tensor] = (),
         clip: Tensor | None = None,
-        clip_value: Tensor | None = None,
+        clips_values: bool = False,
     ) -> None:
         if kind not in RULES:
             raise CannotStackError(f"{kind.__name__} has no stacked form")
@@ -101,17 +104,19 @@ class StackedOptimizer(Optimizer):
         if told := [name for name in REFUSED for group in self.param_groups if group.get(name)]:
             raise CannotStackError(f"{kind.__name__} with {told[0]} has no stacked form")
         self.held: list[Tensor] = [each for group in self.param_groups for each in group["params"]]
-        self.weights = [each.detach().clone() for each in self.held]  # of all members, once they are frozen
+        self.carried = [*self.held, *buffers]
+        self.frozen = [each.detach().clone() for each in self.carried]  # of all members, once they diverge
         device, num_members = self.held[0].device, len(self.held[0])
         self.alive = torch.arange(num_members, device=device)
         self.num_steps = torch.zeros(num_members, dtype=torch.long, device=device)
-        self.clip, self.clip_value = clip, clip_value
+        self.clip, self.clips_values = clip, clips_values
         self.first = torch.full((num_members,), torch.nan, device=device)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """Takes a step; `closure` returns the loss of each member that trains, after `backward` of their sum."""
         assert closure
+        before, place = [each.detach().clone() for each in self.carried], 0
         with torch.enable_grad():
             losses = closure().detach()
         gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in self.held]
@@ -119,7 +124,6 @@ class StackedOptimizer(Optimizer):
         self.norms = torch.stack(squares).sum(0).sqrt()
         gradients = self._clipped(gradients)
         self.first = torch.where(self.first.isnan(), losses, self.first)
-        before, place = [each.detach().clone() for each in self.held], 0
         for group in self.param_groups:
             group["step"] += 1
             told = {name: _of(value, self.alive) for name, value in group.items() if name not in ("params", "step")}
@@ -136,28 +140,28 @@ class StackedOptimizer(Optimizer):
         return losses
 
     def _clipped(self, gradients: Sequence[Tensor]) -> list[Tensor]:
-        if self.clip_value is not None:
-            limits = [_wide(self.clip_value[self.alive], each) for each in gradients]
-            return [torch.clamp(each, -limit, limit) for each, limit in zip(gradients, limits, strict=True)]
         if self.clip is None:
             return list(gradients)
+        if self.clips_values:
+            limits = [_wide(self.clip[self.alive], each).to(each.dtype) for each in gradients]
+            return [torch.clamp(each, -limit, limit) for each, limit in zip(gradients, limits, strict=True)]
         factors = (self.clip[self.alive] / (self.norms + 1e-6)).clamp(max=1.0)
-        return [gradient * _wide(factors, gradient) for gradient in gradients]
+        return [gradient * _wide(factors, gradient).to(gradient.dtype) for gradient in gradients]
 
     def _freeze(self, before: Sequence[Tensor], is_good: Tensor) -> None:
         ended = self.alive[~is_good]
-        for parameter, old, weights in zip(self.held, before, self.weights, strict=True):
-            weights[ended] = old[~is_good]
-            parameter.data, parameter.grad = parameter.data[is_good], None
-            for name, value in self.state[parameter].items():
-                self.state[parameter][name] = value[is_good]
-        self.alive, self.first, self.norms = self.alive[is_good], self.first[is_good], self.norms[is_good]
+        for each, old, frozen in zip(self.carried, before, self.frozen, strict=True):
+            frozen[ended] = old[~is_good]
+            each.data, each.grad = each.data[is_good], None
+        for state in self.state.values():
+            state.update({name: value[is_good] for name, value in state.items()})
+        self.alive, self.first = self.alive[is_good], self.first[is_good]
 
-    def all_weights(self) -> list[Tensor]:
-        """Returns the parameters of all members, frozen or not."""
-        for parameter, weights in zip(self.held, self.weights, strict=True):
-            weights[self.alive] = parameter.detach()
-        return self.weights
+    def weights(self) -> list[Tensor]:
+        """Returns parameters and buffers of all members, frozen or not."""
+        for each, frozen in zip(self.carried, self.frozen, strict=True):
+            frozen[self.alive] = each.detach()
+        return self.frozen
 
 
 def _of(value: Any, members: Tensor) -> Any:

@@ -63,7 +63,7 @@ def stacked(module: nn.Module, kind: type[Optimizer], settings: list[dict[str, A
             together[name] = tuple(torch.tensor(column, dtype=torch.float64) for column in columns)
         else:
             together[name] = torch.tensor([each[name] for each in settings], dtype=torch.float64)
-    optimizer = StackedOptimizer(list(parameters.values()), kind, together, **clip)
+    optimizer = StackedOptimizer(list(parameters.values()), kind, together, list(buffers.values()), **clip)
     for features, target in batches():
 
         def closure() -> Tensor:
@@ -73,7 +73,7 @@ def stacked(module: nn.Module, kind: type[Optimizer], settings: list[dict[str, A
             return losses
 
         optimizer.step(closure)
-    return dict(zip(parameters, optimizer.all_weights(), strict=True)) | buffers
+    return dict(zip([*parameters, *buffers], optimizer.weights(), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_a_member_that_diverges_is_frozen_at_its_last_good_weights_and_the_other
     assert optimizer.alive.tolist() == [0, 2]
     assert optimizer.num_steps.tolist() == [20, 10, 20]  # |1 − 3|¹⁰ = 1024 is the first beyond 10³
     expected = [[0.9**20], [(-2.0) ** 10], [0.5**20]]
-    torch.testing.assert_close(optimizer.all_weights()[0], torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(optimizer.weights()[0], torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("kind", "settings"), [(torch.optim.LBFGS, {}), (SGD, {"maximize": True})])
