@@ -20,7 +20,7 @@ from hydra.experimental.callback import Callback
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from downslope.launch.checks import check_additions, check_nodes, check_values
+from downslope.launch.checks import check_additions, check_nodes, check_settings, check_values
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, refusing, say
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
@@ -100,9 +100,12 @@ class Gate(Callback):
                 Gate.sweep.listen(config)
 
     def _check_sweep(self, config: DictConfig, config_name: str, folder: Path) -> None:
-        for variant, overrides in _variants(config, config_name):
+        for variant, overrides, must_be_built in _variants(config, config_name):
             try:
-                _check(variant, folder, self.build, in_sweep=True)
+                if must_be_built:
+                    _check(variant, folder, self.build, in_sweep=True)
+                else:
+                    check_settings(variant)
             except Exception as error:
                 hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
                 raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
@@ -182,22 +185,27 @@ def _writable(path: str, key: str) -> Path:
     return folder
 
 
-def _variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str]]:
-    """Configurations that show each value of a sweep once, not each combination, with what was typed."""
+def _variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str, bool]]:
+    """Configurations that show each value of a sweep once, not each combination: what was typed, and must it be built?
+
+    A number that the optimizer alone is set to builds nothing else: a thousand are checked while twenty are built.
+    """
     parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
     overrides = typed_overrides(config)
-    choices = [values(override) for override in overrides]
+    choices = [values(override, config.hydra.sweeper.get("points")) for override in overrides]
     first = [each[0] for each in choices]
     base = compose(config_name, first, return_hydra_config=True)
-    yield base.copy(), " ".join(override.input_line or "" for override in overrides)
+    yield base.copy(), " ".join(override.input_line or "" for override in overrides), True
     for index, override in enumerate(overrides):
-        is_group = len(choices[index]) > 1 and bool(loader.get_group_options(override.key_or_group))
+        key, variant = override.key_or_group, base.copy()
+        is_group = len(choices[index]) > 1 and bool(loader.get_group_options(key))
+        is_setting = key == "lr" or key.startswith("optimizer.")
         for choice in choices[index][1:]:
             if is_group:
                 others = [*first[:index], choice, *first[index + 1 :]]
                 variant = compose(config_name, others, return_hydra_config=True)
-            else:  # a thousand learning rates are checked in the time that a dozen are composed in
-                variant = base.copy()
+            else:
+                variant = variant if is_setting else base.copy()
                 value = parser.parse_override(choice).value()
-                OmegaConf.update(variant, override.key_or_group, value, merge=False, force_add=True)
-            yield variant, override.input_line or ""
+                OmegaConf.update(variant, key, value, merge=False, force_add=True)
+            yield variant, override.input_line or "", not is_setting

@@ -4,6 +4,7 @@ import difflib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -69,6 +70,7 @@ def _keys(config: Any, prefix: str = "") -> Iterator[str]:
                 yield from _keys(value, f"{prefix}{key}.")
 
 
+@cache
 def parameters_of(target: str, path: str) -> dict[str, inspect.Parameter]:
     """Returns by name what the class or function takes that the node at `path` names.
 
