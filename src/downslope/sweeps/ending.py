@@ -128,10 +128,11 @@ class Ending:
         """Lists the jobs that failed in this sweep, not in an earlier one over the same folder."""
         failed: dict[str, list[str]] = {}  # often many for one reason
         for folder, stamp in self._stamps().items():
-            if self._before.get(folder) == stamp or is_running(folder):  # by another process that shares the sweep
+            if self._before.get(folder) == stamp:
                 continue
             result = result_of(folder)
-            if result is None or result.status == "failed":
+            has_ended = result is not None and result.status != "failed"
+            if not has_ended and not is_running(folder):  # by another process that shares the sweep
                 message = (result.error or {}).get("message", "") if result else DIED
                 failed.setdefault(message, []).append(folder.name)
         if failed:

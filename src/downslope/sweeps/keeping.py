@@ -25,6 +25,7 @@ from downslope.runs.run import first_result, write_line
 from downslope.sweeps.groups import Group
 from downslope.sweeps.job import KEY, LOCK, SOURCES, begun, failure, job_key
 from downslope.sweeps.members import Fit, of_member
+from downslope.verdict.thresholds import Thresholds
 
 UNFINISHED = ".vectorized-"  # begins the name of a folder in which those of the jobs are written
 
@@ -119,6 +120,8 @@ def _results(group: Group, fit: Fit) -> list[Result]:
         result = replace(known, overrides=job, num_optimizer_steps=steps[index])
         result.status = "completed" if stopped[index] < 0 else "diverged"
         result.verdict = None if stopped[index] < 0 else "diverging"
+        if excess and excess[index] <= Thresholds.tolerance * fit.first_excess:
+            result.verdict = "converged"  # the one word that the closed form alone decides
         result.learning_rate = float(group_of_settings.get("initial_lr", group_of_settings["lr"]))
         result.metrics = {tag: values[index] for tag, values in metrics.items()}
         result.objective = result.metrics.get(result.monitor or "")
@@ -173,8 +176,8 @@ def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
     if result.status == "completed":
         mine = whole["progress"]["processes"][0]
         own = {name.removeprefix("member."): state for name, state in mine["metrics"].items()}
-        group = members.recipe.param_groups[index]
-        settings = {name: value for name, value in group.items() if isinstance(value, int | float | tuple)}
+        told = {**members.recipe.defaults, **members.settings[index]}
+        settings = {name: value for name, value in told.items() if isinstance(value, int | float | tuple)}
         schedulers = [each.scheduler for each in members.schedulers]
         last["progress"] = whole["progress"] | {
             "processes": [mine | {"metrics": own, "sums": {}}],

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
+from downslope.gradients.outlook import outlook
+from downslope.gradients.vectors import flat
 from downslope.runs.checkpoints import load_checkpoint
 from downslope.runs.excess_loss import wide
 from downslope.runs.result import Result
@@ -56,6 +58,7 @@ class Fit:
     critical_learning_rate: float | None  # η_c of the first step, which is the same for all
     line: LeastSquares | None  # the closed form, where the task has one
     training_losses: Tensor | None  # then: of the last weights over all training rows, in float64
+    first_excess: float  # and what the first weights were above the line's least
 
 
 class Members(LightningModule):
@@ -339,15 +342,15 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
                 f"after {NUM_CHECKED} steps the weights differ by {worst:.1e} from those of an ordinary run: "
                 f"does the training_step of {type(module).__name__} do more than its loss says?"
             )
-    ended_at, line = trainer.global_step, None
-    if isinstance(module, HasLeastSquares):
-        line = module.least_squares()
-    exact = _training_losses(stack) if line is not None else None
+    ended_at, line, exact, first_excess = trainer.global_step, None, None, math.inf
+    if isinstance(module, HasLeastSquares) and (line := module.least_squares()) is not None:
+        exact = _training_losses(stack)
+        first_excess = outlook(line, flat(list(module.parameters())), 0.0, 0.0).excess
     if not stack.curves.by_tag.get("val/loss") or stack.curves.by_tag["val/loss"][-1][0] != ended_at:
         trainer.validate(stack, datamodule=data, verbose=False)
     if any(passes(data, module, trainer, ["test"])):
         trainer.test(stack, datamodule=data, verbose=False)
-    return Fit(stack, trainer, data, checkpoint, ended_at, seconds, critical, line, exact)
+    return Fit(stack, trainer, data, checkpoint, ended_at, seconds, critical, line, exact, first_excess)
 
 
 @torch.no_grad()
