@@ -68,6 +68,11 @@ class Job:
         return self.result.largest_stable_learning_rate if self.result else None
 
     @property
+    def critical(self) -> float | None:
+        """The least η_c that was seen: above it a step goes uphill."""
+        return self.result.critical_learning_rate if self.result else None
+
+    @property
     def suggested_rate(self) -> float | None:
         """The rate to try next."""
         return self.result.suggested_learning_rate if self.result else None

@@ -21,7 +21,7 @@ AT_ONCE = "hydra/launcher=vectorized"
 
 
 def slow(*values: Any) -> Any:
-    return pytest.param(values, marks=pytest.mark.slow)
+    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 def weights(run: Path, name: str = "last") -> dict[str, torch.Tensor]:
@@ -44,9 +44,9 @@ def folders(sweep: Path) -> dict[str, Path]:
     "task",
     [
         ("lr=0.01,0.1,2",),
-        slow("lr=0.001,0.1", "optimizer=adamw", "optimizer.weight_decay=0,0.5", "scheduler=cosine"),
-        slow("lr=0.01,0.1", "optimizer=momentum", "scheduler=step", "+trainer.gradient_clip_val=0.1,1.5"),
-        slow("lr=0.1,0.5", "experiment=digits", "scheduler=warmup_cosine", "scheduler.scheduler.num_warmup=1"),
+        slow(("lr=0.001,0.1", "optimizer=adamw", "optimizer.weight_decay=0,0.5", "scheduler=cosine")),
+        slow(("lr=0.01,0.1", "optimizer=momentum", "scheduler=step", "+trainer.gradient_clip_val=0.1,1.5")),
+        slow(("lr=0.1,0.5", "experiment=digits", "scheduler=warmup_cosine", "scheduler.scheduler.num_warmup=1")),
     ],
     ids=["line", "adamw", "clipped", "network"],
 )
@@ -98,19 +98,11 @@ def test_a_job_is_kept_evaluated_and_resumed_as_any_other(script: Callable[..., 
 @pytest.mark.parametrize(
     ("task", "reason"),
     [
-        pytest.param(("lr=0.1,1", "optimizer=lbfgs", "data.batch_size=1000"), "LBFGS", marks=pytest.mark.slow),
-        pytest.param(
-            ("lr=0.01,0.1", "model=manual"), "ManualLinearRegression takes its steps by itself", marks=pytest.mark.slow
-        ),
         (("data.batch_size=32,64",), "no other job differs from them in numbers of the optimizer alone"),
-        pytest.param(
-            ("lr=0.01,0.1", "+trainer.accumulate_grad_batches=2"),
-            "does not know trainer.accumulate_grad_batches",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(
-            ("lr=0.01,0.1", "scheduler=plateau"), "ReduceLROnPlateau waits for a metric", marks=pytest.mark.slow
-        ),
+        (("lr=0.01,0.1", "+trainer.accumulate_grad_batches=2"), "does not know trainer.accumulate_grad_batches"),
+        slow(("lr=0.1,1", "optimizer=lbfgs", "data.batch_size=1000"), "LBFGS"),
+        slow(("lr=0.01,0.1", "model=manual"), "ManualLinearRegression takes its steps by itself"),
+        slow(("lr=0.01,0.1", "scheduler=plateau"), "ReduceLROnPlateau waits for a metric"),
     ],
 )
 def test_what_cannot_be_trained_at_once_runs_one_by_one_and_says_why(
