@@ -1,7 +1,7 @@
 """A sweep's pictures: the loss against the learning rate, and the curves of its jobs."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from downslope.pictures.style import INK, LINES, PAPER, QUIET, new_figure, paint
@@ -43,17 +43,18 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
     figure = new_figure(9.6, 5.4, layout="constrained")
     axes = figure.add_subplot()
     lines = lines_of(jobs)
+    is_curve = len(lines) == 1 and len(jobs) > MANY
     if grid := _grid(jobs):
         _draw_map(axes, jobs, *grid)
     elif len(lines) <= MOST_LINES:
         for index, (label, line) in enumerate(lines.items()):
             edge = 1.0 + 0.03 * index  # so that no line hides the next one's
-            _draw_lines(axes, [line], label, edge, color=LINES[index])
+            _draw_lines(axes, [line], label, edge, is_curve, color=LINES[index])
+            if is_curve:
+                _draw_regions(axes, line)
     else:
         others = ", ".join(key for key in varied_keys(jobs) if key != "lr")
         _draw_lines(axes, lines.values(), f"{len(lines)} lines: {others}", color=LINES[0], alpha=0.35)
-    if len(lines) == 1 and not grid:
-        _draw_regions(axes, *lines.values())
     _draw_limits(axes, jobs)
     if not grid:
         _draw_best(axes, jobs[0])
@@ -64,22 +65,26 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
     _scale(axes, "x", [job.learning_rate or 0.0 for line in lines.values() for job in line])
     if not grid:
         _scale(axes, "y", values)
+    if is_curve:
+        _scale_of_most(axes, values)
     axes.set_title(_headline(jobs, objective), loc="left", pad=22, color=INK, fontsize=13, fontweight="bold")
-    _legend(axes, jobs, len(lines) > 1)
+    drawn = [] if grid else [job for job in jobs if not (is_curve and job.status == "diverged")]
+    _legend(axes, drawn, len(lines) > 1 and not grid)
     return figure
 
 
-def _draw_lines(axes: "Axes", lines: Iterable[Sequence[Job]], label: str, edge: float = 1.0, **look: Any) -> None:
+def _draw_lines(
+    axes: "Axes", lines: Collection[Sequence[Job]], label: str, edge: float = 1.0, is_curve: bool = False, **look: Any
+) -> None:
     """Draws lines of one colour: as one, with gaps, as a thousand single ones take many seconds."""
     points = [(math.nan, math.nan)]
     for line in lines:
         points += [(job.learning_rate or math.nan, job.objective) for job in line if math.isfinite(job.objective)]
         points.append((math.nan, math.nan))
-    dense = len(points) > MANY
-    size = {"linewidth": 1.4} if dense else {"marker": "o", "markersize": 6, "linewidth": 2}
+    size = {"linewidth": 1.4} if is_curve else {"marker": "o", "markersize": 6, "linewidth": 2}
     axes.plot(*zip(*points[1:], strict=True), label=label, clip_on=False, **size, **look)
     for status, symbol in SYMBOLS.items():
-        if dense and status == "diverged":  # a mark each would be a bar: `_draw_regions` tells where
+        if is_curve and status == "diverged":  # `_draw_regions` tells where
             continue
         without = [job.learning_rate or math.nan for line in lines for job in line if job.status == status]
         fill = look["color"] if status == "diverged" else "none"
@@ -90,8 +95,6 @@ def _draw_lines(axes: "Axes", lines: Iterable[Sequence[Job]], label: str, edge: 
 
 def _draw_regions(axes: "Axes", line: Sequence[Job]) -> None:
     """Of a dense line: where it is as good as the best, and where it diverges."""
-    if len(line) <= MANY:
-        return
     finite = [job.objective for job in line if math.isfinite(job.objective)]
     good = [job.learning_rate or 0.0 for job in line if finite and 0 < job.objective <= NEARLY * min(finite)]
     bad = [job.learning_rate or 0.0 for job in line if job.status == "diverged"]
@@ -99,10 +102,12 @@ def _draw_regions(axes: "Axes", line: Sequence[Job]) -> None:
     if good and judged_by(line)[1] == "min":
         axes.axvspan(good[0], good[-1], color=LINES[2], alpha=0.15, linewidth=0)
         words = f"{NEARLY - 1:.0%} from the best:\n{good[0]:.3g} to {good[-1]:.3g}"
-        axes.annotate(words, (good[0], 0.98), (5, 0), va="top", **where)
+        axes.annotate(words, (good[0], 0.98), (-6, 0), ha="right", va="top", **where)
     if bad:
         axes.axvspan(bad[0], bad[-1], color=LINES[1], alpha=0.15, linewidth=0)
-        axes.annotate(f"{len(bad)} diverge,\nfrom {bad[0]:.3g} on", (bad[0], 0.5), (8, 0), va="top", **where)
+        axes.annotate(
+            f"{len(bad)} diverge,\nfrom {bad[0]:.3g} on", (bad[-1], 0.5), (0, 0), ha="right", va="top", **where
+        )
 
 
 def _grid(jobs: Sequence[Job]) -> tuple[str, list[float], list[float]] | None:
@@ -136,7 +141,7 @@ def _draw_map(axes: "Axes", jobs: Sequence[Job], key: str, columns: list[float],
     scale = (LogNorm if low > 0 else Normalize)(low, max(high, low * 1.001, low + 1e-12))
     axes.pcolormesh(columns, rows, ended_badly, cmap="Greys", vmin=0.0, vmax=2.0, shading="nearest")
     colours = axes.pcolormesh(columns, rows, table, cmap="viridis", norm=scale, shading="nearest")
-    axes.figure.colorbar(colours, ax=axes, label=judged_by(jobs)[0], extend="max")
+    axes.figure.colorbar(colours, ax=axes, label=f"{judged_by(jobs)[0]} (grey: not completed)", extend="max")
     axes.set_ylabel(key)
     best = jobs[0]
     if best.learning_rate and math.isfinite(best.objective):

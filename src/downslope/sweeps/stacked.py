@@ -104,6 +104,7 @@ class StackedOptimizer(Optimizer):
         if told := [name for name in REFUSED for group in self.param_groups if group.get(name)]:
             raise CannotStackError(f"{kind.__name__} with {told[0]} has no stacked form")
         self.held: list[Tensor] = [each for group in self.param_groups for each in group["params"]]
+        self.buffers = list(buffers)
         self.carried = [*self.held, *buffers]
         self.frozen = [each.detach().clone() for each in self.carried]  # of all members, once they diverge
         device, num_members = self.held[0].device, len(self.held[0])
@@ -116,24 +117,26 @@ class StackedOptimizer(Optimizer):
     def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor:  # type: ignore[override]
         """Takes a step; `closure` returns the loss of each member that trains, after `backward` of their sum."""
         assert closure
-        before, place = [each.detach().clone() for each in self.carried], 0
+        before, place = [each.detach().clone() for each in self.buffers], 0
         with torch.enable_grad():
             losses = closure().detach()
         gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in self.held]
-        squares = [gradient.flatten(1).double().square().sum(1) for gradient in gradients]
-        self.norms = torch.stack(squares).sum(0).sqrt()
+        norms = [torch.linalg.vector_norm(each.flatten(1), dim=1, dtype=torch.float64) for each in gradients]
+        self.norms = torch.linalg.vector_norm(torch.stack(norms), dim=0)
         gradients = self._clipped(gradients)
         self.first = torch.where(self.first.isnan(), losses, self.first)
+        before = [*(each.detach() for each in self.held), *before]
         for group in self.param_groups:
             group["step"] += 1
             told = {name: _of(value, self.alive) for name, value in group.items() if name not in ("params", "step")}
             for parameter in group["params"]:
                 wide = {name: _wide(value, parameter) for name, value in told.items()}
-                self.rule(parameter, gradients[place], self.state[parameter], wide, group["step"])
+                state = self.state[parameter]
+                parameter.data = self.rule(parameter.detach(), gradients[place], state, wide, group["step"])
                 place += 1
         is_good = (losses <= DIVERGED_BEYOND * self.first.abs()) & losses.isfinite() & self.norms.isfinite()
         for each in self.held:
-            is_good &= each.flatten(1).isfinite().all(1)
+            is_good &= each.flatten(1).sum(1).isfinite()  # a sum is quick, and not finite where an element is not
         self.num_steps[self.alive[is_good]] += 1
         if not bool(is_good.all()):
             self._freeze(before, is_good)
@@ -165,6 +168,8 @@ class StackedOptimizer(Optimizer):
 
 
 def _of(value: Any, members: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(_of(each, members) for each in value)
     return value[members] if isinstance(value, Tensor) else value
 
 
@@ -179,7 +184,7 @@ def _narrow(value: Any, like: Tensor) -> Any:
     return value.to(like.dtype) if isinstance(value, Tensor) else value
 
 
-def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> None:
+def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:
     rate, decay, momentum = (_narrow(told[name], parameter) for name in ("lr", "weight_decay", "momentum"))
     gradient = gradient + decay * parameter
     if torch.as_tensor(momentum).any():
@@ -188,13 +193,13 @@ def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: di
         buffer = state["momentum_buffer"] = gradient.clone() if old is None else momentum * old + kept * gradient
         moved = gradient + momentum * buffer if told["nesterov"] else buffer
         gradient = torch.where(torch.as_tensor(momentum) != 0, moved, gradient)  # without, dampening counts for nothing
-    parameter -= rate * gradient
+    return parameter - rate * gradient
 
 
-def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> None:
+def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:
     rate, decay, (one, two) = told["lr"], told["weight_decay"], told["betas"]
     if told.get("decoupled_weight_decay"):
-        parameter *= _narrow(1 - rate * decay, parameter)
+        parameter = parameter * _narrow(1 - rate * decay, parameter)
     else:
         gradient = gradient + _narrow(decay, parameter) * parameter
     for name in ("exp_avg", "exp_avg_sq"):
@@ -204,10 +209,10 @@ def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: d
     state["exp_avg_sq"] = _narrow(two, parameter) * state["exp_avg_sq"] + square
     size, root = rate / (1 - one**step), (1 - two**step) ** 0.5
     spread = state["exp_avg_sq"].sqrt() / _narrow(root, parameter) + _narrow(told["eps"], parameter)
-    parameter -= _narrow(size, parameter) * (state["exp_avg"] / spread)
+    return parameter - _narrow(size, parameter) * (state["exp_avg"] / spread)
 
 
-def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> None:
+def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:
     names = ("lr", "weight_decay", "alpha", "eps", "momentum")
     rate, decay, alpha, epsilon, momentum = (_narrow(told[name], parameter) for name in names)
     gradient = gradient + decay * parameter
@@ -219,7 +224,7 @@ def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told
         state["grad_avg"] += (1 - alpha) * (gradient - state["grad_avg"])
         spread = spread - state["grad_avg"] ** 2
     state["momentum_buffer"] = momentum * state["momentum_buffer"] + gradient / (spread.sqrt() + epsilon)
-    parameter -= rate * state["momentum_buffer"]
+    return parameter - rate * state["momentum_buffer"]
 
 
-RULES: dict[type[Optimizer], Callable[..., None]] = {SGD: _sgd, Adam: _adam, AdamW: _adam, RMSprop: _rmsprop}
+RULES: dict[type[Optimizer], Callable[..., Tensor]] = {SGD: _sgd, Adam: _adam, AdamW: _adam, RMSprop: _rmsprop}

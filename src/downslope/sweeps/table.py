@@ -184,8 +184,11 @@ def read_curves(run: Path, tags: set[str]) -> Mapping[str, Curve]:
         DecodeError: It holds a record that is none.
     """
     curves: dict[str, Curve] = {}
+    names = [tag.encode() for tag in tags]
     for file in sorted(run.glob(EVENT_FILES)):
         for record in records(read_bytes(file, MOST_EVENT_BYTES) or b""):
+            if not any(name in record for name in names):
+                continue
             event = Event.FromString(record)
             for value in event.summary.value:
                 if value.tag in tags and value.HasField("simple_value"):
@@ -278,7 +281,8 @@ def rows(jobs: Sequence[Job], keys: Sequence[str] | None = None) -> list[dict[st
     """
     monitor, _ = judged_by(jobs)
     metrics = _metrics(jobs, monitor)
-    table = [_row(job, _keys(jobs) if keys is None else keys, metrics, monitor) for job in jobs]
+    shown = _keys(jobs) if keys is None else keys
+    table = [_row(job, shown, metrics, monitor) for job in jobs]
     absent = [name for name in OPTIONAL if all(row[name] is None for row in table)]
     return [{name: value for name, value in row.items() if name not in absent} for row in table]
 

@@ -184,7 +184,11 @@ def test_a_dense_grid_of_two_numbers_is_a_map(make_job: MakeJob, sweep: Path) ->
     figure = draw_learning_rate(read_jobs(sweep))
     assert png(figure).startswith(b"\x89PNG")
     axes, colours = figure.axes
-    assert (axes.get_xlabel(), axes.get_ylabel(), colours.get_ylabel()) == ("learning rate", "m", "val/loss")
+    assert (axes.get_xlabel(), axes.get_ylabel(), colours.get_ylabel()) == (
+        "learning rate",
+        "m",
+        "val/loss (grey: not completed)",
+    )
     ended_badly, table = (mesh.get_array() for mesh in axes.collections[:2])
     assert ended_badly.count() == 3  # of 81 those with column + row of 15 and 16
     assert table.count() == 78
