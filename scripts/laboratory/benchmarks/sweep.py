@@ -1,4 +1,4 @@
-"""What a job of a sweep costs, and whether a thousand of them leave anything behind in the process."""
+"""What a job of a sweep costs, one by one and at once, and whether a thousand leave anything behind in the process."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -46,6 +47,85 @@ class Probe(Callback):
         }
         with self.file.open("a") as stream:
             stream.write(json.dumps(row) + "\n")
+
+
+CASES = {
+    "diabetes, SGD": ("lr=tag(log,interval(1e-4,1))", f"+trainer.max_steps={STEPS}"),
+    "diabetes, Adam, cosine, clipped": (
+        *("lr=tag(log,interval(1e-4,1))", f"+trainer.max_steps={STEPS}", "optimizer=adam", "scheduler=cosine"),
+        "+trainer.gradient_clip_val=1.0",
+    ),
+    "digits, SGD": ("lr=tag(log,interval(1e-3,1))", "+trainer.max_steps=100", "experiment=digits"),
+}
+COLUMNS = ("case", "jobs", "seconds at once", "one run", "ratio", "CPU at once", "CPU of one run", "peak, MB",
+           "worst difference", "of members", "diverged aside")  # fmt: skip
+
+
+def at_once(jobs: int, rounds: int, sampled: int) -> None:
+    """Trains a dense sweep at once, in turn with one run, and holds sampled members against runs of their own."""
+    rows = []
+    for name, task in CASES.items():
+        num = jobs if "diabetes" in name else max(4, jobs // 16)
+        with tempfile.TemporaryDirectory() as text:
+            folder, many, one = Path(text), [], []
+            for number in range(rounds):
+                show_progress(f"{name}, {num} jobs at once, {number + 1} of {rounds}")
+                flags = ("hydra/launcher=vectorized", f"hydra.sweeper.points={num}", f"hydra.sweep.dir=at_once{number}")
+                many.append(_timed(folder, "-m", *task, *flags))
+                one.append(_timed(folder, "lr=0.01", *task[1:], f"hydra.run.dir=one{number}"))
+            show_progress(f"{name}, {sampled} jobs one by one")
+            worst, compared, diverged = _compare(folder, task, min(sampled, num))
+        seconds, cpu, memory = (median(each[place] for each in many) for place in range(3))
+        alone, alone_cpu = (median(each[place] for each in one) for place in range(2))
+        figures = [f"{seconds:.1f}", f"{alone:.1f}", f"{seconds / alone:.1f}", f"{cpu:.1f}", f"{alone_cpu:.1f}"]
+        rows.append([name, str(num), *figures, f"{memory:.0f}", f"{worst:.1e}", str(compared), str(diverged)])
+    show_progress("")
+    note = "Whole commands, start, files and report included. Difference: ‖Δθ‖ ÷ ‖θ‖ of the last weights."
+    print_report(COLUMNS, rows, [note])
+
+
+def _timed(folder: Path, *arguments: str) -> tuple[float, float, float]:
+    """Seconds by the clock and of the CPU, and the most memory in MB, of one command."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        [sys.executable, str(TRAIN), *arguments, "device=cpu"], cwd=folder, stdout=subprocess.DEVNULL
+    )
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode not in (0, 3):
+        raise SystemExit(f"train.py {' '.join(arguments)} ended with exit code {process.returncode}")
+    return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+
+
+def _compare(folder: Path, task: Sequence[str], sampled: int) -> tuple[float, int, int]:
+    """The worst difference of last weights to ordinary runs; how many were compared, and how many have diverged."""
+    runs = [file.parent for file in (folder / "at_once0").glob("*/result.json")]
+    runs.sort(key=lambda run: float(_result(run)["learning_rate"]))
+    chosen = [runs[round(place * (len(runs) - 1) / (sampled - 1))] for place in range(sampled)]
+    rates = [next(each for each in _result(run)["overrides"] if each.startswith("lr=")) for run in chosen]
+    values = ",".join(rate.removeprefix("lr=") for rate in rates)
+    _timed(folder, "-m", f"lr={values}", *task[1:], "hydra.sweep.dir=serial", "callbacks=checkpoints")
+    alone = {_result(file.parent)["overrides"][0]: file.parent for file in (folder / "serial").glob("*/result.json")}
+    differences, diverged = [], 0
+    for rate, run in zip(rates, chosen, strict=True):
+        if _result(run)["status"] == "diverged":
+            diverged += 1
+            continue
+        mine, its = (_weights(each) for each in (run, alone[rate]))
+        differences.append(float((mine - its).norm() / its.norm()))
+    return max(differences), len(differences), diverged
+
+
+def _result(run: Path) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((run / "result.json").read_text())
+    return result
+
+
+def _weights(run: Path) -> Any:
+    import torch
+
+    state = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    return torch.cat([each.double().flatten() for each in state.values()])
 
 
 def sweep(jobs: int) -> None:
