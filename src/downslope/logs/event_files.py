@@ -37,7 +37,8 @@ def records(content: bytes) -> Iterator[bytes]:
 def _scalar(tag: str, step: int, wall_time: float) -> bytes:
     """A scalar's event less the four bytes of its value, which end it."""
     value = Summary.Value(tag=tag, simple_value=1.0)
-    return Event(wall_time=wall_time, step=step, summary=Summary(value=[value])).SerializeToString()[:-4]
+    data: bytes = Event(wall_time=wall_time, step=step, summary=Summary(value=[value])).SerializeToString()
+    return data[:-4]
 
 
 def encoded_scalars(scalars: Iterable[tuple[str, int, float]], wall_time: float) -> bytes:

@@ -160,7 +160,7 @@ def _compose(config: DictConfig, jobs: Jobs, keys: list[str]) -> tuple[Group | N
     template, own = both
     with hydra_config(template):
         leaves = dict(_leaves(OmegaConf.to_container(without_hydra(template), resolve=True)))
-    arguments = {}
+    arguments: dict[str, str] = {}
     stuck = []
     for key, mark in marks.items():
         paths = [path for path, value in leaves.items() if mark in str(value)]

@@ -209,7 +209,8 @@ class Members(LightningModule):
     def _end(self, part: str) -> Tensor:
         losses, rows = self._sums[part]
         self.curves.add(f"{part}/loss", self.trainer.global_step, losses / rows)
-        return (losses / rows).to(self.best.dtype)
+        means: Tensor = (losses / rows).to(self.best.dtype)
+        return means
 
     def _of_all(self, values: Tensor, members: Tensor) -> Tensor:
         every = torch.full((len(self.settings),), torch.nan, dtype=values.dtype, device=values.device)
@@ -219,7 +220,7 @@ class Members(LightningModule):
     def _schedule(self, interval: str) -> None:
         for each in self.schedulers:
             if each.interval == interval:
-                each.scheduler.step()
+                each.scheduler.step()  # type: ignore[call-arg]  # no plateau: `_recipe`
                 rates = [group["lr"] for group in self.recipe.param_groups]
                 told = torch.tensor(rates, dtype=torch.float64, device=self.device)
                 self.optimizer.param_groups[0]["lr"] = told
@@ -345,7 +346,7 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
     ended_at, line, exact, first_excess = trainer.global_step, None, None, math.inf
     if isinstance(module, HasLeastSquares) and (line := module.least_squares()) is not None:
         exact = _training_losses(stack)
-        first_excess = outlook(line, flat(list(module.parameters())), 0.0, 0.0).excess
+        first_excess = outlook(line, flat(list(stack.member.parameters())), 0.0, 0.0).excess
     if not stack.curves.by_tag.get("val/loss") or stack.curves.by_tag["val/loss"][-1][0] != ended_at:
         trainer.validate(stack, datamodule=data, verbose=False)
     if any(passes(data, module, trainer, ["test"])):
@@ -411,7 +412,7 @@ def _ordinary(
     trainer.validate(module, datamodule=data, verbose=False)
     _check_validation_loss(trainer, module)
     result = Result(status="completed")
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in trainer.callbacks:
         if hasattr(callback, "add_to"):
             callback.add_to(result)
     return weights, result.critical_learning_rate

@@ -98,7 +98,7 @@ def _draw_regions(axes: "Axes", line: Sequence[Job]) -> None:
     finite = [job.objective for job in line if math.isfinite(job.objective)]
     good = [job.learning_rate or 0.0 for job in line if finite and 0 < job.objective <= NEARLY * min(finite)]
     bad = [job.learning_rate or 0.0 for job in line if job.status == "diverged"]
-    where = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "color": INK, "fontsize": 9}
+    where: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "color": INK, "fontsize": 9}
     if good and judged_by(line)[1] == "min":
         axes.axvspan(good[0], good[-1], color=LINES[2], alpha=0.15, linewidth=0)
         words = f"{NEARLY - 1:.0%} from the best:\n{good[0]:.3g} to {good[-1]:.3g}"

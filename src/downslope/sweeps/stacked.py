@@ -68,6 +68,11 @@ class _Loss(nn.Module):
         return loss
 
 
+def _defaults(kind: Any) -> dict[str, Any]:
+    defaults: dict[str, Any] = kind([nn.Parameter(torch.zeros(1))]).defaults
+    return defaults
+
+
 class StackedOptimizer(Optimizer):
     """Steps every member as its own optimizer would, and freezes one that diverges at its last finite weights.
 
@@ -99,7 +104,7 @@ class StackedOptimizer(Optimizer):
     ) -> None:
         if kind not in RULES:
             raise CannotStackError(f"{kind.__name__} has no stacked form")
-        super().__init__(parameters, {"step": 0, **kind([nn.Parameter(torch.zeros(1))]).defaults, **settings})
+        super().__init__(parameters, {"step": 0, **_defaults(kind), **settings})
         self.rule = RULES[kind]
         if told := [name for name in REFUSED for group in self.param_groups if group.get(name)]:
             raise CannotStackError(f"{kind.__name__} with {told[0]} has no stacked form")
@@ -193,7 +198,7 @@ def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: di
         buffer = state["momentum_buffer"] = gradient.clone() if old is None else momentum * old + kept * gradient
         moved = gradient + momentum * buffer if told["nesterov"] else buffer
         gradient = torch.where(torch.as_tensor(momentum) != 0, moved, gradient)  # without, dampening counts for nothing
-    return parameter - rate * gradient
+    return parameter.sub(rate * gradient)
 
 
 def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:
@@ -209,7 +214,7 @@ def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: d
     state["exp_avg_sq"] = _narrow(two, parameter) * state["exp_avg_sq"] + square
     size, root = rate / (1 - one**step), (1 - two**step) ** 0.5
     spread = state["exp_avg_sq"].sqrt() / _narrow(root, parameter) + _narrow(told["eps"], parameter)
-    return parameter - _narrow(size, parameter) * (state["exp_avg"] / spread)
+    return parameter.sub(_narrow(size, parameter) * (state["exp_avg"] / spread))
 
 
 def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:
@@ -224,7 +229,7 @@ def _rmsprop(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told
         state["grad_avg"] += (1 - alpha) * (gradient - state["grad_avg"])
         spread = spread - state["grad_avg"] ** 2
     state["momentum_buffer"] = momentum * state["momentum_buffer"] + gradient / (spread.sqrt() + epsilon)
-    return parameter - rate * state["momentum_buffer"]
+    return parameter.sub(rate * state["momentum_buffer"])
 
 
 RULES: dict[type[Optimizer], Callable[..., Tensor]] = {SGD: _sgd, Adam: _adam, AdamW: _adam, RMSprop: _rmsprop}
