@@ -56,9 +56,10 @@ class Group:
         clip = self.config.trainer.get("gradient_clip_val")
         if clips is None and clip is not None:
             clips = [clip] * len(values)
-        every = OmegaConf.select(self.config, "callbacks.gradient_monitor.every_n_steps") or 50
+        monitor = OmegaConf.select(self.config, "callbacks.gradient_monitor") or {}
+        due = {name: monitor.get(name, usual) for name, usual in (("every_n_steps", 50), ("num_first_steps", 100))}
         by_value = self.config.trainer.get("gradient_clip_algorithm") == "value"
-        return {"settings": settings, "clips": clips, "clips_values": by_value, "every_n_steps": every}
+        return {"settings": settings, "clips": clips, "clips_values": by_value, **due}
 
     def folder(self, place: int) -> str:
         """Returns the name of a job's folder."""

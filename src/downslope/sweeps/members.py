@@ -25,11 +25,11 @@ from downslope.runs.checkpoints import load_checkpoint
 from downslope.runs.excess_loss import wide
 from downslope.runs.result import Result
 from downslope.runs.stored import passes
+from downslope.steps.due import is_due
 from downslope.sweeps.stacked import CannotStackError, StackedOptimizer, stacked_loss
 
 NUM_CHECKED = 3  # steps in which a member is held against an ordinary run
 MOST_DIFFERENT = 1e-4
-DENSE_STEPS = 100  # whose norms are all kept: what goes wrong goes wrong early
 
 Curve = tuple[int, Tensor]  # an optimizer step, and a value for each member: NaN where it had stopped
 
@@ -69,7 +69,8 @@ class Members(LightningModule):
         settings: Of each member's optimizer, those that differ from `member`'s own.
         clips: Largest gradient norm of each member, or largest element; None clips nothing.
         clips_values: Which of the two.
-        every_n_steps: How often the gradient's norm and the rate are kept, after the first hundred steps.
+        every_n_steps: How often the gradient's norm and the rate are kept.
+        num_first_steps: After so many steps, which are all kept.
 
     Attributes:
         curves: What was measured.
@@ -84,11 +85,12 @@ class Members(LightningModule):
         clips: Sequence[float] | None = None,
         clips_values: bool = False,
         every_n_steps: int = 50,
+        num_first_steps: int = 100,
     ) -> None:
         super().__init__()
         self.member = member
         self.settings, self.clips, self.clips_values = settings, clips, clips_values
-        self.every_n_steps = every_n_steps
+        self.every_n_steps, self.num_first_steps = every_n_steps, num_first_steps
         self.curves = Curves()
         self._sums: dict[str, Tensor] = {}  # of the losses times rows, and of the rows
         self.checked: list[Tensor] = []
@@ -155,7 +157,7 @@ class Members(LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Keeps what is due, and what has ended."""
         step = self.trainer.global_step - 1
-        if step < DENSE_STEPS or step % self.every_n_steps == 0:
+        if is_due(step, self.every_n_steps, self.num_first_steps):
             self.curves.add("gradient_norm/total", step, self._of_all(self.optimizer.norms, self._alive))
             self.curves.add(f"learning_rate/{type(self.recipe).__name__}", step, torch.tensor(self._rates))
         if step + 1 == NUM_CHECKED:
