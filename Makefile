@@ -54,9 +54,16 @@ new: install ## Write a task of your own, ready to train (NAME=houses)
 rename: install ## Give the package of your tasks another name (NAME=houses)
 	@$(BIN)/python scripts/rename.py "$$NAME"
 
+.PHONY: docs
+docs: install ## Make docs/index.html and docs/descent.gif from real runs
+	$(BIN)/python scripts/laboratory/gallery.py
+
+# Time Series with three cards pinned above all others, as the page's own address spells them.
+PIN = %7B%22plugin%22:%22scalars%22,%22tag%22:%22$(1)%22%7D
+PINNED = http://127.0.0.1:6006/?pinnedCards=%5B$(call PIN,train/loss),$(call PIN,val/loss),$(call PIN,gradient_norm/total)%5D
 .PHONY: dashboard
 dashboard: install ## Serve TensorBoard on http://127.0.0.1:6006 over outputs/
-	@echo "At a glance: http://127.0.0.1:6006/#custom_scalars"
+	@echo "At a glance, the loss and the gradient norm: $(PINNED)"
 	$(BIN)/tensorboard --logdir outputs --host 127.0.0.1
 
 .PHONY: test

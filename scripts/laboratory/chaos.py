@@ -50,7 +50,7 @@ COMMANDS = {
     "schedule by epoch": ["scheduler=cosine", *OBSERVED],
     "schedule by step": [
         "scheduler=warmup_cosine",
-        "scheduler.scheduler.num_warmup=3",
+        "scheduler.scheduler.warmup=0.3",
         "scheduler.interval=step",
         *OBSERVED,
     ],

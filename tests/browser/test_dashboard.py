@@ -1,5 +1,7 @@
 """TensorBoard over a real sweep: the tabs show the rates."""
 
+import re
+import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -7,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.browser.conftest import RATES
-from tests.conftest import read_json
+from tests.conftest import ROOT, read_json
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +61,23 @@ def numbers(text: str) -> set[float]:
         except ValueError:
             continue
     return found
+
+
+def test_the_first_screen_is_the_loss_and_the_gradient_norm(browser: "Chrome", dashboard: str) -> None:
+    recipe = subprocess.run(["make", "-n", "dashboard"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    pinned = re.search(r"http://127\.0\.0\.1:6006(\S+%5D)", recipe)
+    assert pinned, recipe
+    browser.get("about:blank")
+    browser.get(dashboard + pinned[1])
+    text = wait_for(browser, "3 cards", "train /loss", "val /loss")  # as its elements cut the names
+    assert text.index("3 cards") < text.index("train /loss") < text.index("val /loss")
+
+
+def test_the_verdict_stands_above_the_configuration(browser: "Chrome", dashboard: str) -> None:
+    browser.get("about:blank")
+    browser.get(f"{dashboard}/#text")
+    text = wait_for(browser, "verdict", "yaml/configuration")
+    assert text.index("verdict") < text.index("yaml/configuration")
 
 
 def test_the_configuration_is_there_as_text(browser: "Chrome", dashboard: str) -> None:

@@ -162,11 +162,16 @@ def test_a_constant_column_and_a_large_batch_are_warned_of(script: Script, tmp_p
         ["optimizer=lbfgs", "lr=1", "data.batch_size=1000"],
         ["scheduler=cosine"],
         ["scheduler=step"],
-        ["scheduler=warmup_cosine", "scheduler.scheduler.num_warmup=1"],
+        ["scheduler=warmup_cosine", "scheduler.scheduler.warmup=0.3"],
         ["scheduler=plateau"],
         ["scheduler=plateau", "model=manual"],
         ["trainer=debug"],
         ["trainer=fast"],
+        ["trainer=limit"],
+        ["trainer=overfit"],
+        ["trainer=profiler"],
+        ["callbacks=early_stopping"],
+        ["logger=many"],
         ["callbacks=none"],
         ["callbacks=gradient_monitor"],
         ["callbacks=checkpoints"],
@@ -188,6 +193,8 @@ def test_every_option_trains(script: Script, tmp_path: Path, overrides: list[str
     assert ended.code == 0, ended.err
     assert read_json(only_run(tmp_path))["status"] == "completed"
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    chosen = only_run(tmp_path).name.split("_", 3)[3]  # after date, time and four characters: to tell runs apart by
+    assert all(override.split("=")[0] in chosen for override in overrides)
 
 
 @pytest.mark.slow

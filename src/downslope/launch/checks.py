@@ -94,4 +94,6 @@ def _check_type(key: str, node: DictConfig, name: str, annotation: Any) -> None:
     except OmegaConfBaseException:  # an interpolation into Hydra's runtime, which is not there yet
         return
     if type(value) not in allowed and not (type(value) is int and float in allowed):
-        raise ValueError(f"`{key}` must be {' or '.join(WORDS[kind] for kind in allowed)}, got {show(value)}.")
+        way_out = f" As text it is written in both quotes: '{key}=\"{value}\"'." if str in allowed else ""
+        kinds = " or ".join(WORDS[kind] for kind in allowed)
+        raise ValueError(f"`{key}` must be {kinds}, got {show(value)}.{way_out}")

@@ -29,8 +29,9 @@ from downslope.runs.result import EXIT_CODES, read_result
 from downslope.runs.resuming import keep_changes, load_run_configuration
 from downslope.sweeps.ending import IN_THIS_PROCESS, VECTORIZED, Ending
 from downslope.sweeps.grid import MISSING, missing_jobs, typed_overrides, values
-from downslope.sweeps.job import job_name
+from downslope.sweeps.job import ODD, job_name
 
+LONGEST_CHOICE = 80
 DECIMAL_COMMA = re.compile(r"=\d+,\d+(\s|$)")
 
 
@@ -40,13 +41,25 @@ def run_name() -> str:
     return f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{letters}"
 
 
+def chosen(*, _root_: DictConfig) -> str:
+    """Returns what was chosen or overridden, to tell runs apart by: the end of a folder's name."""
+    words = ODD.sub("-", _typed_overrides(_root_).replace("experiment=", ""))[:LONGEST_CHOICE].strip("-,.")
+    return f"_{words}" if words else ""
+
+
 def name_of_the_job(*, _root_: DictConfig) -> str:
     """Returns the name of a job's folder, by its overrides as typed: an interpolation in one has no value before it."""
-    hydra: Any = OmegaConf.to_container(_root_.hydra.job, resolve=False)
-    return job_name(hydra["override_dirname"])
+    return job_name(_typed_overrides(_root_))
+
+
+def _typed_overrides(config: DictConfig) -> str:
+    hydra: Any = OmegaConf.to_container(config.hydra.job, resolve=False)
+    overrides: str = hydra["override_dirname"]
+    return overrides
 
 
 OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
+OmegaConf.register_new_resolver("chosen", chosen, replace=True)
 OmegaConf.register_new_resolver("job_name", name_of_the_job, replace=True)
 
 

@@ -12,6 +12,9 @@ from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from downslope.runs.configuration import show
 
 Parts = TypeVar("Parts")
 _kept: list[Any] = []  # what the gate has built, for the one run of this process
@@ -35,10 +38,34 @@ def check_optimizer(config: DictConfig) -> None:
         node = OmegaConf.select(config, key)
         if not (isinstance(node, DictConfig) and node.get("_partial_")):
             return
+        make = instantiate(node, _convert_="all")
+        length = inspect.signature(make).parameters.get("num_steps")
+        needs_end = length is not None and length.default is length.empty
+        if needs_end and (config.trainer.get("max_epochs"), config.trainer.get("max_steps", -1)) == (-1, -1):
+            raise ValueError(
+                f"`{key}` must know where the run ends: set `trainer.max_epochs` or `trainer.max_steps`, "
+                "got -1 for both."
+            )
         try:
-            argument = instantiate(node, _convert_="all")(argument)
+            argument = make(argument, **({"num_steps": 1000} if needs_end else {}))
         except (TypeError, ValueError) as error:
             raise ValueError(str(error) if "`" in str(error) else f"`{key}`: {error}") from error
+    if isinstance(argument, ReduceLROnPlateau):
+        _check_validation(config)
+
+
+def _check_validation(config: DictConfig) -> None:
+    """Raises for a Trainer that never validates, or not once an epoch, where a plateau of that metric is waited for."""
+    for key, allowed in {
+        "limit_val_batches": "greater than 0",
+        "check_val_every_n_epoch": "a number of epochs",
+    }.items():
+        value = config.trainer.get(key, 1)
+        if value is None or not value > 0:
+            raise ValueError(
+                f"`trainer.{key}` must be {allowed} with this schedule, got {show(value)}. "
+                f"This is because it looks at `{config.scheduler.monitor}` after each validation."
+            )
 
 
 def check_device(config: DictConfig) -> None:

@@ -1,5 +1,6 @@
 """TensorBoard's events: straight into the run's folder, one for everything of a step."""
 
+import io
 import logging
 import os
 import struct
@@ -17,6 +18,7 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
+from PIL import Image
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import Tensor
@@ -269,10 +271,13 @@ def write_text(trainer: Trainer, tag: str, listing: str) -> None:
 
 
 def write_picture(trainer: Trainer, tag: str, png: bytes, step: int) -> None:
-    """Writes a picture into every TensorBoard as it is; `add_image` would unpack and pack it again."""
+    """Writes a picture into every TensorBoard as it is, and to each other logger that has Lightning's `log_image`."""
     width, height = struct.unpack(">II", png[16:24])
     image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
     append_everywhere(trainer, [_event(step, Summary.Value(tag=tag, image=image))])
+    for logger in trainer.loggers:
+        if hasattr(logger, "log_image"):
+            attempt(logger, logger.log_image, tag, [Image.open(io.BytesIO(png))], step)
 
 
 def announce_restart(trainer: Trainer) -> None:
@@ -306,3 +311,5 @@ def close_loggers(trainer: Trainer) -> None:
     for logger in trainer.loggers:
         if isinstance(logger, TensorBoard):
             attempt(logger, logger.close)
+        elif finish := getattr(getattr(logger, "_experiment", None), "finish", None):  # wandb's would take the next job
+            attempt(logger, finish)

@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
@@ -39,23 +42,43 @@ def command(main: Callable[[], Any], config_name: str, folder: Path) -> None:
     atexit.register(gc.freeze)  # a process that ends need not be swept: a quarter of a second with torch loaded
     exit_on_signals()
     os.environ[FULL_ERROR] = "1"  # Hydra then raises instead of printing
-    sys.argv[1:] = map(quoted, sys.argv[1:])
+    sys.argv[1:] = map(quoted, flags_first(sys.argv[1:]))
     with refusing(config_name, folder):
         main()
 
 
+def flags_first(arguments: list[str]) -> list[str]:
+    """Returns a command's arguments with its overrides last: Hydra reads no override after a flag that follows one.
+
+    Example:
+        >>> flags_first(["lr=0.1,0.2", "-m", "trainer.max_epochs=2"])
+        ['-m', 'lr=0.1,0.2', 'trainer.max_epochs=2']
+    """
+    known, rest = get_args_parser().parse_known_args(arguments)
+    overrides = {*known.overrides, *(each for each in rest if not each.startswith("-"))}
+    return sorted(arguments, key=lambda argument: argument in overrides)
+
+
 def quoted(argument: str) -> str:
-    """Quotes a value that holds an equals sign, which Hydra's grammar wants: a sweep's folders are named by overrides.
+    """Quotes a value that Hydra's grammar cannot read: with an equals sign, spaces, brackets or other alphabets.
 
     Example:
         >>> quoted("run=outputs/sweeps/rates/lr=0.01,device=cpu")
         "run='outputs/sweeps/rates/lr=0.01,device=cpu'"
+        >>> quoted("data.target=price [EUR]")
+        "data.target='price [EUR]'"
         >>> quoted("lr=range(start=1,stop=3)")
         'lr=range(start=1,stop=3)'
     """
-    key, _, value = argument.partition("=")
-    path = key.startswith(("/", "-"))  # --config-path of a sweep's job: no override
-    return f"{key}='{value}'" if "=" in value and not (path or set(value) & set("'\"(${[")) else argument
+    key, separator, value = argument.partition("=")
+    if not separator or argument.startswith(("/", "-")):  # --config-path of a sweep's job: no override
+        return argument
+    in_quotes = f"{key}='{value}'" if "'" not in value else f'{key}="{value}"'
+    for candidate in (argument, in_quotes):
+        with contextlib.suppress(Exception):  # the grammar's, and its lexer's own
+            OverridesParser.create().parse_override(candidate)
+            return candidate
+    return argument
 
 
 @contextlib.contextmanager
@@ -205,7 +228,9 @@ def metric_lines(metrics: Mapping[str, float]) -> list[str]:
 
 
 def _shortest(folder: Path) -> Path:
-    return folder.relative_to(Path.cwd()) if folder.is_relative_to(Path.cwd()) else folder
+    """As it is typed where the command was: `hydra.job.chdir` leads away from there."""
+    here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder
 
 
 def say(line: str) -> None:

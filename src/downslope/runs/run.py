@@ -109,7 +109,7 @@ class Run:
                 for partial in (self.folder / LAST).parent.glob(f"*{PARTIAL}"):  # of a process that was killed
                     partial.unlink()
                 rewind_event_files(self.folder, progress["event_files"])
-        write_text(trainer, "configuration", OmegaConf.to_yaml(self.config))
+        write_text(trainer, "yaml/configuration", OmegaConf.to_yaml(self.config))
         trainer.callbacks.insert(0, self._outside)  # type: ignore[attr-defined]
         self._started = time.perf_counter()
 

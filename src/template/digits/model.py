@@ -12,6 +12,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from template.digits.data import Batch
+from template.schedules import schedulers
 
 
 class DigitClassifier(LightningModule):
@@ -22,8 +23,7 @@ class DigitClassifier(LightningModule):
         num_classes: Answers to choose from.
         num_hidden: Units of the hidden layer.
         optimizer: Makes the optimizer, given the parameters.
-        scheduler: `scheduler` makes the learning-rate scheduler, given the optimizer (None keeps the rate); `interval`
-            and `monitor` tell Lightning when to step it, and the metric that a plateau is seen in.
+        scheduler: As `template.schedules.schedulers` takes it.
     """
 
     def __init__(
@@ -86,7 +86,4 @@ class DigitClassifier(LightningModule):
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         optimizer = self.make_optimizer(self.parameters())
-        make_scheduler = self.scheduler["scheduler"]
-        if make_scheduler is None:
-            return [optimizer], []
-        return [optimizer], [{**self.scheduler, "scheduler": make_scheduler(optimizer)}]
+        return [optimizer], schedulers(self.scheduler, optimizer, self.trainer)

@@ -68,12 +68,15 @@ class ManualLinearRegression(LinearRegression):
         scheduler = self.lr_schedulers()
         if scheduler is None or self.scheduler["interval"] != interval:
             return
+        if interval == "epoch" and (self.current_epoch + 1) % self.scheduler.get("frequency", 1):
+            return
         if isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step(self.trainer.callback_metrics[self.scheduler["monitor"]])
         else:
             assert isinstance(scheduler, LRScheduler)
             scheduler.step()
 
-    def schedule(self, scheduler: LRScheduler) -> LRScheduler:
-        """Returns the bare scheduler: the cycle above steps it."""
-        return scheduler
+    def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
+        """Makes the same, but for the scheduler alone: the cycle above steps it."""
+        optimizers, schedules = super().configure_optimizers()
+        return optimizers, [schedule["scheduler"] for schedule in schedules]

@@ -5,15 +5,14 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning import LightningModule
-from lightning.pytorch.utilities.types import LRSchedulerConfigType
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection, R2Score
 
 from downslope.gradients.least_squares import LeastSquares
 from downslope.logs.tensorboard import write_scalars
 from downslope.tables.batches import Batch
+from template.schedules import schedulers
 
 
 class LinearRegression(LightningModule):
@@ -22,8 +21,7 @@ class LinearRegression(LightningModule):
     Args:
         num_features: Columns of the input; conf leaves it to the data.
         optimizer: Makes the optimizer, given the parameters.
-        scheduler: `scheduler` makes the learning-rate scheduler, given the optimizer (None keeps the rate);
-            `interval` is when it steps, `epoch` or `step`; `monitor` is the metric that a plateau is seen in.
+        scheduler: As `template.schedules.schedulers` takes it.
     """
 
     def __init__(
@@ -77,12 +75,7 @@ class LinearRegression(LightningModule):
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         """Makes the optimizer, and the scheduler if there is one."""
         optimizer = self.make_optimizer(self.parameters())
-        make_scheduler = self.scheduler["scheduler"]
-        return [optimizer], [] if make_scheduler is None else [self.schedule(make_scheduler(optimizer))]
-
-    def schedule(self, scheduler: LRScheduler) -> LRScheduler | LRSchedulerConfigType:
-        """Returns what Lightning is to know of the scheduler: when to step it, and by which metric."""
-        return {"scheduler": scheduler, "interval": self.scheduler["interval"], "monitor": self.scheduler["monitor"]}
+        return [optimizer], schedulers(self.scheduler, optimizer, self.trainer)
 
     def on_train_epoch_end(self) -> None:
         """Logs the mean loss over the rows of the epoch."""

@@ -1,3 +1,4 @@
+import csv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,11 +59,29 @@ REFUSED = [
     ("model=manual +trainer.gradient_clip_val=1", "model.gradient_clip_val"),
     ("model=manual +trainer.accumulate_grad_batches=2", "`trainer.accumulate_grad_batches` with manual optim"),
     ("callbacks.gradient_monitor.every_n_steps=0", "`callbacks.gradient_monitor.every_n_steps` must be"),
-    ("scheduler=warmup_cosine trainer.max_epochs=5", "`num_warmup` must be between 0 and the 5 epochs, got 10."),
+    (
+        "scheduler=warmup_cosine scheduler.scheduler.warmup=1",
+        "`warmup` must be a share of the run between 0 and 1, got 1.",
+    ),
+    (
+        "scheduler=cosine trainer.max_epochs=-1",
+        "`scheduler.scheduler` must know where the run ends: set `trainer.max_epochs` or `trainer.max_steps`, got -1 "
+        "for both.",
+    ),
+    (
+        "scheduler=plateau +trainer.limit_val_batches=0",
+        "`trainer.limit_val_batches` must be greater than 0 with this schedule, got 0. "
+        "This is because it looks at `val/loss` after each validation.",
+    ),
+    (
+        "scheduler=plateau +trainer.check_val_every_n_epoch=null +trainer.val_check_interval=5",
+        "`trainer.check_val_every_n_epoch` must be a number of epochs with this schedule, got null. "
+        "This is because it looks at `val/loss` after each validation.",
+    ),
     ("hydra.run.dir=empty.csv/run", "`hydra.run.dir` must be a folder that can be written"),
     ("hydra.run.dir=/proc/nowhere/run", "/proc"),
     ("-m lr=0.1 hydra.sweep.dir=empty.csv/sweep", "`hydra.sweep.dir` must be a folder that can be written"),
-    ("lr=[1,", "input '[1,'"),
+    ("lr=[1,", "`lr` must be a finite number greater than 0, got '[1,'."),
 ]
 
 
@@ -93,3 +112,20 @@ def test_the_same_holds_for_a_process_of_its_own(tmp_path: Path) -> None:
         assert len(ended.stderr.splitlines()) == 1
         assert ended.stdout == ""
         assert not list(tmp_path.iterdir())
+
+
+def test_flags_may_stand_anywhere_and_values_hold_any_text(script: Callable[..., Outcome], tmp_path: Path) -> None:
+    folder = tmp_path / "Größe – 数据 (1)"
+    folder.mkdir()
+    (folder / "a 'b'.csv").write_text("x,price [EUR]\n" + "".join(f"{row},{row * 2 % 7}\n" for row in range(40)))
+    table = ("data=table", f"data.path={folder}/a 'b'.csv", "data.target=price [EUR]", "data.batch_size=8")
+    ended = script("train", "lr=0.01,0.02", "-m", *table, "trainer.max_epochs=1", "hydra.sweep.dir=s")
+    assert ended.code == 0, ended.out + ended.err
+    with (tmp_path / "s" / "sweep.csv").open() as stream:
+        assert [row["status"] for row in csv.DictReader(stream)] == ["completed", "completed"]
+
+
+def test_a_number_where_text_is_wanted_is_answered_with_the_way_to_write_it(script: Callable[..., Outcome]) -> None:
+    refused = script("train", "data=table", "data.path=t.csv", "data.target=1992")
+    assert refused.code == 1
+    assert """As text it is written in both quotes: 'data.target="1992"'.""" in refused.err

@@ -1,19 +1,31 @@
 """The event file as TensorBoard itself reads it."""
 
+import io
 import math
 import re
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning import Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from downslope.logs.tensorboard import LAYOUT, Measurement, StepWriter, TensorBoard, close_step_writer, step_writer
+from downslope.logs.tensorboard import (
+    LAYOUT,
+    Measurement,
+    StepWriter,
+    TensorBoard,
+    close_loggers,
+    close_step_writer,
+    step_writer,
+    write_picture,
+)
 
 VALUES = [0.1, -1e-40, math.inf, -math.inf, math.nan, 3.5]
 
@@ -127,3 +139,33 @@ def test_custom_scalars_show_a_tasks_own_names() -> None:
     assert charts("learning_rate/SGD") == charts("learning_rate_effect/critical") == {"learning rate"}
     assert charts("learning_rate_effect/critical_ratio") == {"learning rate ÷ critical"}
     assert charts("epoch") == set()
+
+
+class Gallery(CSVLogger):
+    """A logger as wandb's: it takes pictures, and what it writes to has to be ended."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.pictures: list[tuple[str, tuple[int, int], int]] = []
+        self._experiment = self
+        self.ended = 0
+
+    @property
+    def experiment(self) -> Any:
+        return self
+
+    def log_image(self, key: str, images: list[Image.Image], step: int) -> None:
+        self.pictures += [(key, image.size, step) for image in images]
+
+    def finish(self) -> None:
+        self.ended += 1
+
+
+def test_a_logger_that_takes_pictures_gets_them_and_is_ended_with_its_run(tmp_path: Path) -> None:
+    logger, picture = Gallery(tmp_path), io.BytesIO()
+    trainer = Trainer(logger=logger, accelerator="cpu", enable_checkpointing=False, enable_progress_bar=False)
+    Image.new("RGB", (3, 2)).save(picture, "png")
+    write_picture(trainer, "pictures/small", picture.getvalue(), 7)
+    close_loggers(trainer)
+    assert logger.pictures == [("pictures/small", (3, 2), 7)]
+    assert logger.ended == 1

@@ -1,4 +1,6 @@
+import csv
 import json
+import math
 import shutil
 import signal
 import subprocess
@@ -76,7 +78,7 @@ def test_a_changed_learning_rate_is_followed_where_it_is_meant(script: Script, s
     more = ("trainer.max_epochs=4", "lr=0.002", "resume_override=[trainer.max_epochs,lr]")
     assert script("train", "resume=run", *more).code == 0
     group = torch.load(stopped / LAST, weights_only=True)["optimizer_states"][0]["param_groups"][0]
-    assert group["lr"] == pytest.approx(0.002)
+    assert group["lr"] == pytest.approx(0.0002)
     assert "lr: 0.002\n" in (stopped / ".hydra" / "config.yaml").read_text()
     assert "resume: null" in (stopped / ".hydra" / "config.yaml").read_text()
 
@@ -128,3 +130,43 @@ def test_a_signal_stops_a_run_that_can_be_gone_on_with(tmp_path: Path, number: s
     saved = torch.load(tmp_path / "run" / LAST, weights_only=True)
     assert result["status"] == "interrupted"
     assert result["num_optimizer_steps"] == saved["global_step"] > 0
+
+
+@pytest.mark.parametrize("model", ["automatic", "manual"])
+def test_a_schedule_ends_where_the_run_ends_whatever_ends_it(script: Script, tmp_path: Path, model: str) -> None:
+    settings = [f"model={model}", "scheduler=cosine", "logger=csv", "callbacks.learning_rate_effects.every_n_steps=1"]
+    more = ("resume=run", "resume_override=[trainer.max_epochs]", "trainer.max_epochs=4")  # 6 steps an epoch
+    assert script("train", "hydra.run.dir=run", "trainer.max_epochs=2", *settings).code == 0
+    assert script("train", *more).code == 0
+    assert script("train", "hydra.run.dir=steps", "trainer.max_epochs=-1", "+trainer.max_steps=8", *settings).code == 0
+
+    def expected(first: int, last: int, num_steps: int) -> list[float]:
+        return [0.01 * (1 + math.cos(math.pi * step / num_steps)) for step in range(first, last)]
+
+    assert rates(tmp_path / "run", 0) == pytest.approx(expected(0, 12, 12), abs=1e-8)
+    assert rates(tmp_path / "run", 1)[1:] == pytest.approx(expected(13, 24, 24), abs=1e-8)  # and not up from 0 again
+    assert rates(tmp_path / "steps", 0) == pytest.approx(expected(0, 8, 8), abs=1e-8)
+
+
+def rates(run: Path, version: int) -> list[float]:
+    with (run / "csv" / f"version_{version}" / "metrics.csv").open() as stream:
+        return [float(row["learning_rate/SGD"]) for row in csv.DictReader(stream) if row["learning_rate/SGD"]]
+
+
+@pytest.mark.parametrize("model", ["automatic", "manual"])
+def test_a_plateau_is_waited_for_in_the_epochs_that_validate(script: Script, tmp_path: Path, model: str) -> None:
+    never_better = ("scheduler.scheduler.patience=0", "+scheduler.scheduler.threshold=10")
+    every_second = "+trainer.check_val_every_n_epoch=2"
+    ended = script(
+        "train",
+        f"model={model}",
+        "scheduler=plateau",
+        *never_better,
+        every_second,
+        "trainer.max_epochs=5",
+        "hydra.run.dir=run",
+    )
+    assert ended.code == 0, ended.err
+    optimizer = torch.load(tmp_path / "run" / LAST, weights_only=True)["optimizer_states"][0]
+    # Looked at after epochs 2 and 4, and never ten times better.
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.0002)

@@ -10,6 +10,8 @@ from torch.nn.functional import mse_loss
 from torch.optim import Optimizer
 from torchmetrics import MeanMetric
 
+from template.schedules import schedulers
+
 Batch = tuple[Tensor, Tensor]  # what your data serve: features (rows, columns) and target (rows)
 
 
@@ -67,7 +69,4 @@ class YourTaskModel(LightningModule):
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         optimizer = self.make_optimizer(self.parameters())
-        make_scheduler = self.scheduler["scheduler"]
-        if make_scheduler is None:
-            return [optimizer], []
-        return [optimizer], [{**self.scheduler, "scheduler": make_scheduler(optimizer)}]
+        return [optimizer], schedulers(self.scheduler, optimizer, self.trainer)
