@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import median
@@ -20,6 +20,7 @@ from benchmarks.report import print_report, show_progress
 
 TRAIN = Path(__file__).parents[2] / "train.py"
 STEPS = 300
+MOST_DIFFERENT = 1e-6
 HEADER = ("jobs", "seconds a job", "CPU seconds a job", "memory, MB", "open files", "threads")
 Row = dict[str, float]
 
@@ -58,7 +59,7 @@ CASES = {
     "digits, SGD": ("lr=tag(log,interval(1e-3,1))", "+trainer.max_steps=100", "experiment=digits"),
 }
 COLUMNS = ("case", "jobs", "seconds at once", "one run", "ratio", "CPU at once", "CPU of one run", "peak, MB",
-           "worst difference", "of members", "diverged aside")  # fmt: skip
+           "worst difference", "of members", "diverged aside", "chaotic aside")  # fmt: skip
 
 
 def at_once(jobs: int, rounds: int, sampled: int) -> None:
@@ -74,11 +75,13 @@ def at_once(jobs: int, rounds: int, sampled: int) -> None:
                 many.append(_timed(folder, "-m", *task, *flags))
                 one.append(_timed(folder, "lr=0.01", *task[1:], f"hydra.run.dir=one{number}"))
             show_progress(f"{name}, {sampled} jobs one by one")
-            worst, compared, diverged = _compare(folder, task, min(sampled, num))
+            worst, compared, diverged, chaotic = _compare(folder, task, min(sampled, num))
         seconds, cpu, memory = (median(each[place] for each in many) for place in range(3))
         alone, alone_cpu = (median(each[place] for each in one) for place in range(2))
         figures = [f"{seconds:.1f}", f"{alone:.1f}", f"{seconds / alone:.1f}", f"{cpu:.1f}", f"{alone_cpu:.1f}"]
-        rows.append([name, str(num), *figures, f"{memory:.0f}", f"{worst:.1e}", str(compared), str(diverged)])
+        rows.append(
+            [name, str(num), *figures, f"{memory:.0f}", f"{worst:.1e}", str(compared), str(diverged), str(chaotic)]
+        )
     show_progress("")
     note = "Whole commands, start, files and report included. Difference: ‖Δθ‖ ÷ ‖θ‖ of the last weights."
     print_report(COLUMNS, rows, [note])
@@ -97,23 +100,36 @@ def _timed(folder: Path, *arguments: str) -> tuple[float, float, float]:
     return time.perf_counter() - started, used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
 
 
-def _compare(folder: Path, task: Sequence[str], sampled: int) -> tuple[float, int, int]:
-    """The worst difference of last weights to ordinary runs; how many were compared, and how many have diverged."""
+def _compare(folder: Path, task: Sequence[str], sampled: int) -> tuple[float, int, int, int]:
+    """The worst difference of last weights to ordinary runs, and how many members were compared, diverged, chaotic.
+
+    Chaotic is a member whose ordinary run, at a rate that differs in the seventh digit, ends as far away.
+    """
     runs = [file.parent for file in (folder / "at_once0").glob("*/result.json")]
     runs.sort(key=lambda run: float(_result(run)["learning_rate"]))
     chosen = [runs[round(place * (len(runs) - 1) / (sampled - 1))] for place in range(sampled)]
-    rates = [next(each for each in _result(run)["overrides"] if each.startswith("lr=")) for run in chosen]
-    values = ",".join(rate.removeprefix("lr=") for rate in rates)
-    _timed(folder, "-m", f"lr={values}", *task[1:], "hydra.sweep.dir=serial", "callbacks=checkpoints")
-    alone = {_result(file.parent)["overrides"][0]: file.parent for file in (folder / "serial").glob("*/result.json")}
-    differences, diverged = [], 0
-    for rate, run in zip(rates, chosen, strict=True):
-        if _result(run)["status"] == "diverged":
-            diverged += 1
-            continue
-        mine, its = (_weights(each) for each in (run, alone[rate]))
-        differences.append(float((mine - its).norm() / its.norm()))
-    return max(differences), len(differences), diverged
+    mine = {float(_result(run)["learning_rate"]): run for run in chosen if _result(run)["status"] != "diverged"}
+    alone = _one_by_one(folder / "serial", task, mine)
+    differences = {rate: _difference(run, alone[rate]) for rate, run in mine.items()}
+    doubtful = {rate * (1 + 2e-7): rate for rate, each in differences.items() if each > MOST_DIFFERENT}
+    nearby = _one_by_one(folder / "nearby", task, doubtful) if doubtful else {}
+    chaotic = {
+        rate for near, rate in doubtful.items() if _difference(nearby[near], alone[rate]) > differences[rate] / 10
+    }
+    worst = max(each for rate, each in differences.items() if rate not in chaotic)
+    return worst, len(differences) - len(chaotic), len(chosen) - len(mine), len(chaotic)
+
+
+def _one_by_one(sweep: Path, task: Sequence[str], rates: Iterable[float]) -> dict[float, Path]:
+    values = ",".join(map(repr, rates))
+    flags = ("callbacks=checkpoints", f"hydra.sweep.dir={sweep}")
+    _timed(sweep.parent, "-m", f"lr={values}", *task[1:], *flags)
+    return {float(_result(file.parent)["learning_rate"]): file.parent for file in sweep.glob("*/result.json")}
+
+
+def _difference(run: Path, other: Path) -> float:
+    mine, its = _weights(run), _weights(other)
+    return float((mine - its).norm() / its.norm())
 
 
 def _result(run: Path) -> dict[str, Any]:
