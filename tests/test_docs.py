@@ -193,7 +193,7 @@ def _choices(override: str, loader: ConfigLoader) -> list[str]:
     if not parsed.is_sweep_override():
         return [override]
     if not parsed.is_choice_sweep():
-        return [f"{parsed.key_or_group}=1"]  # an interval: the key is what counts
+        return [f"{parsed.get_key_element()}=1"]  # an interval: the key is what counts
     options = [f"{parsed.key_or_group}={value}" for value in parsed.sweep_string_iterator()]
     return options if loader.get_group_options(parsed.key_or_group) else options[:1]
 

@@ -1,6 +1,5 @@
 """The gate before every run: a configuration that cannot run is refused before anything is written."""
 
-import contextlib
 import gc
 import os
 import re
@@ -13,7 +12,6 @@ from typing import Any
 
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
@@ -22,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from downslope.launch.checks import check_additions, check_nodes, check_settings, check_values
 from downslope.runs.command_line import typed
+from downslope.runs.configuration import hydra_config
 from downslope.runs.console import explain, refusing, say
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.plain_files import check_regular
@@ -152,7 +151,7 @@ def _check(config: DictConfig, folder: Path, build: str, in_sweep: bool = False)
     check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
     with read_write(config), open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
-    with _hydra_config(config), early_log():
+    with hydra_config(config), early_log():
         is_first = "torch" not in sys.modules
         if is_first:  # nothing of what these imports make is garbage, and it would be searched again and again
             gc.disable()
@@ -175,17 +174,6 @@ def _check(config: DictConfig, folder: Path, build: str, in_sweep: bool = False)
             checkpoint_of(Path(config.resume), data, module, keep=True)
         if not in_sweep:
             parts.keep(built)
-
-
-@contextlib.contextmanager
-def _hydra_config(config: DictConfig) -> Iterator[None]:
-    """Resolves `${hydra:…}` by a configuration, which Hydra itself does only inside a job."""
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
-        yield
-    finally:
-        HydraConfig.instance().cfg = before
 
 
 def _writable(path: str, key: str) -> Path:

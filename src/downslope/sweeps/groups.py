@@ -1,6 +1,5 @@
 """Which jobs of a sweep differ only in numbers of the optimizer; each such group is composed once."""
 
-import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -9,9 +8,9 @@ from typing import Any
 
 import yaml
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
+from downslope.runs.configuration import hydra_config
 from downslope.sweeps.grid import NAME
 from downslope.sweeps.job import begun, job_name
 from downslope.sweeps.stacked import CannotStackError
@@ -208,14 +207,3 @@ def _check(config: DictConfig) -> None:
         raise CannotStackError(f"the vectorized launcher does not know {', '.join(odd)}")
     if (config.monitor, config.mode) != ("val/loss", "min"):
         raise CannotStackError(f"it judges jobs by the least val/loss, not by monitor={config.monitor}")
-
-
-@contextlib.contextmanager
-def hydra_config(config: DictConfig) -> Iterator[None]:
-    """Resolves `${hydra:…}` by a configuration, which Hydra itself does only inside a job."""
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
-        yield
-    finally:
-        HydraConfig.instance().cfg = before

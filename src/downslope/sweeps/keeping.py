@@ -113,7 +113,7 @@ def _results(group: Group, fit: Fit) -> list[Result]:
         known.largest_stable_learning_rate = line.largest_stable_learning_rate
         excess = (fit.training_losses - line.loss).tolist()
     steps, stopped = members.optimizer.num_steps.tolist(), members.stopped_at.tolist()
-    metrics = {tag: _last(curve) for tag, curve in members.curves.by_tag.items() if tag.endswith("/loss")}
+    metrics = {tag: _last(curve) for tag, curve in members.curves.items() if tag.endswith("/loss")}
     results = []
     for index, job in enumerate(group.jobs.values()):
         group_of_settings = members.recipe.param_groups[index]
@@ -150,9 +150,7 @@ def _curves(fit: Fit) -> list[bytes]:
         [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, summary=custom_scalars(LAYOUT))]
     )
     stopped = fit.members.stopped_at.tolist()
-    points = [
-        (step, tag, values.tolist()) for tag, curve in fit.members.curves.by_tag.items() for step, values in curve
-    ]
+    points = [(step, tag, values.tolist()) for tag, curve in fit.members.curves.items() for step, values in curve]
     points.sort(key=lambda point: point[0])
     found = []
     for index, end in enumerate(stopped):

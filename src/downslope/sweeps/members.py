@@ -4,12 +4,12 @@ import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning import LightningDataModule, LightningModule, Trainer
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from lightning.pytorch.utilities.data import extract_batch_size
@@ -36,25 +36,12 @@ Curve = tuple[int, Tensor]  # an optimizer step, and a value for each member: Na
 
 
 @dataclass
-class Curves:
-    """What was measured, by tag."""
-
-    by_tag: dict[str, list[Curve]] = field(default_factory=dict)
-
-    def add(self, tag: str, step: int, values: Tensor) -> None:
-        """Takes a value for each member."""
-        self.by_tag.setdefault(tag, []).append((step, values.detach().cpu()))
-
-
-@dataclass
 class Fit:
     """What came of a group, whose parts are still there."""
 
     members: "Members"
     trainer: Trainer
-    data: LightningDataModule
     checkpoint: dict[str, Any] | None  # that of the fit as a whole, if its jobs keep any
-    num_steps: int
     seconds: float
     critical_learning_rate: float | None  # η_c of the first step, which is the same for all
     line: LeastSquares | None  # the closed form, where the task has one
@@ -74,7 +61,7 @@ class Members(LightningModule):
         num_first_steps: After so many steps, which are all kept.
 
     Attributes:
-        curves: What was measured.
+        curves: What was measured, by tag.
         best: The least validation loss of each member, with `best_weights` and the step in `best_steps`.
         checked: The weights of the member of the least rate after `NUM_CHECKED` steps.
     """
@@ -92,15 +79,11 @@ class Members(LightningModule):
         self.member = member
         self.settings, self.clips, self.clips_values = settings, clips, clips_values
         self.every_n_steps, self.num_first_steps = every_n_steps, num_first_steps
-        self.curves = Curves()
+        trained = [name for name, each in member.named_parameters() if each.requires_grad]
+        self.names, self.num_trained = [*trained, *(name for name, _ in member.named_buffers())], len(trained)
+        self.curves: dict[str, list[Curve]] = {}
         self._sums: dict[str, Tensor] = {}  # of the losses times rows, and of the rows
         self.checked: list[Tensor] = []
-
-    @property
-    def names(self) -> list[str]:
-        """Of the parameters that are trained, then of the buffers."""
-        trained = [name for name, each in self.member.named_parameters() if each.requires_grad]
-        return trained + [name for name, _ in self.member.named_buffers()]
 
     def configure_optimizers(self) -> Optimizer:
         """Stacks the parameters, and has the member's own code make an optimizer with a group for each member.
@@ -113,7 +96,6 @@ class Members(LightningModule):
         self.recipe.step()  # without a gradient: a scheduler wants the first step before its own
         self.stack = nn.ParameterList(nn.Parameter(_repeated(each, num_members)) for each in trained)
         self.buffer_stack = [_repeated(each, num_members) for each in self.member.buffers()]
-        self.num_trained = len(trained)
         clip = None
         if self.clips is not None:
             limits = [math.inf if each is None else each for each in self.clips]
@@ -159,8 +141,8 @@ class Members(LightningModule):
         """Keeps what is due, and what has ended."""
         step = self.trainer.global_step - 1
         if is_due(step, self.every_n_steps, self.num_first_steps):
-            self.curves.add("gradient_norm/total", step, self._of_all(self.optimizer.norms, self._alive))
-            self.curves.add(f"learning_rate/{type(self.recipe).__name__}", step, torch.tensor(self._rates))
+            self._keep("gradient_norm/total", step, self._of_all(self.optimizer.norms, self._alive))
+            self._keep(f"learning_rate/{type(self.recipe).__name__}", step, torch.tensor(self._rates))
         if step + 1 == NUM_CHECKED:
             chosen = least_rate(self.settings)
             self.checked = [each[chosen].clone() for each in self.optimizer.weights()[: self.num_trained]]
@@ -202,6 +184,9 @@ class Members(LightningModule):
     def on_test_epoch_end(self) -> None:
         self._end("test")
 
+    def _keep(self, tag: str, step: int, values: Tensor) -> None:
+        self.curves.setdefault(tag, []).append((step, values.detach().cpu()))
+
     def _begin(self, part: str) -> None:
         self._sums[part] = torch.zeros(2, len(self.settings), dtype=torch.float64, device=self.device)
 
@@ -212,7 +197,7 @@ class Members(LightningModule):
 
     def _end(self, part: str) -> Tensor:
         losses, rows = self._sums[part]
-        self.curves.add(f"{part}/loss", self.trainer.global_step, losses / rows)
+        self._keep(f"{part}/loss", self.trainer.global_step, losses / rows)
         means: Tensor = (losses / rows).to(self.best.dtype)
         return means
 
@@ -287,10 +272,9 @@ def _recipe(member: Any, settings: Sequence[Mapping[str, Any]]) -> tuple[Optimiz
     if len(optimizers) != 1 or len(optimizers[0].param_groups) != len(groups):
         raise CannotStackError(f"{type(member).__name__} makes other parameter groups, or other optimizers, than one")
     for each in made:
-        if each.reduce_on_plateau or each.frequency != 1:
-            raise CannotStackError(
-                f"{type(each.scheduler).__name__} waits for a metric of each job, or several intervals"
-            )
+        if each.reduce_on_plateau or each.frequency != 1 or getattr(each.scheduler, "cycle_momentum", False):
+            name = type(each.scheduler).__name__
+            raise CannotStackError(f"{name} waits for a metric, for several intervals, or changes more than the rate")
     return optimizers[0], made
 
 
@@ -356,11 +340,11 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
     if isinstance(module, HasLeastSquares) and (line := module.least_squares()) is not None:
         exact = _training_losses(stack)
         first_excess = outlook(line, flat(list(stack.member.parameters())), 0.0, 0.0).excess
-    if not stack.curves.by_tag.get("val/loss") or stack.curves.by_tag["val/loss"][-1][0] != ended_at:
+    if not stack.curves.get("val/loss") or stack.curves["val/loss"][-1][0] != ended_at:
         trainer.validate(stack, datamodule=data, verbose=False)
     if any(passes(data, module, trainer, ["test"])):
         trainer.test(stack, datamodule=data, verbose=False)
-    return Fit(stack, trainer, data, checkpoint, ended_at, seconds, critical, line, exact, first_excess)
+    return Fit(stack, trainer, checkpoint, seconds, critical, line, exact, first_excess)
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ from hydra.core.utils import JobReturn, JobStatus, setup_globals
 from hydra.utils import get_method
 from omegaconf import DictConfig
 
+from downslope.runs.configuration import hydra_config
 from downslope.runs.console import one_line, say
 from downslope.runs.log import early_log, hear_lightning
-from downslope.sweeps.groups import Group, Jobs, groups, hydra_config, without_hydra
+from downslope.sweeps.groups import Group, Jobs, groups, without_hydra
 from downslope.sweeps.keeping import fail, keep, remove_leftovers
 from downslope.sweeps.members import num_parameters, train_members
 from downslope.sweeps.process import isolated
