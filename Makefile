@@ -54,6 +54,10 @@ new: install ## Write a task of your own, ready to train (NAME=houses)
 rename: install ## Give the package of your tasks another name (NAME=houses)
 	@$(BIN)/python scripts/rename.py "$$NAME"
 
+.PHONY: gpu
+gpu: install ## Prove on a machine with a GPU what only such a machine can
+	$(BIN)/python scripts/laboratory/gpu.py
+
 .PHONY: docs
 docs: install ## Make docs/index.html and docs/descent.gif from real runs
 	$(BIN)/python scripts/laboratory/gallery.py

@@ -14,6 +14,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+import numpy as np
+import pyarrow
+import pyarrow.parquet
 import torch
 import yaml
 from tensorboard.compat.proto.event_pb2 import Event
@@ -92,7 +95,9 @@ def change(ground: Ground, keys: str, value: Any, name: str = "config.yaml") -> 
     node = config
     *parents, last = keys.split(".")
     for parent in parents:
-        node = node.setdefault(parent, {})
+        if not isinstance(node.get(parent), dict):
+            node[parent] = {}
+        node = node[parent]
     node[last] = value
     file.write_text(yaml.safe_dump(config))
 
@@ -385,6 +390,15 @@ def sizes() -> Iterator[Attack]:
         both(ground, sealed(buffer.getvalue()))
 
     yield Attack("sizes: a zip bomb", bomb)
+
+    def parquet(ground: Ground) -> None:
+        rows = pyarrow.table({name: np.zeros(2**24, dtype=np.int8) for name in ("a", "progression")})
+        with pyarrow.parquet.ParquetWriter(ground.folder / "table.parquet", rows.schema) as writer:
+            for _ in range(20):  # 5 GB in float64
+                writer.write_table(rows)
+        change(ground, "data.path", str(ground.folder / "table.parquet"))
+
+    yield Attack("sizes: a Parquet bomb", parquet)
 
     def weights(ground: Ground) -> None:
         checkpoint = load_checkpoint(ground.folder / "checkpoints" / "last.ckpt")

@@ -311,9 +311,7 @@ def differences(run: Path, reference: Path) -> list[str]:
                 *(group for state in states for group in state["param_groups"]),
             ):
                 group.setdefault("differentiable", False)  # torch gives it to LBFGS when a state is loaded
-            for state in each.get("loops", {}).values():
-                state.pop("epoch_progress", None)  # Lightning does not restore `current.ready`
-        found += [f"{name}: {key}" for key in there if key != "loops" and plain(here.get(key)) != plain(there[key])]
+        found += [f"{name}: {key}" for key in there if plain(here.get(key)) != plain(there[key])]
     curves = [scalars(folder) for folder in (run, reference)]
     found += [f"curve {tag}" for tag in {**curves[0], **curves[1]} if curves[0].get(tag) != curves[1].get(tag)]
     return found

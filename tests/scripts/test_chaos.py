@@ -42,6 +42,7 @@ def test_one_bit_that_differs_is_found(tmp_path: Path, monkeypatch: pytest.Monke
     for name, weight in {"run": 1.0, "reference": 1.0000001}.items():
         progress = {"seconds": 1.0, "event_files": {}, "batch": 0}
         content = {"state_dict": {"weight": torch.tensor([weight])}, "loops": {}, "progress": progress}
+        (tmp_path / name / "checkpoints").mkdir(parents=True)
         write_checkpoint(content, tmp_path / name / "checkpoints" / "last.ckpt")
     assert differences(tmp_path / "run", tmp_path / "reference") == ["last.ckpt: state_dict"]
     assert differences(tmp_path / "run", tmp_path / "run") == []

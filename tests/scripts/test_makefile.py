@@ -33,3 +33,9 @@ def test_an_old_python_is_refused_with_the_way_out(tmp_path) -> None:
     assert "needs Python 3.11 or newer, got Python 3.9.1" in ended.stdout
     assert "PYTHON=python3.12 make" in ended.stdout
     assert not (tmp_path / "venv").exists()
+
+
+def test_the_dashboard_listens_on_this_machine_alone() -> None:
+    command = ["make", "-n", "dashboard"]
+    told = subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True)
+    assert re.search(r"tensorboard --logdir outputs --host 127\.0\.0\.1$", told.stdout, re.MULTILINE)

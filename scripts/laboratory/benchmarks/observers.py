@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.report import print_report, show_progress
-from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
+from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor, VerdictMonitor
 from downslope.tables.batches import Batch, Batches, ShuffledOrder
 
 FREQUENCIES = (50, 1)
@@ -132,6 +132,8 @@ WAYS: dict[str, Callable[[int], list[Callback]]] = {
     "ours": _ours,
     "ours, descent ratio as often": lambda every_n_steps: _ours(every_n_steps, every_n_steps),
     "ours and `FlightRecorder`": lambda every_n_steps: [*_ours(every_n_steps), FlightRecorder()],
+    "ours and `FlightRecorder`, late": lambda every_n_steps: [*_ours(every_n_steps), FlightRecorder(mode="late")],
+    "`VerdictMonitor`": lambda _: [VerdictMonitor(print_verdict=False)],
     "`SharpnessMonitor`": lambda _: [SharpnessMonitor()],
     "`grad_norm` + `log_dict`": lambda every_n_steps: [GradNorm(every_n_steps)],
     "histograms": lambda every_n_steps: [Histograms(every_n_steps)],

@@ -1,18 +1,17 @@
 """Public libraries, those of them that are installed: small models from a configuration, nothing is downloaded."""
 
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from foreign.peer import NUM_CLASSES, NUM_FEATURES, NUM_TOKENS, Peer, images, network, tokens
+from foreign.peer import NUM_CLASSES, NUM_FEATURES, NUM_TOKENS, Peer, images, imports, network, tokens
 from foreign.supervised import Classifier, Regressor
 
 SMALL = {"vocab_size": NUM_TOKENS, "num_attention_heads": 2, "hidden_size": 8, "num_hidden_layers": 1}
 
-if find_spec("transformers"):
+if imports("transformers"):
     import transformers
 
     class LanguageModel(Peer):
@@ -45,7 +44,7 @@ if find_spec("transformers"):
             return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SMALL, intermediate_size=8))
 
 
-if find_spec("timm") and find_spec("torchvision"):
+if imports("timm", "torchvision"):
     import timm
 
     class Timm(Classifier):
@@ -58,7 +57,7 @@ if find_spec("timm") and find_spec("torchvision"):
             self.net = timm.create_model("test_resnet", in_chans=1, num_classes=NUM_CLASSES)
 
 
-if find_spec("lightly") and find_spec("torchvision"):
+if imports("lightly", "torchvision"):
     from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
     from lightly.models.utils import deactivate_requires_grad, update_momentum
 
@@ -97,7 +96,7 @@ if find_spec("lightly") and find_spec("torchvision"):
             return self.criterion([key], [query, query.flip(0)], epoch=self.current_epoch)
 
 
-if find_spec("peft"):
+if imports("peft"):
     import peft
 
     class Peft(Regressor):
@@ -108,7 +107,7 @@ if find_spec("peft"):
             self.net = peft.get_peft_model(network(), peft.LoraConfig(target_modules=["0"], lora_dropout=0.1))
 
 
-if find_spec("torch_geometric"):
+if imports("torch_geometric"):
     from torch_geometric.nn import GATConv, GCNConv
 
     class Geometric(Peer):
@@ -123,7 +122,7 @@ if find_spec("torch_geometric"):
             return mse_loss(self.second(self.first(batch[0], edges).relu(), edges), batch[1])
 
 
-if find_spec("schedulefree"):
+if imports("schedulefree"):
     import schedulefree
 
     class TrainsAndEvaluates(Regressor):

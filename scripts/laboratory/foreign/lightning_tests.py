@@ -37,6 +37,17 @@ def run(where: Path, arguments: tuple[str, ...], observed: bool) -> dict[str, st
             "FOREIGN_OUTCOMES": str(outcomes),
             "FOREIGN_OBSERVED": "1" if observed else "",
         }
-        command = [sys.executable, "-m", "pytest", "-p", "foreign.injection", "-q", "-p", "no:cacheprovider"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "foreign.injection",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-o",
+            "addopts=",
+        ]
         subprocess.run([*command, str(where), *arguments], cwd=root, env=environment, check=False)
         return dict(json.loads(outcomes.read_text()))

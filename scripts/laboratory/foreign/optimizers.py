@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import SGD, Adam, Optimizer
 
-from foreign.peer import MakeOptimizer
+from foreign.peer import MakeOptimizer, imports
 
 Closure = Callable[[], Any] | None
 
@@ -199,7 +198,7 @@ OPTIMIZERS: dict[str, MakeOptimizer] = {
     "Wrapped": Wrapped,
 }
 
-if find_spec("pytorch_optimizer"):
+if imports("pytorch_optimizer"):
     import pytorch_optimizer
 
     for _name in ("AdaBelief", "Lion", "Prodigy", "SophiaH", "LaProp", "Ranger21", "AdamP"):

@@ -1,6 +1,9 @@
 """What all modules of the matrix share: small data, something to monitor, and the optimizer that is asked for."""
 
+import sys
 from collections.abc import Callable, Iterable
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, ClassVar
 
 import torch
@@ -15,6 +18,19 @@ NUM_CLASSES = 3
 NUM_TOKENS = 11
 
 MakeOptimizer = Callable[[Iterable[Any]], Optimizer]
+
+
+def imports(*names: str) -> bool:
+    """Tells whether public libraries are installed and can be imported; one that cannot is named, and left out."""
+    if not all(map(find_spec, names)):
+        return False
+    try:
+        for name in names:
+            import_module(name)
+    except Exception as error:
+        print(f"{' and '.join(names)} cannot be imported: {str(error).partition(chr(10))[0]}", file=sys.stderr)
+        return False
+    return True
 
 
 def _numbers(*shape: int) -> Tensor:

@@ -104,6 +104,8 @@ class Checkpoints(Checkpoint):
         self._resumed = checkpoint.get("progress")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
             self._go_on(trainer, pl_module, self._resumed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
@@ -126,6 +128,8 @@ class Checkpoints(Checkpoint):
         else:
             trainer.fit_loop.epoch_loop.restarting = False  # a new epoch, not the rest of one
         self._keeps_epoch_random = progress["batch"] == 0
+        epochs = trainer.fit_loop.epoch_progress  # of a saved one that has begun Lightning forgets `ready`
+        epochs.current.ready = epochs.current.completed + epochs.total.ready - epochs.total.completed
         _follow_settings(trainer, progress["settings"])
         announce_restart(trainer)
         for logger in trainer.loggers if progress.get("unlogged") else ():
@@ -210,13 +214,13 @@ class Checkpoints(Checkpoint):
             trainer.strategy.save_checkpoint(rest | self._best_weights, self.folder / "best.ckpt")
             error = self._warn("best.ckpt")
             self._best_weights = self._best_weights if error else None
-        if _is_finite(module):
+        if _is_finite(module) and not _is_spoiled(trainer):
             self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
             self._batch = batch
             flush_step_writer(trainer)
             if trainer.is_global_zero:
                 keep_previous(self.folder / "last.ckpt")
-            trainer.save_checkpoint(self.folder / "last.ckpt")
+            trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)  # all of it, that is
             error = self._warn("last.ckpt") or error
         return error
 
@@ -292,10 +296,19 @@ def _add_sums(trainer: Trainer, sums: dict[str, dict[str, Any]]) -> dict[str, di
 
 def _has_diverged(trainer: Trainer) -> bool:
     """Has every step judged that is about to be saved: what waits for it is in no checkpoint."""
-    recorders = [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]  # type: ignore[attr-defined]
-    for recorder in recorders:
+    for recorder in _recorders(trainer):
         recorder.judge()
-    return any(recorder.diverged and recorder.on_divergence == "stop" for recorder in recorders)
+    return any(recorder.diverged and recorder.on_divergence == "stop" for recorder in _recorders(trainer))
+
+
+def _is_spoiled(trainer: Trainer) -> bool:
+    """Tells whether the weights are those after a step that diverged."""
+    stopped = [each for each in _recorders(trainer) if each.diverged and each.on_divergence != "continue"]
+    return not all(each.is_taken_back for each in stopped)
+
+
+def _recorders(trainer: Trainer) -> list[FlightRecorder]:
+    return [each for each in trainer.callbacks if isinstance(each, FlightRecorder)]  # type: ignore[attr-defined]
 
 
 def _something_follows(trainer: Trainer, batch_idx: int) -> bool:

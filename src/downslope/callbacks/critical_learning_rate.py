@@ -89,7 +89,7 @@ class CriticalLearningRate(Observer):
 
     def _before(self, step: OptimizerStep) -> None:
         if self._batch_loss:
-            self._start = flat(step.parameters)
+            self._start = [flat(step.parameters)]
 
     def _after(self, step: OptimizerStep) -> None:
         loss, self._batch_loss = self._batch_loss, None
@@ -110,8 +110,9 @@ class CriticalLearningRate(Observer):
 
     def _measure(self, step: OptimizerStep, loss: BatchLoss) -> None:
         rate = float(step.optimizer.param_groups[0].get("lr") or 0.0)
-        change = flat(step.parameters).sub_(self._start)
-        start, direction = (loss.pieces(step.parameters, vector) for vector in (self._start, change))
+        before = self._start.pop()
+        change = flat(step.parameters).sub_(before)
+        start, direction = (loss.pieces(step.parameters, vector) for vector in (before, change))
         critical = None
         with loss.measuring():
             along = loss.along(start, direction)

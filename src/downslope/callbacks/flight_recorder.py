@@ -1,5 +1,7 @@
 """Why did it blow up? The last steps before a run diverged, kept as an aeroplane's recorder keeps them."""
 
+import contextlib
+import logging
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -9,25 +11,28 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from lightning import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
 from downslope.runs.result import Result
 from downslope.runs.whole_files import whole_file
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms, read
+from downslope.steps.hooks import STEP_HOOKS, disable, enable, overrides
+from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms
 from downslope.steps.observer import Observer, say_off
-from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step
 from downslope.steps.snapshot import Copies, Snapshot
-from downslope.steps.unclipped_gradients import may_be_clipped, overrides
+from downslope.steps.unclipped_gradients import may_be_clipped
 from downslope.verdict.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
 
+log = logging.getLogger(__name__)
+
 GROWN = 1.5  # how much parameters grow where a loss does so by them
+SMALL = 2**24  # elements that optimizers hold: more are copied before each step where that was asked for alone
 
 OnDivergence = Literal["stop", "raise", "continue"]
+Mode = Literal["exact", "late"]
 
 
 class DivergenceError(RuntimeError):
@@ -40,15 +45,19 @@ class FlightRecorder(Observer):
     Diverged: a loss, gradient or parameter is not finite, or the loss exceeds `diverged_beyond` times the first one of
     its optimizer that was not 0, and the parameters have grown with it: a loss that grows alone has another weight than
     at first, and is the one to compare with from there on. What was infinite before training is left alone, and so is a
-    gradient that somebody mends before it is applied. The step is then taken back: parameters, optimizer state and
-    buffers are, to the bit, those before it, `flight_record.json` is written, and training ends as any training that is
-    stopped early: validated, saved, `fit` returns. `trainer.global_step` counts the step that was taken back.
+    gradient that somebody mends before it is applied. `flight_record.json` is written, and training ends as any
+    training that is stopped early: validated, saved, `fit` returns. What that costs is the `mode`:
+
+    - exact: The step is taken back: parameters, optimizer state and buffers are, to the bit, those before it. So all of
+      these are copied before each step, into as much memory again (3 times the parameters' under Adam), and on a GPU
+      each judgement waits for the step. `trainer.global_step` counts the step that was taken back.
+    - late: Nothing is copied, and nothing waited for: a step is judged when the next one is done. The weights stay as
+      the two have left them, and the last checkpoint is one of before.
 
     It is judged when the step is done, with automatic optimization at the end of its batch, which is right for every
     optimizer: a gradient is known only in the middle of the step, LBFGS tries several, and a finite one can still
-    overflow a weight. So parameters and optimizer states are copied before each step, in as much memory again. On a GPU
-    a judgement is one synchronisation, with several processes one exchange: `every_n_steps` makes them rarer.
-    A step that a GradScaler skips is no divergence.
+    overflow a weight. With several processes a judgement is one exchange: `every_n_steps` makes them rarer. A step that
+    a GradScaler skips is no divergence.
 
     Args:
         num_steps: How many of the last good steps are kept.
@@ -58,10 +67,13 @@ class FlightRecorder(Observer):
         diverged_beyond: How much the loss may grow; infinity for any finite loss.
         every_n_steps: Steps between two judgements; an epoch's end and a checkpoint wait for one, too. With more than 1
             the weights go back by up to so many steps, and as many batches are kept in memory.
+        mode: `exact` or `late`; None for exact where the optimizers hold at most 16 million elements, and for late,
+            which is said, where they hold more.
         max_batch_values: Of each tensor in the offending batch so many values at most are written, in whole rows.
 
     Attributes:
         diverged: Whether it did, on any process.
+        is_taken_back: Whether the weights are those before the step.
         flight_record: How; None if it did not, or if only another process saw it.
     """
 
@@ -74,6 +86,7 @@ class FlightRecorder(Observer):
         on_divergence: OnDivergence = "stop",
         diverged_beyond: float = 1e6,
         every_n_steps: int = 1,
+        mode: Mode | None = None,
         max_batch_values: int = 10_000,
     ) -> None:
         for name, value in (
@@ -84,6 +97,8 @@ class FlightRecorder(Observer):
             check_count(name, value)
         if on_divergence not in get_args(OnDivergence):
             raise ValueError(f"`on_divergence` must be stop, raise or continue, got {on_divergence!r}.")
+        if mode is not None and mode not in get_args(Mode):
+            raise ValueError(f"`mode` must be exact, late or null, got {mode!r}.")
         if not diverged_beyond > 1:
             raise ValueError(f"`diverged_beyond` must be a number greater than 1, got {diverged_beyond}.")
         self.num_steps = num_steps
@@ -91,9 +106,10 @@ class FlightRecorder(Observer):
         self.on_divergence = on_divergence
         self.diverged_beyond = diverged_beyond
         self.every_n_steps = every_n_steps
+        self.mode = mode
         self.max_batch_values = max_batch_values
         self.flight_record: FlightRecord | None = None
-        self.diverged = False
+        self.diverged = self.is_taken_back = False
         self._first: dict[str, tuple[float, float]] = {}  # an optimizer's first loss, and its parameters' norm
         self._steps: deque[MeasuredStep | StepRecord] = deque(maxlen=num_steps)
 
@@ -101,7 +117,7 @@ class FlightRecorder(Observer):
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
             self.flight_record = None
-            self.diverged = False
+            self.diverged = self.is_taken_back = False
             self._first = {}
             self._steps.clear()
 
@@ -123,14 +139,19 @@ class FlightRecorder(Observer):
         return [step.record() if isinstance(step, MeasuredStep) else step for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        steps = [StepRecord(**step) for step in state_dict["steps"]]
         self._first = {name: (loss, norm) for name, (loss, norm) in state_dict.get("first", {}).items()}
-        self._steps = deque((StepRecord(**step) for step in state_dict["steps"]), maxlen=self.num_steps)
+        self._steps = deque(steps, maxlen=self.num_steps)
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._trainer = trainer
         self._scaler = getattr(trainer.precision_plugin, "scaler", None)
         self._automatic = module.automatic_optimization
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
+        self._is_late = self._mode(trainer) == "late"
+        self._keeps = not self._is_late and self.on_divergence != "continue"
+        with contextlib.suppress(OSError):  # then it says so where it has something to write
+            self._folder.mkdir(parents=True, exist_ok=True)
         self._norms = StepNorms(ParameterNames(module), trainer.optimizers)
         self._snapshot, self._buffers = Snapshot(trainer.optimizers), Copies()
         self._unjudged: list[MeasuredStep] = []
@@ -138,11 +159,12 @@ class FlightRecorder(Observer):
         self._batch_count = trainer.fit_loop.epoch_loop.batch_progress.current
         self._batch: Any = None
         self._loss: Tensor | None = None
-        self._arrived: tuple[list[str], Norms] | None = None
+        self._arrived: Norms | None = None
         self._measured: MeasuredStep | None = None  # the step of this batch
         self._is_blind = False
         self._mends = overrides(module, "on_before_optimizer_step", "configure_gradient_clipping")
-        self._is_quick = self._knows_the_loss_in_the_step(module)
+        # Then there is nobody to agree with, and a step can be judged before its batch has ended.
+        self._is_quick = each_batch_is_a_step(trainer, module) and self.every_n_steps == 1 and not self._is_late
         self._sleep_where_nothing_is_to_see(may_be_clipped(trainer, module))
         steps = self.follow(trainer, self._before_step, self._after_step)
         if self._is_quick:
@@ -151,17 +173,16 @@ class FlightRecorder(Observer):
         with torch.no_grad():
             self._keep()  # for a step that is taken before the first batch
 
-    def _knows_the_loss_in_the_step(self, module: LightningModule) -> bool:
-        """Each batch is a step, and there is nobody to agree with: it can be judged before the batch has ended."""
-        trainer = self._trainer
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        return (
-            self._automatic
-            and not self._scaler
-            and trainer.accumulate_grad_batches == trainer.world_size == self.every_n_steps == 1
-            and not any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
-            and not overrides(module, "optimizer_step")
+    def _mode(self, trainer: Trainer) -> Mode:
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        num_elements = sum(each.numel() for group in groups for each in group["params"])
+        if self.mode or num_elements <= SMALL or self.on_divergence == "continue":
+            return self.mode or "exact"
+        words = (
+            "FlightRecorder copies nothing of %s million elements: a run that diverges ends one step late ('late'). "
         )
+        log.warning(words + "With mode='exact' the step is taken back.", f"{num_elements / 1e6:.0f}")
+        return "late"
 
     def _sleep_where_nothing_is_to_see(self, clips: bool) -> None:
         """Each hook takes longer than all that is computed at a step."""
@@ -194,7 +215,7 @@ class FlightRecorder(Observer):
             self._keep(buffers=False)
 
     def _keep(self, buffers: bool = True) -> None:
-        if self.on_divergence == "continue" or self._unjudged or self.diverged:
+        if not self._keeps or self._unjudged or self.diverged:
             return
         self._snapshot.take_all()
         if self._buffered and buffers:  # batch normalization sees a batch before its loss is known
@@ -226,8 +247,8 @@ class FlightRecorder(Observer):
             return
         measured = self._measured = self._new(step.step)
         measured.optimizer, measured.learning_rate = step.name, _learning_rate(step.optimizer)
-        self._look(lambda: self._norms.measure(step, measured, self._arrived))
-        self._arrived = None
+        measured.arrived, self._arrived = self._arrived, None
+        self._look(lambda: self._norms.measure(step, measured))
         if self._is_quick or not self._automatic:  # otherwise it comes with what `training_step` returns
             measured.loss, self._loss = self._loss, None
         if not self._is_quick:
@@ -235,7 +256,7 @@ class FlightRecorder(Observer):
             if measured.loss is not None:
                 self._judge_if_due()
             return
-        read([measured])
+        measured.read()
         if self._diagnose(measured):
             self._unjudged.append(measured)
             enable(self, "on_train_batch_end")  # by then other observers have seen what is taken back
@@ -282,7 +303,7 @@ class FlightRecorder(Observer):
         return measured
 
     def _take_gradients(self, measured: MeasuredStep) -> None:
-        measured.gradient_names, measured.norms = self._norms.of_gradients(self._trainer.optimizers)
+        measured.arrived = self._norms.of_gradients(self._trainer.optimizers)
 
     def _take_loss(self, measured: MeasuredStep, loss: Tensor) -> None:
         """Takes what came out of a batch: with automatic optimization its share of what the step differentiated."""
@@ -302,22 +323,24 @@ class FlightRecorder(Observer):
         self.judge()
 
     def _judge_if_due(self) -> None:
-        if len(self._unjudged) >= self.every_n_steps:
-            self.judge()
+        if self._is_late and self._unjudged:
+            self._unjudged[-1].send()
+        if len(self._unjudged) >= self.every_n_steps + self._is_late:
+            self._attempt(self._judge, len(self._unjudged) - self._is_late)
 
     def judge(self) -> None:
-        """Judges the steps that wait for it: whoever saves the weights asks first.
+        """Judges the steps that wait for it: whoever saves the weights asks first."""
+        if self._is_attached and self._unjudged:
+            self._attempt(self._judge, len(self._unjudged))
 
-        Here, and nowhere else, the device is waited for.
-        """
-        if self._is_attached and self._unjudged and not self.diverged:
-            self._attempt(self._judge)
-
-    def _judge(self) -> None:
-        unjudged, self._unjudged = self._unjudged, []
-        read(unjudged)
+    def _judge(self, num_steps: int) -> None:
+        """Judges the first of those that wait. Here, and nowhere else, the device is waited for."""
+        if self.diverged:
+            return
+        unjudged, self._unjudged = self._unjudged[:num_steps], self._unjudged[num_steps:]
         diagnosis = None
         for measured in unjudged:
+            measured.read()
             diagnosis = self._diagnose(measured)
             if diagnosis:
                 break
@@ -327,8 +350,7 @@ class FlightRecorder(Observer):
         self.diverged = True
         self._take_back()
         if diagnosis:
-            back_to = None if self.on_divergence == "continue" else unjudged[0].step
-            self._record(measured, diagnosis, back_to, writes)
+            self._record(measured, diagnosis, unjudged[0].step if self.is_taken_back else None, writes)
         self._stop()
 
     def _diagnose(self, measured: MeasuredStep) -> Diagnosis | None:
@@ -369,9 +391,10 @@ class FlightRecorder(Observer):
         return any(severities), severities.index(max(severities)) == self._trainer.global_rank
 
     def _take_back(self) -> None:
-        if self.on_divergence != "continue":
+        if self._keeps:
             self._snapshot.restore()
             self._buffers.restore()
+            self.is_taken_back = True
 
     def _record(self, measured: MeasuredStep, diagnosis: Diagnosis, restored_to_step: int | None, writes: bool) -> None:
         self.flight_record = FlightRecord(
@@ -391,6 +414,8 @@ class FlightRecorder(Observer):
 
     def _stop(self) -> None:
         where = f"See {self._folder / FILE_NAME}."
+        if self._is_late:
+            where += " The weights are those after it: the last checkpoint is from before."
         message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
         if self.on_divergence == "raise":
             raise DivergenceError(message)

@@ -1,7 +1,8 @@
 """What the learning rate does: how far each step goes, whether it turns back, and what it buys."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from lightning import LightningModule, Trainer
@@ -92,7 +93,8 @@ class LearningRateEffects(Observer):
         self._window: list[BatchLoss] = []
         self._returned: list[Tensor] = []
         self._is_compared = False
-        self._promise: Tensor | None = None
+        self._before_step: Tensor | None = None
+        self._taken: Taken | None = None
         self._is_watched = False
         first = self.num_first_steps
         self._steps = self.follow(trainer, self._before, self._after, self.every_n_steps, num_first=first)
@@ -135,33 +137,33 @@ class LearningRateEffects(Observer):
         returned = outputs.get("loss") if isinstance(outputs, dict) else None
         self._returned += [returned] if isinstance(returned, Tensor) else []
         skipped = trainer.global_step != self._window_began_at  # by a GradScaler, which calls no optimizer
-        if self._promise is not None:
+        taken, self._taken = self._taken, None
+        if taken:
             try:
-                self._write_descent_ratio(trainer, pl_module, self._promise)
+                self._write_descent_ratio(trainer, pl_module, taken)
             except Exception as error:
                 self._leave_out_descent_ratio(error)
-        if self._promise is not None or skipped:
+        if taken or skipped:
             self._window.clear()
             self._returned.clear()
-            self._promise = None
         self._is_watched = False
         disable(self, "on_train_batch_end")
         self._sleep_till_due()
 
-    def _write_descent_ratio(self, trainer: Trainer, module: LightningModule, promise: Tensor) -> None:
+    def _write_descent_ratio(self, trainer: Trainer, module: LightningModule, taken: "Taken") -> None:
         """The gradient was that of the batches' losses added up, each divided by the length of a full window."""
         if not module.automatic_optimization and len(self._window) > 1:
             raise ValueError("under manual optimization it is not known how the losses of several batches were added")
         before = after = torch.zeros(())
         for loss in self._window:
-            start, change = (loss.pieces(self._stepped, vector) for vector in (self._before_step, self._change))
+            start, change = (loss.pieces(taken.parameters, vector) for vector in (taken.before, taken.change))
             with loss.measuring():
                 along = loss.along(start, change)
                 before, after = before + along(0.0), after + along(1.0)
         num_batches = trainer.accumulate_grad_batches
         if module.automatic_optimization and not self._is_compared:
             self._compare(float(before) / num_batches, float(sum(self._returned)))
-        self._writer.add(self._promised_at, DESCENT_RATIO, before / num_batches, after / num_batches, promise)
+        self._writer.add(taken.step, DESCENT_RATIO, before / num_batches, after / num_batches, taken.promise)
 
     def _compare(self, computed: float, returned: float) -> None:
         """Refuses, once, a loss that is not the one whose gradient was taken."""
@@ -178,22 +180,21 @@ class LearningRateEffects(Observer):
             self._last[step.name] = self._names.of(step.moved), step.flat_gradient
 
     def _after(self, step: OptimizerStep) -> None:
-        if not step.moved:
+        before, self._before_step = self._before_step, None
+        if not step.moved or before is None:
             return
         names, gradient, square = self._names.of(step.moved), step.flat_gradient, step.gradient_square
-        known, last = self._last.get(step.name, (None, gradient))
+        known, last = self._last.pop(step.name, (None, gradient))
         has_cosine, groups = known == names, step.optimizer.param_groups
         key = (step.name, has_cosine, len(groups), *names)
         if key not in self._plans:
             self._plans[key] = self._plan(step, names, has_cosine)
         rates = [math.nan if group.get("lr") is None else float(group["lr"]) for group in groups]
-        change = flat(step.parameters).sub_(self._before_step)
+        change = flat(step.parameters).sub_(before)
         products = [torch.dot(gradient, last), torch.dot(last, last)] if has_cosine else []
-        self._writer.add(step.step, self._plans[key], rates, self._before_step, change, square, *products)
+        self._writer.add(step.step, self._plans[key], rates, before, change, square, *products)
         if self._is_watched:
-            self._promised_at = step.step
-            self._stepped, self._change = step.parameters, change
-            self._promise = _promise(step)
+            self._taken = Taken(step.step, step.parameters, before, change, _promise(step))
 
     def _plan(self, step: OptimizerStep, names: list[str], has_cosine: bool) -> Measurement:
         suffix, sizes = step.suffix, [num_elements(each) for each in step.parameters]
@@ -219,6 +220,16 @@ class LearningRateEffects(Observer):
             return torch.cat(columns, dim=1)
 
         return Measurement(tags, derive)
+
+
+class Taken(NamedTuple):
+    """A step whose descent ratio is measured when its batch has ended, and what the gradient promised: Σ η‖g‖²."""
+
+    step: int
+    parameters: Sequence[Tensor]
+    before: Tensor
+    change: Tensor
+    promise: Tensor
 
 
 def _promise(step: OptimizerStep) -> Tensor:

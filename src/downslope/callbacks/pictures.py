@@ -19,6 +19,7 @@ from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import png
 from downslope.steps.batch_step import BatchStep, why_no_batch_step
 from downslope.steps.due import check_count
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
@@ -67,6 +68,7 @@ class Pictures(Observer):
         self._is_drawing = False
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        disable(self, *STEP_HOOKS)
         self._is_drawing = False
         self._told: set[str] = set()
         self._line = module.least_squares() if isinstance(module, HasLeastSquares) else None
@@ -82,11 +84,14 @@ class Pictures(Observer):
         self._most = max(THINNING, min(self.num_points, PATH_BYTES // sum(each.nbytes for each in self._parameters)))
         self._last_two: deque[Place] = deque(maxlen=2)
         self._first = self._num_steps = self._drawn_at = self._shown_at = trainer.global_step
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.follow(trainer, before=self._before)
         self._is_drawing = True
+        enable(self, "on_train_batch_start", when=self._line is None)
 
     def _before(self, step: OptimizerStep) -> None:
         self._num_steps = step.step + 1
+        enable(self, "on_train_batch_end", when=self._num_steps % self.every_n_steps == 0 or self._line is None)
         if self._line is None:
             return
         place = clones(self._parameters)
@@ -98,17 +103,15 @@ class Pictures(Observer):
             self._stride *= THINNING
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._is_drawing or self._line is not None:
-            return
         coming = self._num_steps + 1
         if coming % self.every_n_steps == 0 or coming == trainer.max_steps or trainer.is_last_batch:
             loss = BatchLoss(pl_module, batch, self.loss, batch_idx, precise=True)
             self._batch_step = BatchStep(self._num_steps, loss)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        if self._is_drawing and self._batch_step:
+        if self._batch_step:
             self._batch_step.ends()
-        if self._is_drawing and self._num_steps % self.every_n_steps == 0:
+        if self._num_steps % self.every_n_steps == 0:
             self._draw(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -123,7 +126,6 @@ class Pictures(Observer):
         self._drawn_at = self._num_steps
         self._shown_at = self._num_steps if shown else self._shown_at
         for name, figure in self.figures(trainer).items():
-            self.folder.mkdir(parents=True, exist_ok=True)
             picture = png(figure)  # drawn and packed once, for all who show it
             (self.folder / f"{name}.png").write_bytes(picture)
             if shown:

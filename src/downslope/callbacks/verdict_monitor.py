@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import replace
+from functools import partial
 from math import inf
 from typing import Any, TypeVar
 
@@ -18,9 +19,9 @@ from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.logs.tensorboard import write_markdown
 from downslope.runs.result import Result
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable
+from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.observer import Observer
-from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, num_steps
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, num_steps
 from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, judge
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,8 @@ class VerdictMonitor(Observer):
         optimizer = trainer.optimizers[0]
         if any(group.get("lr") is None for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has no learning rate to judge")
-        self._collector = EvidenceCollector(
+        make = partial(
+            EvidenceCollector,
             optimizer,
             ParameterNames(module),
             self.every_n_steps,
@@ -101,9 +103,10 @@ class VerdictMonitor(Observer):
             step=trainer.global_step,
             last_step=num_steps(trainer),
         )
-        if self._resumed:
-            self._collector.load_state_dict(self._resumed)
-            self._resumed = None
+        self._collector = make()
+        if self._resumed and not self.restored(self._collector.load_state_dict, self._resumed):
+            self._collector = make()
+        self._resumed = None
         if line := _line(trainer, module):
             table = getattr(getattr(trainer, "datamodule", None), "table", None)
             names = tuple(getattr(table, "feature_names", ()))
@@ -115,16 +118,35 @@ class VerdictMonitor(Observer):
         self._losses: list[Tensor] = []
         self._taken = trainer.global_step
         self._critical = next(iter(_beside(trainer, CriticalLearningRate)), None)
-        self.follow(trainer, after=self._after)
+        self._is_quick = each_batch_is_a_step(trainer, module)
+        steps = self.follow(trainer, after=self._after)
+        if self._is_quick:
+            steps.on_loss = self.guarded(self._catch)
+        enable(self, "on_train_batch_end", when=not self._is_quick)
+        enable(self, "on_before_backward", when=self._collector.is_watching)
+
+    def _catch(self, loss: Tensor | None) -> None:
+        self._losses = [] if loss is None else [loss.detach().mean()]
 
     def _after(self, step: OptimizerStep) -> None:
-        if self._collector and step.optimizer is self._collector.optimizer:
-            self._collector.add_step()
-            if self._critical and self._critical.measured and self._critical.measured[-1][0] == step.step:
-                self._collector.add_critical(*self._critical.measured[-1][:2])
+        collector = self._collector
+        if not collector or step.optimizer is not collector.optimizer:
+            return
+        collector.add_step()
+        if self._critical and self._critical.measured and self._critical.measured[-1][0] == step.step:
+            collector.add_critical(*self._critical.measured[-1][:2])
+        enable(self, "on_before_backward", when=collector.is_watching)
+        if self._is_quick:
+            self._add_loss(collector)
+            enable(self, "on_train_batch_end", when=collector.is_due)
+
+    def _add_loss(self, collector: EvidenceCollector) -> None:
+        if self._losses:
+            collector.add_loss(torch.stack(self._losses).mean())
+            self._losses.clear()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        if self._collector and self._collector.is_watching:
+        if self._collector:
             self._collector.add_leftover()
 
     def on_train_batch_end(
@@ -133,15 +155,13 @@ class VerdictMonitor(Observer):
         collector = self._collector
         assert collector
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
+        if isinstance(loss, Tensor) and not self._is_quick:
             divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
             self._losses.append(loss.detach().mean() * divided_by)
         if collector.step == self._taken:
             return  # the batch was one of several before a step
         self._taken = collector.step
-        if self._losses:
-            collector.add_loss(torch.stack(self._losses).mean())
-            self._losses.clear()
+        self._add_loss(collector)
         if collector.is_due:
             self._judge(trainer, self._seen(trainer, collector))
 

@@ -50,6 +50,19 @@ class LeastSquares:
         """2/λ: above it, plain gradient descent on all rows diverges."""
         return 2.0 / self.sharpness
 
+    def excess(self, parameters: Float[Tensor, " num_parameters"]) -> float | None:
+        """Returns L(θ) − L(θ*) = ½ Σ λᵢ (vᵢ·(θ − θ*))², in float64; None where not all curvatures are known.
+
+        Example:
+            (θ − 3)² + 5 at 1:
+
+            >>> three, two, one = torch.tensor([3.0]).double(), torch.tensor([2.0]).double(), torch.eye(1).double()
+            >>> LeastSquares(three, 5.0, two, one).excess(torch.tensor([1.0]))
+            4.0
+        """
+        along = self.eigenvectors.T @ (parameters.detach().cpu().double() - self.parameters)
+        return 0.5 * float((self.eigenvalues * along.square()).sum()) if self.is_complete else None
+
     def decayed(self, weight_decay: float) -> "LeastSquares":
         """Returns the closed form of L(θ) + ½w‖θ‖², which weight decay within the gradient (SGD, Adam) minimises.
 

@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from downslope.launch.gate import Gate
 from downslope.runs import console
+from downslope.runs.folder import is_main_process
 from downslope.sweeps.job import run_job
 
 
@@ -42,6 +43,8 @@ def command(main: Callable[[], Any], folder: Path, config_name: str = "train") -
         elif sweep:  # the launcher or the sweeper gave up: Hydra has left without `on_multirun_end`
             sweep.finish()
         agreed = code == 3 or getattr(stop, "saved", None) is not None  # all processes stop, together
-        if agreed and os.environ.get("LOCAL_RANK", "0") != "0":
+        if agreed and not is_main_process():
             code = 0  # the main process tells it; Lightning kills that one, in mid-sentence, when another one fails
         raise SystemExit(code) from None
+    finally:
+        Gate.let_go()

@@ -5,11 +5,12 @@ import os
 import re
 import secrets
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -22,10 +23,13 @@ from downslope.launch.checks import check_additions, check_nodes, check_settings
 from downslope.runs.command_line import typed
 from downslope.runs.configuration import hydra_config
 from downslope.runs.console import explain, refusing, say
+from downslope.runs.folder import check_unused, is_main_process, lock
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.plain_files import check_regular
+from downslope.runs.prepared import keep
 from downslope.runs.result import EXIT_CODES, read_result
 from downslope.runs.resuming import keep_changes, load_run_configuration
+from downslope.runs.trust import check_inside, names_in
 from downslope.sweeps.ending import IN_THIS_PROCESS, VECTORIZED, Ending
 from downslope.sweeps.grid import MISSING, missing_jobs, typed_overrides, values
 from downslope.sweeps.job import ODD, job_name
@@ -73,24 +77,44 @@ class Gate(Callback):
 
     sweep: Ending | None = None  # the one that runs: on an interruption Hydra leaves without `on_multirun_end`
 
+    held: FileLock | None = None  # of the single run's folder
+
     def __init__(self, build: str) -> None:
         self.build = build
 
     def on_run_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a single run."""
         with refusing(config_name):
-            ended = load_run_configuration(config) if config.get("resume") else None
+            trusted = [*config.get("trust", ()), *names_in(config)]
+            ended = load_run_configuration(config, trusted) if config.get("resume") else None
             if ended:
                 step = f"{ended.num_optimizer_steps:,}, {ended.status}"
                 say(f"{config.resume} has ended at step {step}: there is nothing to go on with.")
-                say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
+                if ended.status == "diverged":
+                    say("A smaller lr wants a run of its own: the same command without resume=.")
+                else:
+                    say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
             if config.hydra.launcher._target_ == VECTORIZED:
                 raise ValueError("`hydra/launcher=vectorized` trains the jobs of a sweep at once, got one run: add -m.")
             folder = _writable(config.hydra.run.dir, "hydra.run.dir")
-            _check(config.copy(), folder, self.build)
-            if config.get("resume"):
+            writes, resumes = is_main_process(), bool(config.get("resume"))
+            if writes and resumes:
+                Gate.held = lock(folder)  # nobody changes what is read from here on
+            elif writes:
+                check_unused(folder)
+            _check(config.copy(), folder, self.build, trusted)
+            if writes and resumes:
                 keep_changes(config)
+            elif writes:
+                Gate.held = lock(folder)
+
+    @classmethod
+    def let_go(cls) -> None:
+        """Opens the run's folder to other processes."""
+        if cls.held:
+            cls.held.release()
+            cls.held = None
 
     def on_multirun_start(self, config: DictConfig, config_name: str = "", **kwargs: Any) -> None:
         """Refuses a sweep if one of its values is impossible, whatever the others are."""
@@ -140,7 +164,7 @@ class Gate(Callback):
             raise SystemExit(EXIT_CODES[result.status])
 
 
-def _check(config: DictConfig, folder: Path, build: str, in_sweep: bool = False) -> None:
+def _check(config: DictConfig, folder: Path, build: str, trusted: Sequence[str] = (), in_sweep: bool = False) -> None:
     """Raises for whatever would stop the run: the check of its parts is to build them, and a run takes these.
 
     A sweep goes on without the jobs that need a device that is not there.
@@ -167,13 +191,15 @@ def _check(config: DictConfig, folder: Path, build: str, in_sweep: bool = False)
             OmegaConf.to_container(config.trainer, resolve=True)  # is there a device, whichever?
             with read_write(config), open_dict(config):
                 config.device = {"accelerator": "cpu", "devices": 1}
+        if config.get("resume"):
+            check_inside(config, folder, trusted)
         check_nodes(config)
         parts.check_optimizer(config)
         built = data, module, _ = make(config)
+        things: dict[str, Any] = {"parts": built}
         if config.get("resume"):
-            checkpoint_of(Path(config.resume), data, module, keep=True)
-        if not in_sweep:
-            parts.keep(built)
+            things["checkpoint"] = checkpoint_of(Path(config.resume), data, module)
+        keep(**({} if in_sweep else things))
 
 
 def _writable(path: str, key: str) -> Path:

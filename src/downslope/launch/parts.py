@@ -15,20 +15,14 @@ from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from downslope.runs.configuration import show
+from downslope.runs.prepared import take
 
 Parts = TypeVar("Parts")
-_kept: list[Any] = []  # what the gate has built, for the one run of this process
-
-
-def keep(parts: Any) -> None:
-    """Keeps the parts of the run that is about to begin."""
-    _kept[:] = [parts]
 
 
 def prepared(config: DictConfig, build: Callable[[DictConfig], Parts]) -> Parts:
     """Returns the parts that were built before the run's folder was, or builds them: a sweep's job has none yet."""
-    parts: Parts = _kept.pop() if _kept else build(config)
-    return parts
+    return take("parts", lambda: build(config))
 
 
 def check_optimizer(config: DictConfig) -> None:
@@ -133,6 +127,8 @@ def make_trainer(config: DictConfig, module: LightningModule, loggers: list[Logg
             callbacks = [callback for callback in callbacks if not isinstance(callback, kind)]
     keeps = config.trainer.get("enable_checkpointing", any(isinstance(each, Checkpoint) for each in callbacks))
     parts = {"callbacks": callbacks, "logger": loggers, "enable_checkpointing": keeps}
+    if HydraConfig.initialized() and "default_root_dir" not in config.trainer:
+        parts["default_root_dir"] = HydraConfig.get().runtime.output_dir  # not the folder one happens to stand in
     trainer: Trainer = instantiate(config.trainer, **parts, _convert_="all")
     _check_manual_optimization(config, module, trainer)
     return trainer

@@ -131,30 +131,25 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
     raise ValueError(f"`resume` must be the folder of a run that has saved a checkpoint, got {str(run)!r}: {reasons}.")
 
 
-_kept: dict[Path, tuple[Path, dict[str, Any]]] = {}  # what the gate has read and checked, for the run itself
-
-
-def checkpoint_of(run: Path, data: object, module: LightningModule, keep: bool = False) -> tuple[Path, dict[str, Any]]:
+def checkpoint_of(run: Path, data: object, module: LightningModule) -> tuple[Path, dict[str, Any]]:
     """Returns the checkpoint to resume from, if it is one of this model and of these data.
 
     Args:
         run: Its folder.
         data: That it would be resumed with.
         module: That it would be resumed with.
-        keep: For the next call: read and checked once.
 
     Raises:
         ValueError: There is none that is whole, or it is of something else; the message names both.
     """
-    if run in _kept:
-        return _kept.pop(run)
     file, checkpoint = newest_checkpoint(run)
-    progress = checkpoint["progress"]
-    check_same(file, "model", progress["model"], name_of(module))
-    check_same(file, "set of weights", _shapes(checkpoint["state_dict"]), _shapes(module.state_dict()))
-    check_same(file, "set of data", progress["data"], fingerprint(data))
-    if keep:
-        _kept[run] = file, checkpoint
+    try:
+        progress = checkpoint["progress"]
+        check_same(file, "model", progress["model"], name_of(module))
+        check_same(file, "set of weights", _shapes(checkpoint["state_dict"]), _shapes(module.state_dict()))
+        check_same(file, "set of data", progress["data"], fingerprint(data))
+    except (AttributeError, LookupError, TypeError) as error:
+        raise UnreadableCheckpointError(f"{file} does not hold what a run saves: {error}.") from error
     return file, checkpoint
 
 

@@ -22,6 +22,7 @@ from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from downslope.runs.command_line import command_line
 from downslope.runs.configuration import unknown_key
+from downslope.runs.log import FULL
 from downslope.runs.plain_files import printable
 from downslope.runs.result import Result
 from downslope.runs.signals import exit_on_signals
@@ -141,6 +142,10 @@ def _explain(error: BaseException, config_name: str, folder: Path | None) -> str
         return f"`{error.full_key}` must be given, there is no default: {error.full_key}=…"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composition(str(error), config_name, folder)
+    if isinstance(error, MemoryError):
+        return "There is not enough memory: a smaller data.batch_size, or a smaller table, needs less."
+    if isinstance(error, OSError) and error.errno in FULL and not error.filename:  # of a write Python names no file
+        return f"A file cannot be written: {error.strerror}."
     if isinstance(error, ValueError | OSError) and str(error):
         return str(error)
     return f"{type(error).__name__}: {error}"

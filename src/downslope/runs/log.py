@@ -10,7 +10,8 @@ from logging.handlers import MemoryHandler
 
 from downslope.runs.plain_files import open_regular
 
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)  # what a disk says that takes no more
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)  # nothing more is written
+GONE = (errno.EACCES, errno.ENOENT)  # nor where the folder has become read-only, or was moved away
 OTHERS = ("lightning", "torch", "py", "hydra", "matplotlib", "fsspec", "submitit", "ray")  # "py.warnings": `warnings`
 _early = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
 
@@ -44,7 +45,7 @@ class Quiet(logging.Filter):
         if record.name.partition(".")[0] in OTHERS or record.levelno < logging.WARNING:
             return False
         values = record.args if isinstance(record.args, tuple) else ()
-        if not any(isinstance(value, OSError) and value.errno in FULL for value in values):
+        if not any(isinstance(value, OSError) and value.errno in (*FULL, *GONE) for value in values):
             return True
         first, self._has_told = not self._has_told, True
         if first:

@@ -1,6 +1,6 @@
 """A run is resumed in its own folder, with its own configuration."""
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,20 +12,21 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from downslope.runs.configuration import show
 from downslope.runs.plain_files import check_regular
 from downslope.runs.result import Result, read_result
-from downslope.runs.trust import check_local, names_in, read_untrusted
+from downslope.runs.trust import check_local, read_untrusted
 from downslope.runs.whole_files import whole_file
 
 OWN_KEYS = ("resume", "resume_override", "trust")
 FIXED = ("data", "seed", "experiment")  # another order of rows, or other rows: nothing that could be resumed
 
 
-def load_run_configuration(config: DictConfig) -> Result | None:
+def load_run_configuration(config: DictConfig, trusted: Sequence[str]) -> Result | None:
     """Makes the composed configuration that of the run named by `resume`, whatever `conf/` holds today.
 
     What was typed beside `resume` is held against it: a value that differs must be named in `resume_override`, too.
 
     Args:
         config: As composed, with Hydra's own node; changed in place.
+        trusted: What the run's configuration may name beside what this command's does.
 
     Returns:
         The run's result, where nothing is left to be done.
@@ -36,7 +37,7 @@ def load_run_configuration(config: DictConfig) -> Result | None:
     run = Path(str(config.resume)).absolute()
     check_local(config.resume, "resume")
     check_regular(run)
-    saved = read_untrusted(_file(run, "config.yaml"), [*config.trust, *names_in(config)])
+    saved = read_untrusted(_file(run, "config.yaml"), trusted)
     hydra = read_untrusted(_file(run, "hydra.yaml"), only=("hydra.overrides.task", "hydra.runtime.choices")).hydra
     typed = OverridesParser.create().parse_overrides(list(config.hydra.overrides.task))
     typed = [override for override in typed if not override.key_or_group.startswith(("hydra.", *OWN_KEYS))]
@@ -61,7 +62,7 @@ def load_run_configuration(config: DictConfig) -> Result | None:
 
 def keep_changes(config: DictConfig) -> None:
     """Writes what `resume_override` changed into the run's configuration: the next resume takes it from there."""
-    if not config.resume_override or os.environ.get("LOCAL_RANK", "0") != "0":
+    if not config.resume_override:
         return
     own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
     with open_dict(own):

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import math
-import os
 import platform
 import time
 import traceback
@@ -18,15 +17,17 @@ from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
+from torch.nn.utils import parameters_to_vector
 
-from downslope.gradients.least_squares import HasLeastSquares
+from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
 from downslope.runs.checkpoints import LAST, checkpoint_of
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
-from downslope.runs.excess_loss import training_loss
+from downslope.runs.folder import is_main_process
 from downslope.runs.log import begin_log
+from downslope.runs.prepared import take
 from downslope.runs.result import Result
 from downslope.runs.signals import Interrupted
 from downslope.runs.stored import passes
@@ -102,7 +103,7 @@ class Run:
         self._trainer, self._module, self._data = trainer, module, data
         self.has_test = any(passes(data, module, trainer, ["test"]))
         if self.config.get("resume"):
-            self.checkpoint, state = checkpoint_of(self.folder, data, module)
+            self.checkpoint, state = take("checkpoint", lambda: checkpoint_of(self.folder, data, module))
             progress = state["progress"]
             self.result.seconds, self.result.metrics = progress["seconds"], dict(progress["metrics"])
             if trainer.is_global_zero:
@@ -127,8 +128,8 @@ class Run:
         """Tells how the fit has ended: by the weights and the loss, and by what the callbacks have found."""
         result = self.result
         result.status = "diverged" if self._outside.has_diverged(self._module) else "completed"
-        if result.least_squares_loss is not None:
-            result.excess_loss = training_loss(trainer, self._module) - result.least_squares_loss
+        if self._outside.line:
+            result.excess_loss = self._outside.line.excess(parameters_to_vector(self._module.parameters()))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, HasFindings):
                 callback.add_to(result)
@@ -143,15 +144,14 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        is_main = os.environ.get("LOCAL_RANK", "0") == "0"
         if self._trainer:
             close_loggers(self._trainer)
         if error is None:
-            if is_main:
+            if is_main_process():
                 self._end()
             return
         self._stop_the_clock()
-        if isinstance(error, Interrupted) and is_main:
+        if isinstance(error, Interrupted) and is_main_process():
             self.result.status = "interrupted"
             self.result.write(self.folder)
             print_interrupted(self.result, self.folder, error.saved)
@@ -180,8 +180,8 @@ class Run:
             text = "`monitor` names %s, which was not logged, so that there is no objective. Logged: %s."
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
-            result.write(self.folder)
             write_line(result, self.folder)
+            result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
 
@@ -204,6 +204,7 @@ class Outside(Callback):
         self.run = run
         self.has_begun = False
         self.validated_at: int | None = None
+        self.line: LeastSquares | None = None
         self._first: float | None = None
         self._last: Any = None
 
@@ -213,8 +214,8 @@ class Outside(Callback):
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rates = [group.get("max_lr", group.get("initial_lr", group.get("lr"))) for group in groups]  # OneCycleLR's top
         result.learning_rate = next((float(rate) for rate in rates if rate is not None), None)
-        line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
-        if line is not None:
+        self.line = line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
+        if line:
             result.least_squares_loss, result.sharpness = line.loss, line.sharpness
             result.largest_stable_learning_rate = line.largest_stable_learning_rate
         if any(hasattr(callback, "diverged") for callback in trainer.callbacks):  # type: ignore[attr-defined]

@@ -3,7 +3,8 @@
 Exact names only. Allowed is what stands, letter for letter, as a `_target_` in the folders that this very command is
 composed from (its own `conf/`, a `--config-dir` that is given now), what its command line names, and what the key
 `trust` adds. It must be a class or function that stands in a module: never something that is reached through one.
-Of resolvers `${hydra:…}` is allowed, and what the command line and `trust` name. No value may be an address.
+Of resolvers `${hydra:…}` is allowed, and what the command line and `trust` name. No value may be an address, nor, where
+the run is resumed, a path that leads out of its folder.
 """
 
 import re
@@ -22,6 +23,9 @@ from downslope.runs.configuration import own_folders
 from downslope.runs.plain_files import read_yaml
 
 TARGET = re.compile(r"^\s*_target_:\s*['\"]?([\w.]+)", re.MULTILINE)
+FOLDERS = ("folder", "save_dir", "root_dir", "log_dir", "dirpath", "default_root_dir", "tracking_uri")  # to write into
+FOLDER = re.compile(rf"^\s*(?:{'|'.join(FOLDERS)}):\s*['\"]?([^'\"#\n]+?)['\"]?\s*(?:#.*)?$", re.MULTILINE)
+OUTPUT = Path("${hydra:runtime.output_dir}")
 ADDRESS = re.compile(r"(?!pkg://)\w[\w+.-]+:/|.*::")  # a scheme, of more letters than a drive has, or a chain of them
 
 
@@ -49,7 +53,7 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
         plain = _selected(file, plain, only)
     elif "hydra" in plain:
         raise ValueError(f"{file} must describe a run, got `hydra`, which says how commands are to behave.")
-    allowed = {*_own_targets(), *trusted}
+    allowed = {*_in_own_files(TARGET), *trusted}
     for key, value in _values(plain):
         place = f"{file}: `{key}`"
         if _is_target(key):
@@ -68,8 +72,35 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
         raise ValueError(f"{file} cannot be read as a configuration: {' '.join(str(error).split())}") from error
 
 
+def check_inside(config: DictConfig, folder: Path, trusted: Sequence[str] = ()) -> None:
+    """Refuses a stored configuration by which something would be written beside the run's folder.
+
+    Args:
+        config: As it is about to be used, so that every interpolation in it has a value.
+        folder: The run's.
+        trusted: Values that may lead elsewhere, as they stand in the configuration, beside those in your own files.
+
+    Raises:
+        ValueError: The key and its value.
+    """
+    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+    stored: Any = OmegaConf.to_container(own)
+    as_stored, allowed = dict(_values(stored)), {*_in_own_files(FOLDER), *trusted}
+    for key, value in _values(OmegaConf.to_container(own, resolve=True)):
+        if isinstance(value, str) and as_stored.get(key) not in allowed and _leads_out(key, value, folder):
+            raise ValueError(f"`{key}` is {value!r}, which is not in the run's own folder: {_way_out(value)}")
+
+
+def _leads_out(key: str, value: str, folder: Path) -> bool:
+    """Tells whether something could be written elsewhere; data are only read."""
+    if key.startswith("data."):
+        return False
+    is_path = value.startswith(("/", "~", "\\")) or key.rpartition(".")[2] in FOLDERS
+    return ".." in re.split(r"[/\\]", value) or (is_path and not Path(value).is_relative_to(folder))
+
+
 def names_in(config: DictConfig) -> list[str]:
-    """Returns every `_target_` and resolver that a composed configuration names: its user vouches for them.
+    """Returns every `_target_`, resolver and folder that a composed configuration names: its user vouches for them.
 
     Example:
         >>> names_in(OmegaConf.create({"model": {"_target_": "mine.Model", "size": "${oc.env:SIZE}"}}))
@@ -78,13 +109,14 @@ def names_in(config: DictConfig) -> list[str]:
     plain: Any = OmegaConf.to_container(config)
     plain.pop("hydra", None)
     texts = [(key, value) for key, value in _values(plain) if isinstance(value, str)]
-    return [name for key, value in texts for name in ([value] if _is_target(key) else _resolvers(key, value))]
+    named = [value for key, value in texts if _is_target(key) or _leads_out(key, value, OUTPUT)]
+    return named + [name for key, value in texts if not _is_target(key) for name in _resolvers(key, value)]
 
 
-def _own_targets() -> set[str]:
-    """Every `_target_` in the folders that the running command is composed from."""
+def _in_own_files(pattern: re.Pattern[str]) -> set[str]:
+    """What stands in the folders that the running command is composed from."""
     files = [file for folder in own_folders() for file in folder.rglob("*.yaml")]
-    return {target for file in files for target in TARGET.findall(file.read_text(encoding="utf-8"))}
+    return {found for file in files for found in pattern.findall(file.read_text(encoding="utf-8"))}
 
 
 def _selected(file: Path, plain: dict[str, Any], keys: Sequence[str]) -> dict[str, Any]:

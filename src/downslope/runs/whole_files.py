@@ -14,10 +14,11 @@ PARTIAL = ".partial"  # ends the name of what is being written
 def whole_file(file: Path) -> Iterator[BinaryIO]:
     """Opens a file to be written beside its name, on the same file system; flushed to the disk, it takes the name.
 
+    Its folder must be there: one that was moved away meanwhile is not made anew.
+
     Raises:
         OSError: The disk is full, or something else is in the way; what was at `file` is still there.
     """
-    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.{secrets.token_hex(4)}{PARTIAL}")  # no name that a link could wait at
     try:
         with partial.open("xb") as stream:

@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 from functools import cached_property
+from operator import is_
 from typing import Any
 
 import torch
@@ -102,19 +103,16 @@ def _restore(value: Any, contents: Any) -> bool:
             return False
         with torch.no_grad():
             value.copy_(copied)
-    elif isinstance(value, dict):
-        if len(value) == len(contents) and all(value.get(key, _ABSENT) is each for key, each in contents.items()):
-            return False
-        value.clear()
-        value.update(contents)
-    elif isinstance(value, set):
-        if value == contents:
-            return False
-        value.clear()
-        value.update(contents)
-    else:
-        if len(value) == len(contents) and all(now is each for now, each in zip(value, contents, strict=True)):
-            return False
-        value.clear()
-        value.extend(contents)
+        return True
+    if _holds_the_same(value, contents):
+        return False
+    value.clear()
+    value.extend(contents) if isinstance(value, list | deque) else value.update(contents)
     return True
+
+
+def _holds_the_same(value: Any, contents: Any) -> bool:
+    if isinstance(value, set):
+        return bool(value == contents)
+    now, then = ([*each, *(each.values() if isinstance(each, dict) else ())] for each in (value, contents))
+    return len(now) == len(then) and all(map(is_, now, then))

@@ -1,6 +1,6 @@
 """Which of a callback's hooks Lightning calls at a step, and which it passes over."""
 
-from lightning import Callback
+from lightning import Callback, LightningModule
 
 STEP_HOOKS = (
     "on_train_batch_start",
@@ -28,3 +28,8 @@ def enable(callback: Callback, *names: str, when: bool = True) -> None:
 def disable(callback: Callback, *names: str) -> None:
     """Lets Lightning pass hooks over from now on."""
     enable(callback, *names, when=False)
+
+
+def overrides(module: LightningModule, *hooks: str) -> bool:
+    """Tells whether a module has any of Lightning's hooks of its own."""
+    return any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)

@@ -6,6 +6,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 from weakref import WeakKeyDictionary
 
@@ -44,10 +45,15 @@ def has_loss(module: nn.Module) -> bool:
 
     An attribute called `loss` is rather a criterion, and a method of two arguments takes predictions.
     """
-    if not inspect.isroutine(getattr(type(module), "loss", None)):
-        return False
-    arguments = inspect.signature(module.loss).parameters.values()  # type: ignore[arg-type]
-    required = [each for each in arguments if each.default is each.empty and each.kind not in VARIADIC]
+    has_method = inspect.isroutine(getattr(type(module), "loss", None))
+    return has_method and _takes_a_batch(type(module))  # type: ignore[arg-type]
+
+
+@lru_cache(maxsize=16)
+def _takes_a_batch(kind: type) -> bool:
+    arguments = inspect.signature(kind.loss).parameters.values()  # type: ignore[attr-defined]
+    num_bound = 0 if isinstance(inspect.getattr_static(kind, "loss"), staticmethod | classmethod) else 1
+    required = [each for each in arguments if each.default is each.empty and each.kind not in VARIADIC][num_bound:]
     return len(required) == 1 and required[0].kind is not inspect.Parameter.KEYWORD_ONLY
 
 

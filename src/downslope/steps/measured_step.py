@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from math import isfinite, sqrt
 from typing import Any
 
@@ -14,7 +13,13 @@ from downslope.gradients.finiteness import RowNorms, wide_norms
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 from downslope.verdict.flight_record import StepRecord
 
-Norms = Tensor | list[float]  # a tensor until they have been read from the device
+
+@dataclass(slots=True, eq=False)
+class Norms:
+    """Of some tensors, each with its name: on a CPU numbers, elsewhere a tensor until somebody reads it."""
+
+    names: Sequence[str] = ()
+    values: Tensor | Sequence[float] = ()
 
 
 @dataclass(slots=True, eq=False)
@@ -22,9 +27,9 @@ class MeasuredStep:
     """A step, or a batch without one: raw, because most are never looked at but for their sum.
 
     Attributes:
-        norms: Of gradients as they arrived, then of the parameters that moved, then of gradients as they were applied,
-            where those may be others.
-        looked_twice: Gradients were looked at as they arrived, before anybody could mend them.
+        arrived: Of gradients before anybody could mend them; None where nobody looked.
+        applied: Of gradients as the step consumed them, where those may be others.
+        parameters: Of those that moved, after the step.
     """
 
     step: int
@@ -34,49 +39,62 @@ class MeasuredStep:
     loss: Tensor | float | None = None
     optimizer: str | None = None
     learning_rate: float | list[float] | None = None
-    gradient_names: Sequence[str] = ()
-    parameter_names: Sequence[str] = ()
-    norms: Norms = field(default_factory=list)
-    looked_twice: bool = False
+    arrived: Norms | None = None
+    applied: Norms = field(default_factory=Norms)
+    parameters: Norms = field(default_factory=Norms)
+    _is_sent: torch.cuda.Event | None = None
+
+    def _norms(self) -> list[Norms]:
+        return [each for each in (self.arrived, self.applied, self.parameters) if each]
+
+    def send(self) -> None:
+        """Lets all travel from a GPU to the host, where nobody waits for it."""
+        if isinstance(self.loss, Tensor):
+            self.loss = self.loss.to("cpu", non_blocking=self.loss.is_cuda)
+        for each in self._norms():
+            if isinstance(each.values, Tensor) and each.values.is_cuda:
+                each.values = each.values.to("cpu", non_blocking=True)
+                self._is_sent = torch.cuda.Event()
+                self._is_sent.record()
+
+    def read(self) -> None:
+        """Turns what is still a tensor into numbers."""
+        if self._is_sent:
+            self._is_sent.synchronize()
+        if isinstance(self.loss, Tensor):
+            self.loss = self.loss.item()
+        for each in self._norms():
+            if isinstance(each.values, Tensor):
+                each.values = each.values.tolist()
 
     def is_finite(self) -> bool:
         """Tells whether all that was read is finite."""
-        return isfinite((self.loss or 0.0) + sum(self.norms))
+        return isfinite((self.loss or 0.0) + sum([sum(each.values) for each in self._norms()]))
 
     def was_mended(self) -> bool:
         """Tells whether gradients arrived that were not finite, and what was applied was, and what came of it."""
-        start = len(self.gradient_names)
-        return self.looked_twice and not isfinite(sum(self.norms[:start])) and isfinite(sum(self.norms[start:]))
+        if not self.arrived or not self.optimizer or isfinite(sum(self.arrived.values)):
+            return False
+        return isfinite(sum(self.applied.values) + sum(self.parameters.values))
 
     def size(self) -> float:
         """Returns the norm of all parameters that moved, as one vector."""
-        start = len(self.gradient_names)
-        return sqrt(sum(norm * norm for norm in self.norms[start : start + len(self.parameter_names)]))
+        return sqrt(sum([norm * norm for norm in self.parameters.values]))
 
     def record(self) -> StepRecord:
         """Returns what was read, by name."""
-        values = iter(self.norms)
-        arrived = dict(zip(self.gradient_names, islice(values, len(self.gradient_names)), strict=True))
-        parameters = dict(zip(self.parameter_names, values, strict=False))
-        stepped = parameters or arrived  # not those of another optimizer
-        gradients = {name: norm for name, norm in arrived.items() if name in stepped}
-        figures = (self.optimizer, self.learning_rate, self.loss, gradients, parameters)
-        return StepRecord(self.step, self.epoch, self.batch_index, *figures)  # type: ignore[arg-type]
-
-
-def read(measured: Sequence[MeasuredStep]) -> None:
-    """Turns what is still on the device into numbers, all in one transfer."""
-    losses = [each for each in measured if isinstance(each.loss, Tensor)]
-    waiting = [each for each in measured if isinstance(each.norms, Tensor)]
-    if not waiting and len(losses) == 1:  # on a CPU
-        losses[0].loss = losses[0].loss.item()  # type: ignore[union-attr]
-        return
-    tensors = [each.loss for each in losses] + [each.norms for each in waiting]
-    values = iter(torch.cat([each.reshape(-1).double() for each in tensors]).tolist() if tensors else [])  # type: ignore[union-attr]
-    for each in losses:
-        each.loss = next(values)
-    for each in waiting:
-        each.norms = list(islice(values, len(each.norms)))
+        gradients, parameters = self.arrived or self.applied, self.parameters
+        stepped = set(parameters.names or gradients.names)  # not those of another optimizer
+        return StepRecord(
+            self.step,
+            self.epoch,
+            self.batch_index,
+            self.optimizer,
+            self.learning_rate,
+            self.loss,  # type: ignore[arg-type]
+            {name: norm for name, norm in zip(gradients.names, gradients.values, strict=True) if name in stepped},
+            dict(zip(parameters.names, parameters.values, strict=True)),
+        )
 
 
 class StepNorms:
@@ -89,59 +107,47 @@ class StepNorms:
 
     def __init__(self, names: ParameterNames, optimizers: Iterable[Optimizer]) -> None:
         self._names = names
-        self._layouts: dict[str, _Layout] = {}
-        held = [each for optimizer in optimizers for each in _held(optimizer)]
-        finite = wide_norms(held).isfinite().tolist() if held else []
-        self._left_out = {id(each) for each, is_finite in zip(held, finite, strict=True) if not is_finite}
+        self._moved: dict[str, _Moved] = {}
+        held = _held(optimizers)
+        self._left_out = {
+            id(each) for each, norm in zip(held, wide_norms(held).tolist(), strict=True) if not isfinite(norm)
+        }
 
-    def of_gradients(self, optimizers: Iterable[Optimizer]) -> tuple[list[str], Norms]:
-        """Returns the names of the parameters that have a gradient, and the gradients' norms."""
-        held = [each for optimizer in optimizers for each in _held(optimizer)]
-        present = [each for each in held if each.grad is not None and id(each) not in self._left_out]
-        return self._names.of(present), _norms([each.grad for each in present if each.grad is not None])
+    def of_gradients(self, optimizers: Iterable[Optimizer]) -> Norms:
+        """Returns the norms of the gradients that are there."""
+        present = [each for each in _held(optimizers) if each.grad is not None and id(each) not in self._left_out]
+        return Norms(self._names.of(present), norms_now([each.grad for each in present if each.grad is not None]))
 
-    def measure(self, step: OptimizerStep, measured: MeasuredStep, arrived: tuple[list[str], Norms] | None) -> None:
-        """Looks at what moved after the step, and at the gradients where nobody looked as they arrived."""
-        layout = self._layouts.get(step.name)
-        if layout is None or layout.moved is not step.moved:
-            layout = self._layouts[step.name] = _Layout(step, self._names, self._left_out)
-        gradients, parameters = layout.chosen(step.gradients), layout.parameters
-        measured.gradient_names = measured.parameter_names = layout.names
-        if not arrived:
-            measured.norms = layout.norms.of([*gradients, *parameters])
-            return
-        measured.gradient_names, norms = arrived
-        measured.looked_twice = True
-        is_good = isinstance(norms, list) and isfinite(sum(norms))  # nobody makes it worse
-        measured.norms = _joined(norms, _norms(parameters if is_good else [*parameters, *gradients]))
+    def measure(self, step: OptimizerStep, measured: MeasuredStep) -> None:
+        """Looks after the step at what moved, and at the gradients that were applied."""
+        moved = self._moved.get(step.name)
+        if moved is None or moved.all_of_them is not step.moved:
+            moved = self._moved[step.name] = _Moved(step, self._names, self._left_out)
+        values, half = moved.row.of(moved.chosen(step)), len(moved.names)
+        measured.applied, measured.parameters = Norms(moved.names, values[:half]), Norms(moved.names, values[half:])
 
 
-class _Layout:
+class _Moved:
     """What an optimizer's steps move, as long as it is the same."""
 
     def __init__(self, step: OptimizerStep, names: ParameterNames, left_out: set[int]) -> None:
-        self.moved = step.moved
+        self.all_of_them = step.moved
         self._places = [place for place, each in enumerate(step.moved) if id(each) not in left_out]
-        self.parameters = self.chosen(step.moved)
-        self.names = names.of(self.parameters)
-        self.norms = RowNorms([*self.chosen(step.gradients), *self.parameters])
+        self.names = names.of([step.moved[place] for place in self._places])
+        self.row = RowNorms(self.chosen(step))
 
-    def chosen(self, tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        return tensors if len(tensors) == len(self._places) else [tensors[place] for place in self._places]
-
-
-def _held(optimizer: Optimizer) -> list[Tensor]:
-    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    def chosen(self, step: OptimizerStep) -> list[Tensor]:
+        """The gradients, and after them the parameters."""
+        if len(self._places) == len(step.moved):
+            return [*step.gradients, *step.moved]
+        return [tensors[place] for tensors in (step.gradients, step.moved) for place in self._places]
 
 
-def _norms(tensors: Sequence[Tensor]) -> Norms:
-    """The norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
+def norms_now(tensors: Sequence[Tensor]) -> Tensor | list[float]:
+    """Returns the norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
     norms = wide_norms(tensors)
-    return norms.tolist() if norms.device.type == "cpu" else norms
+    return norms.tolist() if norms.is_cpu else norms
 
 
-def _joined(first: Norms, second: Norms) -> Norms:
-    if isinstance(first, list) and isinstance(second, list):
-        return first + second
-    place = next(each for each in (first, second) if isinstance(each, Tensor))
-    return torch.cat([torch.as_tensor(each).to(place) for each in (first, second)])
+def _held(optimizers: Iterable[Optimizer]) -> list[Tensor]:
+    return [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ClassVar
 
 from lightning import Callback, LightningModule, Trainer
@@ -98,6 +98,16 @@ class Observer(Callback):
         except Exception as error:
             self.fail(error)
 
+    def restored(self, load: Callable[[Any], None], state: Any) -> bool:
+        """Tells whether a state from a checkpoint could be taken over; else the observer begins anew, and says so."""
+        try:
+            load(state)
+        except Exception as error:
+            log.warning("%s begins anew: the checkpoint has it in another layout.", type(self).__name__)
+            log.debug("%s could not be restored", type(self).__name__, exc_info=error)
+            return False
+        return True
+
     def fail(self, error: Exception) -> None:
         """Says why, once, and watches no more."""
         if not self.is_off:
@@ -119,6 +129,7 @@ class Observer(Callback):
 
 def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
     """A hook that is called while its observer watches, and whose failure is that observer's alone."""
+    loads = hook.__name__ == "load_state_dict"
     in_training = hook.__name__.startswith(IN_TRAINING) and hook.__name__ != "on_train_start"
     begins = hook.__name__ == "setup"
 
@@ -126,6 +137,8 @@ def _guarded(hook: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Observer, *arguments: Any, **named: Any) -> Any:
         if (self.is_off and not begins) or (in_training and not self._is_attached):
             return None
+        if loads:
+            return self.restored(partial(hook, self), *arguments, **named)
         return self._attempt(hook, self, *arguments, **named)
 
     return call

@@ -9,7 +9,8 @@ from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import torch
-from lightning import LightningModule, Trainer
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
@@ -18,6 +19,7 @@ from torch.utils.hooks import RemovableHandle
 from downslope.gradients.norms import HALF
 from downslope.gradients.vectors import flat
 from downslope.steps.due import is_due
+from downslope.steps.hooks import overrides
 
 
 @dataclass
@@ -243,6 +245,18 @@ def optimizer_names(optimizers: list[Optimizer]) -> list[str]:
         place = sum(type(other).__name__ == kind for other in optimizers[: len(names)])
         names.append(f"{kind}-{place}" if place else kind)
     return names
+
+
+def each_batch_is_a_step(trainer: Trainer, module: LightningModule) -> bool:
+    """Tells whether each batch takes one step by the Trainer, in this process alone: its loss is the closure's."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return (
+        module.automatic_optimization
+        and getattr(trainer.precision_plugin, "scaler", None) is None
+        and trainer.accumulate_grad_batches == trainer.world_size == 1
+        and not any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
+        and not overrides(module, "optimizer_step")
+    )
 
 
 def num_steps(trainer: Trainer) -> int | None:

@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from downslope.gradients.vectors import clones
+from downslope.steps.hooks import overrides
 from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps
 
 
@@ -116,8 +117,3 @@ def may_be_clipped(trainer: Trainer, module: LightningModule) -> bool:
         or any(not look.__module__.startswith("downslope.") for look in looks)
         or any(not type(each).__module__.startswith("torch.optim.") for each in trainer.optimizers)
     )
-
-
-def overrides(module: LightningModule, *hooks: str) -> bool:
-    """Tells whether a module has any of Lightning's hooks of its own."""
-    return any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)

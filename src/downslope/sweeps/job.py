@@ -17,13 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, one_line, say
+from downslope.runs.folder import LOCK
 from downslope.runs.plain_files import LOADER, check_regular, read_yaml
 from downslope.runs.result import Result, objective_of, read_result
 from downslope.runs.signals import STOP_FILE, leave_interrupts_to_the_sweep, signal_from_the_sweep
 
 LONGEST_NAME = 100
 ODD = re.compile(r"[^\w.,=+\-@~]+")
-LOCK = ".lock"  # the system lets go of it when its process dies, by kill -9 too
 ENDED = ("completed", "diverged")
 HOW_IT_IS_RUN = ("hydra", "resume", "resume_override", "trust")  # keys that do not say which job it is
 KEY = ".hydra/key"  # a digest of what the job was composed from: grid.py

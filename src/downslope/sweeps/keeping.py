@@ -14,16 +14,18 @@ import torch
 from filelock import FileLock, Timeout
 from tensorboard.compat.proto.event_pb2 import Event
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard.summary import custom_scalars
 
 from downslope.logs.event_files import encoded, encoded_scalars
 from downslope.logs.tensorboard import LAYOUT
 from downslope.runs.checkpoints import BEST, LAST, as_bytes, name_of
 from downslope.runs.console import one_line, say
+from downslope.runs.folder import LOCK
 from downslope.runs.result import FILE_NAME, Result, objective_of
 from downslope.runs.run import first_result, write_line
 from downslope.sweeps.groups import Group
-from downslope.sweeps.job import KEY, LOCK, SOURCES, begun, failure, job_key
+from downslope.sweeps.job import KEY, SOURCES, begun, failure, job_key
 from downslope.sweeps.members import Fit, of_member
 from downslope.verdict.thresholds import Thresholds
 
@@ -106,12 +108,13 @@ def _results(group: Group, fit: Fit) -> list[Result]:
     known = first_result(group.config, [])
     known.seconds, known.device = fit.seconds / len(group.jobs), str(fit.trainer.strategy.root_device)
     known.critical_learning_rate = fit.critical_learning_rate
-    excess: list[float] | None = None
-    if fit.line and fit.training_losses is not None:
-        line = fit.line
+    line, excess, first_excess = fit.line, None, None
+    if line is not None:
         known.least_squares_loss, known.sharpness = line.loss, line.sharpness
         known.largest_stable_learning_rate = line.largest_stable_learning_rate
-        excess = (fit.training_losses - line.loss).tolist()
+        weights = torch.cat([each.flatten(1) for each in members.optimizer.frozen[: members.num_trained]], dim=1)
+        excess = [line.excess(each) for each in weights.cpu()]
+        first_excess = line.excess(parameters_to_vector(members.member.parameters()))
     steps, stopped = members.optimizer.num_steps.tolist(), members.stopped_at.tolist()
     metrics = {tag: _last(curve) for tag, curve in members.curves.items() if tag.endswith("/loss")}
     results = []
@@ -120,12 +123,12 @@ def _results(group: Group, fit: Fit) -> list[Result]:
         result = replace(known, overrides=job, num_optimizer_steps=steps[index])
         result.status = "completed" if stopped[index] < 0 else "diverged"
         result.verdict = None if stopped[index] < 0 else "diverging"
-        if excess and excess[index] <= Thresholds.tolerance * fit.first_excess:
+        left = result.excess_loss = excess[index] if excess else None
+        if left is not None and first_excess is not None and left <= Thresholds.tolerance * first_excess:
             result.verdict = "converged"  # the one word that the closed form alone decides
         result.learning_rate = float(group_of_settings.get("initial_lr", group_of_settings["lr"]))
         result.metrics = {tag: values[index] for tag, values in metrics.items()}
         result.objective = result.metrics.get(result.monitor or "")
-        result.excess_loss = excess[index] if excess else None
         result.evidence = {"trained_at_once": len(group.jobs)}
         results.append(result)
     return results

@@ -14,16 +14,12 @@ from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.types import LRSchedulerConfig
-from lightning_utilities.core.apply_func import apply_to_collection
 from omegaconf import DictConfig, open_dict, read_write
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
-from downslope.gradients.outlook import outlook
-from downslope.gradients.vectors import flat
 from downslope.runs.checkpoints import load_checkpoint
-from downslope.runs.excess_loss import wide
 from downslope.runs.result import Result
 from downslope.runs.stored import passes
 from downslope.steps.due import is_due
@@ -45,8 +41,6 @@ class Fit:
     seconds: float
     critical_learning_rate: float | None  # η_c of the first step, which is the same for all
     line: LeastSquares | None  # the closed form, where the task has one
-    training_losses: Tensor | None  # then: of the last weights over all training rows, in float64
-    first_excess: float  # and what the first weights were above the line's least
 
 
 class Members(LightningModule):
@@ -336,28 +330,13 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
                 f"after {NUM_CHECKED} steps the weights differ by {worst:.1e} from those of an ordinary run: "
                 f"does the training_step of {type(module).__name__} do more than its loss says?"
             )
-    ended_at, line, exact, first_excess = trainer.global_step, None, None, math.inf
-    if isinstance(module, HasLeastSquares) and (line := module.least_squares()) is not None:
-        exact = _training_losses(stack)
-        first_excess = outlook(line, flat(list(stack.member.parameters())), 0.0, 0.0).excess
+    ended_at = trainer.global_step
+    line = module.least_squares() if isinstance(module, HasLeastSquares) else None
     if not stack.curves.get("val/loss") or stack.curves["val/loss"][-1][0] != ended_at:
         trainer.validate(stack, datamodule=data, verbose=False)
     if any(passes(data, module, trainer, ["test"])):
         trainer.test(stack, datamodule=data, verbose=False)
-    return Fit(stack, trainer, checkpoint, seconds, critical, line, exact, first_excess)
-
-
-@torch.no_grad()
-def _training_losses(members: Members) -> Tensor:
-    """The mean loss of the last weights over all training rows, as `excess_loss` has it of one run."""
-    weights = [wide(each) for each in members.optimizer.weights()]
-    total, rows = torch.zeros(len(members.settings), dtype=torch.float64), 0
-    members.eval()
-    for batch in members.trainer.train_dataloader or ():
-        num = extract_batch_size(batch)
-        total += num * members._losses(weights, apply_to_collection(batch, Tensor, wide))
-        rows += num
-    return total / rows
+    return Fit(stack, trainer, checkpoint, seconds, critical, line)
 
 
 def num_parameters(config: DictConfig, build: Callable[[DictConfig], Any]) -> int:

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 Array = NDArray[np.float64]
 
 PACKAGE_PREFIX = "pkg://"
+MAX_HEADER = 2**20  # characters: a file of nothing but zeros is not read to its end
 DELIMITERS = ",;\t"
 
 
@@ -154,7 +155,9 @@ def _csv_reader(path: str, file: Path) -> Iterator[Any]:
     """Splits by the delimiter that gives the most names."""
     try:
         with file.open(encoding="utf-8-sig", newline="") as lines:
-            first = lines.readline()
+            first = lines.readline(MAX_HEADER)
+            if len(first) == MAX_HEADER:
+                raise ValueError(f"{path} must name its columns in a line of less than {MAX_HEADER:,} characters.")
             if not first.strip():
                 raise ValueError(f"{path} must start with a line of column names, got an empty file or line.")
             delimiter = max(DELIMITERS, key=lambda candidate: len(next(csv.reader([first], delimiter=candidate))))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
-from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder
+from downslope.callbacks import Checkpoints, DivergenceError, FlightRecorder, flight_recorder
 from downslope.gradients import finiteness, vectors
 from downslope.gradients.finiteness import wide_norms
 from downslope.steps import measured_step
@@ -468,7 +468,7 @@ class Witness(Callback):
 def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU norms stay tensors until they are read: so it is done here, on the CPU."""
     if request.param == "as on a GPU":
-        monkeypatch.setattr(measured_step, "_norms", wide_norms)
+        monkeypatch.setattr(measured_step, "norms_now", wide_norms)
         monkeypatch.setattr(finiteness.RowNorms, "of", lambda _, tensors: wide_norms(tensors))
     if request.param == "by what torch documents":
         monkeypatch.setattr(vectors, "_flatten", None)
@@ -659,6 +659,42 @@ def test_judging_less_often_goes_back_to_the_last_good_copy(tmp_path: Path) -> N
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+@pytest.mark.parametrize("mode", MODES[:3])  # a raw optimizer leaves `global_step` where it is
+@pytest.mark.parametrize("reason", PLANTS)
+def test_late_a_run_ends_one_step_later_and_nothing_is_copied(tmp_path: Path, mode: str, reason: str) -> None:
+    module = foreign(mode, "momentum")
+    module.spoil = PLANTS[reason]
+    recorder = FlightRecorder(folder=str(tmp_path / "recorder"), mode="late")
+    checkpoints = Checkpoints(str(tmp_path), every_n_steps=1, every_n_seconds=None)
+    (tmp_path / "recorder").mkdir()
+    with pytest.warns(UserWarning, match=r"Diverged: .* The weights are those after it: the last checkpoint is from"):
+        fit(module, recorder, checkpoints, enable_checkpointing=True)
+    record = read(tmp_path / "recorder")
+    assert (record["reason"], record["step"], record["epoch"], record["batch_index"]) == (reason, 5, 1, 1)
+    assert record["restored_to_step"] is None
+    assert len(record["steps"]) == 5
+    assert module.num_batches == 6  # every step is judged before it is saved; and else one later:
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 5
+    module = foreign(mode, "momentum")
+    module.spoil = PLANTS[reason]
+    with pytest.warns(UserWarning, match="Diverged"):
+        fit(module, FlightRecorder(folder=str(tmp_path / "recorder"), mode="late"))
+    assert module.num_batches == 7
+    assert read(tmp_path / "recorder") == record
+
+
+def test_a_large_model_is_watched_late_and_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(flight_recorder, "SMALL", 20)
+    module = foreign()
+    module.spoil = nan_loss
+    with pytest.warns(UserWarning, match="Diverged"):
+        fit(module, FlightRecorder(folder=str(tmp_path)))
+    assert module.num_batches == 7
+    assert sum("a run that diverges ends one step late ('late')" in each for each in caplog.messages) == 1
+
+
 def test_what_is_still_unjudged_at_the_end_is_judged(tmp_path: Path) -> None:
     module = foreign()
     module.spoil = nan_loss
@@ -772,6 +808,7 @@ def test_a_disk_that_takes_nothing_stops_nothing_else(tmp_path: Path) -> None:
     [
         ({"num_steps": 0}, "`num_steps` must be a whole number of at least 1, got 0"),
         ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1, got 0"),
+        ({"mode": "block"}, "`mode` must be exact, late or null, got 'block'"),
         ({"on_divergence": "panic"}, "`on_divergence` must be stop, raise or continue, got 'panic'"),
         ({"diverged_beyond": math.nan}, "`diverged_beyond` must be a number greater than 1, got nan"),
     ],

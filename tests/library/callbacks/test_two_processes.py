@@ -1,6 +1,7 @@
 """The observers of two processes that share each batch, against one process that has it whole."""
 
 import json
+import pickle
 import subprocess
 import sys
 import warnings
@@ -15,7 +16,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
+from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor, VerdictMonitor
 from tests.conftest import ROOT, read_events
 from tests.library.callbacks.test_every_setting import Manual, ManualClip, Net
 
@@ -146,6 +147,36 @@ def test_two_processes_stop_together_where_one_has_a_broken_row(folders: tuple[P
     for each in weights[1:]:
         torch.testing.assert_close(each, weights[0])
     assert all(bool(torch.isfinite(value).all()) for value in weights[0].values())
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+@pytest.mark.filterwarnings("ignore")
+def test_processes_that_are_spawned_or_forked_train_to_the_same_bits_and_are_watched(
+    tmp_path: Path, strategy: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    states = []
+    for observers in ([], [GradientMonitor(1), LearningRateEffects(1), VerdictMonitor(3, 3), FlightRecorder()]):
+        seed_everything(0, verbose=False)
+        module = Net()
+        trainer = Trainer(
+            accelerator="cpu",
+            devices=2,
+            strategy=strategy,
+            max_epochs=2,
+            default_root_dir=tmp_path,
+            logger=TensorBoardLogger(tmp_path, name="", version=""),
+            callbacks=observers,  # type: ignore[arg-type]
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        rows = torch.randn(NUM_ROWS, 3, generator=torch.Generator().manual_seed(3))
+        trainer.fit(module, DataLoader(TensorDataset(rows, rows.sum(dim=1).sin()), batch_size=BATCH))
+        states.append(module.state_dict())
+        pickle.dumps(observers)
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert "gradient_norm/total" in values(tmp_path)
+    assert "Verdict: " in capfd.readouterr().out  # by the first process: it does not come back from there
 
 
 if __name__ == "__main__":

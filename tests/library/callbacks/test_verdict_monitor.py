@@ -1,6 +1,7 @@
 import contextlib
 import functools
 import itertools
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -386,3 +387,39 @@ def test_a_resumed_run_remembers_its_beginning(tmp_path: Path) -> None:
     assert second.verdict
     for name in ("first_loss", "first_excess", "first_gradient_norm", "best_learning_rate"):
         assert second.verdict.figures[name] == first.verdict.figures[name]
+
+
+def test_evidence_in_another_layout_is_one_line_and_the_run_is_judged_from_there_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = TableData("pkg://template.regression/diabetes.csv", "progression", batch_size=50, seed=0)
+    weights = []
+    for layout in ("ours", "another"):
+        for num_epochs in (2, 4):
+            monitor = VerdictMonitor()
+            trainer = Trainer(
+                max_epochs=num_epochs,
+                accelerator="cpu",
+                logger=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+                callbacks=[monitor],
+            )
+            line = Line(data.num_features, 0.01)
+            torch.nn.init.zeros_(line.linear.weight)
+            torch.nn.init.zeros_(line.linear.bias)
+            file = tmp_path / "a.ckpt" if num_epochs == 4 else None
+            trainer.fit(line, datamodule=data, ckpt_path=file, weights_only=True)
+            if num_epochs == 2:
+                trainer.save_checkpoint(tmp_path / "a.ckpt")
+                if layout == "another":
+                    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+                    del checkpoint["callbacks"]["VerdictMonitor"]["evidence"]["losses"]
+                    torch.save(checkpoint, tmp_path / "a.ckpt")
+        weights.append(line.linear.weight.detach())
+    told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert told.count("VerdictMonitor begins anew: the checkpoint has it in another layout.") == 1
+    assert monitor.verdict
+    assert not monitor.is_off
+    assert torch.equal(*weights)

@@ -128,3 +128,16 @@ def test_with_weight_decay_gradient_descent_comes_to_rest_at_the_decayed_optimum
     theta = theta.detach()
     objective = (inputs @ theta - target).square().mean() + 0.15 * theta.square().sum()
     assert line.loss == pytest.approx(float(objective), rel=1e-12)
+
+
+def test_the_excess_is_the_loss_above_the_optimum_by_numpy_in_float64() -> None:
+    features, target = problem(40, 3, seed=9)
+    theta = torch.tensor([0.3, -2.0, 1.0, 0.5])
+    error = features.double().numpy() @ theta[:3].double().numpy() + 0.5 - target.double().numpy()
+    line = least_squares(features, target)
+    assert line.excess(theta) == pytest.approx((error**2).mean() - line.loss, rel=1e-12)
+
+
+def test_a_curvature_that_is_not_known_leaves_the_excess_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[least_squares.__module__], "MOST_CURVATURES", 20)
+    assert least_squares(*problem(90, 30, seed=6)).excess(torch.zeros(31)) is None

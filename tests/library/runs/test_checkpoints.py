@@ -57,6 +57,7 @@ def test_the_newest_good_one_is_taken_and_the_log_says_what_was_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = tmp_path / "checkpoints"
+    folder.mkdir()
     write_checkpoint(checkpoint(5), folder / "last.ckpt")
     keep_previous(folder / "last.ckpt")
     write_checkpoint(checkpoint(9), folder / "last.ckpt")
@@ -97,7 +98,7 @@ write_checkpoint({"weight": torch.zeros(100_000)}, Path(sys.argv[1]))
 
 
 def test_a_disk_that_is_full_leaves_the_last_one(tmp_path: Path) -> None:
-    file = tmp_path / "checkpoints" / "last.ckpt"
+    file = tmp_path / "last.ckpt"
     write_checkpoint(checkpoint(1), file)
     ended = subprocess.run([sys.executable, "-c", WRITER, str(file)], capture_output=True, text=True, check=False)
     assert "OSError" in ended.stderr

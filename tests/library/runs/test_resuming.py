@@ -11,7 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from downslope.runs.folder import LOCK
 from tests.conftest import ROOT, Outcome, read_json
 
 Script = Callable[..., Outcome]
@@ -40,6 +43,43 @@ def test_a_run_that_has_ended_says_so(script: Script, run: Path) -> None:
     assert ended.code == 0
     assert "has ended at step 12, completed" in ended.out
     assert (run / LAST).read_bytes() == before
+
+
+def test_a_run_that_another_process_works_on_is_left_alone(script: Script, stopped: Path) -> None:
+    before = (stopped / LAST).read_bytes()
+    with FileLock(stopped / LOCK):
+        ended = script("train", "resume=run")
+    assert ended.code == 1
+    assert ended.err.startswith(f"error: Another process works on '{stopped}'. Wait until it ends, or stop it")
+    assert len(ended.err.splitlines()) == 1
+    assert (stopped / LAST).read_bytes() == before
+    assert script("train", "resume=run").code == 0
+
+
+def test_a_new_run_in_the_folder_of_another_is_refused_with_both_ways_out(script: Script, stopped: Path) -> None:
+    before = {file: file.stat().st_mtime_ns for file in stopped.rglob("*")}
+    ended = script("train", "hydra.run.dir=run", "trainer.max_epochs=1")
+    assert ended.code == 1
+    assert f"got '{stopped}'. To resume that run: resume={stopped}. For a new one: another hydra.run.dir" in ended.err
+    assert {file: file.stat().st_mtime_ns for file in stopped.rglob("*")} == before
+
+
+@pytest.mark.parametrize("callbacks", ["default", "none"])
+def test_a_run_whose_folder_is_moved_away_reports_no_success(script: Script, tmp_path: Path, callbacks: str) -> None:
+    steps = iter(range(100))
+
+    def move(*_: object) -> None:
+        if next(steps) == 2:
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    handle = register_optimizer_step_post_hook(move)
+    try:
+        ended = script("train", "hydra.run.dir=run", "trainer.max_epochs=1", f"callbacks={callbacks}")
+    finally:
+        handle.remove()
+    assert ended.code == 1
+    assert f"cannot be written to {tmp_path / 'run'}" in ended.err
+    assert not (tmp_path / "run").exists()
 
 
 def test_more_epochs_end_in_the_bits_of_a_run_that_had_them_from_the_start(script: Script, run: Path) -> None:
@@ -78,7 +118,7 @@ def test_a_changed_learning_rate_is_followed_where_it_is_meant(script: Script, s
     more = ("trainer.max_epochs=4", "lr=0.002", "resume_override=[trainer.max_epochs,lr]")
     assert script("train", "resume=run", *more).code == 0
     group = torch.load(stopped / LAST, weights_only=True)["optimizer_states"][0]["param_groups"][0]
-    assert group["lr"] == pytest.approx(0.0002)
+    assert group["lr"] == pytest.approx(0.002)
     assert "lr: 0.002\n" in (stopped / ".hydra" / "config.yaml").read_text()
     assert "resume: null" in (stopped / ".hydra" / "config.yaml").read_text()
 

@@ -20,6 +20,8 @@ from tests.witness import until
 Start = Callable[..., "subprocess.Popen[str]"]
 LAST = "checkpoints/last.ckpt"
 
+TRUST = "trust=[tests.witness.Witness,{}]"  # and the folder that it writes into
+
 
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Start]:
@@ -91,7 +93,7 @@ def test_killed_in_a_write_with_the_temporary_folder_on_another_disk_a_run_goes_
         assert not list(Path(elsewhere).iterdir())
     assert step_of(tmp_path) == 4
     time.sleep(1)  # event files are read in the order of their names: second, host, process, and this process is older
-    ended = script("train", "resume=run", "trust=[tests.witness.Witness]")
+    ended = script("train", "resume=run", TRUST.format(tmp_path))
     assert ended.code == 0, ended.err
     line = ended.err.strip()
     assert re.fullmatch(
@@ -122,7 +124,7 @@ def test_steps_that_nobody_has_judged_yet_are_not_lost_with_a_signal(
     (tmp_path / "step.go").touch()
     out, err = process.communicate(timeout=60)
     if number == signal.SIGKILL:
-        assert script("train", "resume=run", "trust=[tests.witness.Witness]").code == 3
+        assert script("train", "resume=run", TRUST.format(tmp_path)).code == 3
     else:
         assert process.returncode == 3, out + err  # it stops, and not because of the signal
     assert script("train", "hydra.run.dir=reference", "device=cpu", *settings).code == 3
@@ -146,7 +148,7 @@ def test_a_run_that_is_resumed_begins_a_csv_table_of_its_own_at_its_checkpoint(
     assert step_of(tmp_path) == 10
     first, second = (tmp_path / "run" / "csv" / f"version_{version}" / "metrics.csv" for version in (0, 1))
     before = first.read_bytes()
-    assert script("train", "resume=run", "trust=[tests.witness.Witness]").code == 0
+    assert script("train", "resume=run", TRUST.format(tmp_path)).code == 0
     assert script("train", "hydra.run.dir=reference", "device=cpu", *settings, *often).code == 0
     assert first.read_bytes() == before
     whole = cells(tmp_path / "reference" / "csv" / "version_0" / "metrics.csv")
@@ -211,7 +213,7 @@ def test_two_processes_stop_at_the_same_step_and_go_on_to_the_same_bits(
     until(lambda: not living(process.pid))
     assert step_of(tmp_path) == 8
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
-    ended = run_process(tmp_path, "train", "resume=run", "trust=[tests.witness.Witness]", PYTHONPATH=str(ROOT))
+    ended = run_process(tmp_path, "train", "resume=run", TRUST.format(tmp_path), PYTHONPATH=str(ROOT))
     assert ended.returncode == 0, ended.stderr
     monkeypatch.syspath_prepend(ROOT / "scripts")
     from chaos import differences

@@ -13,7 +13,7 @@ from hydra import initialize_config_dir
 from omegaconf import OmegaConf
 
 from downslope.runs.checkpoints import write_checkpoint
-from downslope.runs.trust import read_untrusted
+from downslope.runs.trust import check_inside, read_untrusted
 from downslope.tables.table import column_names
 from tests.conftest import ROOT, Outcome, run_process
 
@@ -198,6 +198,28 @@ def test_of_what_hydra_wrote_only_what_is_wanted_is_read(tmp_path: Path) -> None
     file.write_text(file.read_text().replace("seed=${lr}", "${oc.env:HOME}"))
     with HYDRA(), pytest.raises(ValueError, match=r"calls the resolver 'oc\.env'"):
         read_untrusted(file, only=["hydra.overrides.task"])
+
+
+@pytest.mark.parametrize(
+    "value", ["/elsewhere", "victim", "../x", "RUN/../x", "~/x", "RUN${data.more}", "${data.path}", "\\\\host\\x"]
+)
+def test_what_leads_out_of_the_runs_folder_is_refused_whatever_it_is_made_of(tmp_path: Path, value: str) -> None:
+    value = value.replace("RUN", str(tmp_path))
+    checkpoints = {"folder": f"{tmp_path}/checkpoints", "monitor": "val/loss"}
+    data = {"path": "/anywhere/x.csv", "more": "/../x"}
+    config = OmegaConf.create({"callbacks": {"checkpoints": checkpoints}, "data": data, "lr": 0.1})
+    with HYDRA():
+        check_inside(config, tmp_path)
+    config.callbacks.checkpoints.folder = value
+    with (
+        HYDRA(),
+        pytest.raises(ValueError, match=r"`callbacks\.checkpoints\.folder` is .* not in the run's own folder"),
+    ):
+        check_inside(config, tmp_path)
+    with HYDRA():
+        check_inside(config, tmp_path, [value])
+        config.callbacks.checkpoints.folder = "outputs"  # as conf/logger/wandb.yaml has it
+        check_inside(config, tmp_path)
 
 
 def test_a_strangers_configuration_fetches_nothing(script: Script, run: Path) -> None:

@@ -26,12 +26,18 @@ with whole_file(Path(sys.argv[1])) as stream:
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
-    file = tmp_path / "folder" / "file.json"
+    file = tmp_path / "file.json"
     with whole_file(file) as stream:
         stream.write(b"new")
         assert not file.exists()
     assert file.read_bytes() == b"new"
     assert [each.name for each in file.parent.iterdir()] == ["file.json"]
+
+
+def test_a_folder_that_is_gone_is_not_made_anew(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "gone" / "file.json"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("stop", ["in the middle", "before the flush", "before the rename"])
