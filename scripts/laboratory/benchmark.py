@@ -4,11 +4,13 @@ import argparse
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 BENCHMARKS = {
     "startup": "wall time of a tiny run, beside a bare PyTorch script that does the same",
     "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
     "verdict": "how often the verdict is right, whether its suggestion helps, and how early it warns",
+    "networks": "the same on real networks, and whether planted mistakes are named: an hour, kept in --folder",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
     "checkpoints": "what checkpoints add to a run, and one of their writes taken apart",
     "sweep": "what a sweep of a thousand rates costs at once, and a job one by one",
@@ -43,6 +45,13 @@ def main(arguments: Sequence[str]) -> int:
         from benchmarks.verdict import verdict
 
         verdict(num_runs=32 if options.quick else 240)
+    elif options.benchmark == "networks":
+        from benchmarks.matrix import matrix
+        from benchmarks.mistakes import mistakes
+
+        mistakes()
+        for half in () if options.quick else ("chosen", "unseen"):
+            matrix(half, options.folder / f"{half}.jsonl")
     elif options.benchmark == "checkpoints":
         from benchmarks.checkpoints import checkpoints
 
@@ -69,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--rounds", type=_positive, metavar="N", help="how often each thing is measured; jobs of the sweep"
     )
+    parser.add_argument("--folder", type=Path, default=Path("outputs"), help="where the courses of networks are kept")
     return parser
 
 

@@ -59,6 +59,25 @@ def test_columns_are_found_by_name_and_the_target_may_be_missing(script: Script,
     np.testing.assert_allclose([float(line) for line in lines], by_hand(run, table), rtol=1e-5)
 
 
+def test_text_dates_and_missing_cells_of_a_new_file_are_read_as_in_training(script: Script, tmp_path: Path) -> None:
+    lines = [f"{i},{'Ulm' if i % 3 else 'Bonn'},2026-01-{i % 28 + 1:02d},{i * 0.5}" for i in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["size,city,sold,price", *lines]))
+    settings = ("data=table", "data.path=t.csv", "data.target=price", "hydra.run.dir=run")
+    assert script("train", *settings, "trainer.max_epochs=1").code == 0
+    (tmp_path / "new.csv").write_text("city;sold;size\nUlm;2026-02-01;3,5\nRome;2026-02-01;3,5\nUlm;;3,5\n")
+    ended = script("predict", "run=run", "data.path=new.csv")
+    assert ended.code == 0, ended.err
+    name, known, unknown, missing = ended.out.splitlines()
+    assert (name, missing) == ("price", "nan")
+    (checkpoint,) = (tmp_path / "run").rglob("last.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["TableData"]
+    assert [column["kind"] for column in state["columns"]] == ["number", "text", "date"]
+    assert state["columns"][1]["values"] == ["Bonn", "Ulm"]
+    assert float(known) != float(unknown)
+    assert "1 text not known to the run" in ended.err
+    assert "1 row with missing cells, not predicted: nan" in ended.err
+
+
 def test_evaluate_prints_the_metrics_of_the_best_checkpoint(script: Script, run: Path) -> None:
     ended = script("evaluate", f"run={run}")
     assert ended.code == 0, ended.err
@@ -100,7 +119,7 @@ def test_nothing_is_written_by_either(script: Script, run: Path, tmp_path: Path)
             ["run={run}", "data.path=few.csv"],
             "must have the columns that the run was trained on, got no age",
         ),
-        ("predict", ["run={run}", "data.path=nan.csv"], "row 1 (line 2), column 'bmi' must be a finite number"),
+        ("predict", ["run={run}", "data.path=inf.csv"], "row 1 (line 2), column 'bmi' must be a finite number"),
         ("predict", ["run={run}", f"data.path={DIABETES}", "output=no/such/folder.csv"], "no/such/folder.csv"),
     ],
 )
@@ -108,7 +127,7 @@ def test_refusals_are_one_line(
     script: Script, run: Path, tmp_path: Path, name: str, arguments: list[str], message: str
 ) -> None:
     (tmp_path / "few.csv").write_text("bmi,sex\n1,2\n")
-    (tmp_path / "nan.csv").write_text("age,sex,bmi,bp,s1,s2,s3,s4,s5,s6\n1,2,nan,4,5,6,7,8,9,10\n")
+    (tmp_path / "inf.csv").write_text("age,sex,bmi,bp,s1,s2,s3,s4,s5,s6\n1,2,inf,4,5,6,7,8,9,10\n")
     ended = script(name, *(argument.format(run=run) for argument in arguments))
     assert ended.code == 1
     assert message in ended.err

@@ -5,11 +5,13 @@ import sys
 
 import pytest
 
-from downslope.verdict import Thresholds
+from downslope.verdict import Thresholds, judge
 from tests.conftest import ROOT
 
 sys.path.insert(0, str(ROOT / "scripts" / "laboratory"))
 
+from benchmarks.mistakes import MISTAKES, Mistake, plant
+from benchmarks.networks import TASKS
 from benchmarks.planted import Run, full_batch, limit, planted, train, truth_without_closed_form
 from benchmarks.verdict import UNSTABLE, _num_steps, follow, how_early, is_right
 
@@ -46,8 +48,6 @@ def test_a_judge_without_thresholds_to_speak_of_would_be_noticed(runs, monkeypat
 
 
 def judge_badly(evidence):
-    from downslope.verdict import judge
-
     return judge(evidence, Thresholds(tolerance=0.5, slow_factor=1e9, bouncing=-0.999999))
 
 
@@ -72,3 +72,24 @@ def test_divergence_is_said_early(ratio: float) -> None:
     said, overflowed = how_early(ratio, closed_form=False, num_runs=2)
     assert said < 0.7 * overflowed
     assert math.isfinite(overflowed)
+
+
+QUICK = ("softmax before cross-entropy", "gradients summed", "weight decay 5")
+LATER = ("shuffled targets", "huge number in a row", "schedule at 0 too early")  # take longer to show
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in MISTAKES if name not in LATER],
+)
+@pytest.mark.filterwarnings("ignore")  # what the mistakes give rise to
+def test_a_mistake_planted_on_a_real_network_is_named(name: str) -> None:
+    mistake = MISTAKES[name]
+    course = plant(TASKS[mistake.tasks[0]], mistake, num_steps=32)
+    assert any(mistake.hint in hint for hint in judge(course.seen[-1]).hints)
+
+
+@pytest.mark.parametrize("name", ["MLP", "regression"])
+def test_no_mistake_is_seen_in_a_sound_run(name: str) -> None:
+    course = plant(TASKS[name], Mistake("", (name,)), num_steps=32)
+    assert judge(course.seen[-1]).hints == ()

@@ -91,7 +91,6 @@ def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) 
         *("train/loss", "val/loss", "val/mae", "val/r2", "test/loss", "test/mae", "test/r2", "excess_loss"),
         *("gradient_norm/total", "gradient_norm/linear.weight", "gradient_norm/linear.bias"),
         "gradient_norm/applied",
-        *("curvature/sharpness", "learning_rate_effect/stability"),
         *("learning_rate_effect/critical", "learning_rate_effect/critical_ratio"),
         "learning_rate/SGD",
         *(
@@ -145,7 +144,7 @@ def test_synthetic_data_and_a_picture_book_line(script: Script, tmp_path: Path) 
 
 
 def test_a_constant_column_and_a_large_batch_are_warned_of(script: Script, tmp_path: Path) -> None:
-    (tmp_path / "t.csv").write_text("a,b,y\n" + "".join(f"{i},1,{i}\n" for i in range(20)))
+    (tmp_path / "t.csv").write_text("a,b,y\n" + "".join(f"{i},1,{i * i}\n" for i in range(20)))
     ended = script("train", "data.path=t.csv", "data.target=y", "data.batch_size=100", *FAST)
     assert ended.code == 0
     assert ended.err.splitlines() == [

@@ -1,11 +1,18 @@
 import logging
+from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from lightning import Trainer
 from torch import Tensor
 
+from downslope.gradients.least_squares import least_squares
+from downslope.runs.stored import columns
 from downslope.tables.table import Table
+from template.regression.data import TableData
+from template.regression.model import LinearRegression
 from tests.table_data import data_of
 
 SETTINGS = {"batch_size": 8, "seed": 0}
@@ -100,3 +107,41 @@ def test_too_few_rows_are_refused() -> None:
     with pytest.raises(ValueError, match=r"random must leave 2 rows to train on .* got 5 rows"):
         data_of(table(5), **SETTINGS).setup("fit")
     data_of(table(6), **SETTINGS).setup("fit")
+
+
+def test_weights_count_in_the_loss_as_repeated_rows_do() -> None:
+    rows = table(60)
+    whole = np.random.default_rng(2).integers(1, 4, 60)
+    weighted = Table("t", rows.features, rows.target, rows.feature_names, "y", weight=whole.astype(float))
+    module = data_of(weighted, standardize=False, **SETTINGS)
+    module.setup("fit")
+    features, target, weight = module.parts["train"]
+    assert weight.mean() == pytest.approx(1.0)
+    repeats = whole[module.rows["train"]]
+    repeated = (each.repeat_interleave(torch.from_numpy(repeats), dim=0) for each in (features, target))
+    assert module.least_squares is not None
+    line, expected = module.least_squares, least_squares(*repeated)
+    assert line.loss == pytest.approx(expected.loss, rel=1e-9)
+    torch.testing.assert_close(line.parameters, expected.parameters)
+    model = LinearRegression(3, partial(torch.optim.SGD, lr=0.1), {"scheduler": None, "interval": "", "monitor": ""})
+    everything = next(iter(module.parts["train"].batches(1000, None, 0, 1)))
+    by_hand = ((model(features) - target).square().detach().numpy() * repeats).sum() / repeats.sum()
+    assert model.loss(everything).item() == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_several_targets_are_predicted_under_their_names(tmp_path: Path) -> None:
+    lines = [f"{i % 11},{i % 3},{2 * (i % 11)},{-(i % 3)}" for i in range(60)]
+    (tmp_path / "t.csv").write_text("\n".join(["a,b,y,z", *lines]))
+    data = TableData(str(tmp_path / "t.csv"), ["y", "z"], batch_size=60, seed=0)
+    data.setup("fit")
+    assert data.parts["train"][1].shape == (48, 2)
+    assert data.least_squares is None
+    optimizer = partial(torch.optim.SGD, lr=0.5)
+    model = LinearRegression(2, optimizer, {"scheduler": None, "interval": "", "monitor": ""}, data.num_targets)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_epochs=50, enable_model_summary=False, **quiet)
+    trainer.fit(model, datamodule=data)
+    predicted = columns(trainer.predict(model, datamodule=data))
+    assert list(predicted) == ["y", "z"]
+    np.testing.assert_allclose(predicted["y"], [2 * (i % 11) for i in range(60)], atol=1e-3)
+    np.testing.assert_allclose(predicted["z"], [-(i % 3) for i in range(60)], atol=1e-3)

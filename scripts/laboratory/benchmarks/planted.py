@@ -166,7 +166,7 @@ def _backward(
         optimizer.zero_grad()
     loss = _loss(module, features, target)
     if collector and collector.is_watching:
-        collector.add_leftover()
+        collector.add_backward()
     if run.mistake == "detach":
         return loss.detach()
     (5 * loss if run.mistake == "sum" else loss).backward()

@@ -76,6 +76,7 @@ class Checkpoints(Checkpoint):
         self.best = math.inf
         self._best_weights: dict[str, Any] | None = None  # not written yet
         self._seconds_before = 0.0
+        self._batch: int | None = None  # to begin with after a resume; known while this callback saves
         self._resumed: Progress | None = None
         self._sums: dict[str, dict[str, Any]] = {}  # of what was logged in the epoch that is resumed in its middle
 
@@ -221,6 +222,7 @@ class Checkpoints(Checkpoint):
             if trainer.is_global_zero:
                 keep_previous(self.folder / "last.ckpt")
             trainer.save_checkpoint(self.folder / "last.ckpt", weights_only=False)  # all of it, that is
+            self._batch = None
             error = self._warn("last.ckpt") or error
         return error
 
@@ -230,6 +232,8 @@ class Checkpoints(Checkpoint):
         return self._io.error
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._batch is None:  # somebody else saves: Lightning's LearningRateFinder before the fit, say
+            return
         mine = {
             "random": RandomState().state_dict(),
             "epoch_random": self._epoch_random.state_dict(),

@@ -23,6 +23,7 @@ from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, num_steps
 from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, judge
+from downslope.verdict.traces import broken_rows, input_size, traces_of_modules
 
 log = logging.getLogger(__name__)
 
@@ -142,12 +143,14 @@ class VerdictMonitor(Observer):
 
     def _add_loss(self, collector: EvidenceCollector) -> None:
         if self._losses:
-            collector.add_loss(torch.stack(self._losses).mean())
+            collector.add_loss(torch.stack(self._losses).mean(), len(self._losses))
             self._losses.clear()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._collector:
-            self._collector.add_leftover()
+            # A scaler has multiplied it; of several optimizers nobody knows whose it is.
+            is_known = len(trainer.optimizers) == 1 and getattr(trainer.precision_plugin, "scaler", None) is None
+            self._collector.add_backward(loss if is_known else None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -163,6 +166,8 @@ class VerdictMonitor(Observer):
         self._taken = collector.step
         self._add_loss(collector)
         if collector.is_due:
+            if self.verdict is None:
+                collector.add_traces(input_size=input_size(batch), **traces_of_modules(pl_module))
             self._judge(trainer, self._seen(trainer, collector))
 
     def _seen(self, trainer: Trainer, collector: EvidenceCollector, has_ended: bool = False) -> Evidence:
@@ -187,6 +192,7 @@ class VerdictMonitor(Observer):
         result.evidence |= {
             "sentence": verdict.sentence,
             "suggestion": verdict.suggestion.reason,
+            "try": verdict.override,
             "hints": list(verdict.hints),
             "first_diverging_step": self.first_diverging_step,
             **verdict.figures,
@@ -229,10 +235,13 @@ class VerdictMonitor(Observer):
 
 def _as_recorded(evidence: Evidence, trainer: Trainer) -> Evidence:
     """What was seen, and what a FlightRecorder stopped the run for: perhaps in a step that was not watched."""
-    reasons = [each.flight_record.diagnosis.reason for each in _beside(trainer, FlightRecorder) if each.flight_record]
-    if "growth" in reasons:
-        return replace(evidence, gradient_norm=inf)
-    return replace(evidence, num_non_finite=max(1, evidence.num_non_finite)) if reasons else evidence
+    record = next((each.flight_record for each in _beside(trainer, FlightRecorder) if each.flight_record), None)
+    if not record:
+        return evidence
+    evidence = replace(evidence, broken_rows=broken_rows(record.batch))
+    if record.diagnosis.reason == "growth":
+        return replace(evidence, gradient_norm=inf, loss=record.offending.loss or evidence.loss)
+    return replace(evidence, num_non_finite=max(1, evidence.num_non_finite))
 
 
 def _beside(trainer: Trainer, kind: type[Kind]) -> list[Kind]:

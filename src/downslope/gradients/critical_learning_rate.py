@@ -11,7 +11,7 @@ ROUNDING = 1e-6  # of the loss, some units of float32: smaller changes tell noth
 Points = list[tuple[float, float]]
 
 
-def critical_learning_rate(loss: Callable[[float], float], learning_rate: float, slope: float | None = None) -> float:
+def critical_learning_rate(loss: Callable[[float], float], learning_rate: float) -> float:
     """Returns η_c = min {η > 0 : L(θ − ηd) ≥ L(θ)}, for the direction d = −Δθ/η of a step that an optimizer took.
 
     It serves any optimizer, with clipping, weight decay and momentum, since the direction is the step's own: above η_c
@@ -25,7 +25,6 @@ def critical_learning_rate(loss: Callable[[float], float], learning_rate: float,
         loss: Maps η to L(θ − ηd), on the same batch and with the same random state each time; a mean or a sum. It is
             called at most 12 times, the first time at 0. A loss that is not finite counts as higher.
         learning_rate: η, where the search begins.
-        slope: g·d, where it is known: it saves evaluations.
 
     Returns:
         η_c, as good as the loss is a quadratic within the last bracket; infinite where the loss still falls at the
@@ -41,19 +40,17 @@ def critical_learning_rate(loss: Callable[[float], float], learning_rate: float,
         >>> along_gradient = lambda rate: ((1 - rate) ** 2 + 4 * (1 - 4 * rate) ** 2) / 2
         >>> round(critical_learning_rate(along_gradient, learning_rate=0.001), 9), round(2 * 17 / 65, 9)
         (0.523076923, 0.523076923)
-        >>> round(critical_learning_rate(lambda rate: 5 * (1 - rate) ** 2 / 2, learning_rate=100.0, slope=5.0), 9)
+        >>> round(critical_learning_rate(lambda rate: 5 * (1 - rate) ** 2 / 2, learning_rate=100.0), 9)
         2.0
 
     Reference: Kalra et al. (2026), arXiv 2601.16979.
     """
     if not 0 < learning_rate < math.inf:
         raise ValueError(f"`learning_rate` must be a finite number greater than 0, got {learning_rate!r}.")
-    if slope is not None and not slope > 0:
-        raise _no_rate(f"the step has no descent direction: g·d = {slope:.3g}")
     start = loss(0.0)
     if not math.isfinite(start):
         raise _no_rate(f"the loss is {start} where the step begins")
-    points = [] if slope is None else [(0.0, -slope)]
+    points: Points = []
     low, high, rate = 0.0, math.inf, learning_rate
     for turn in range(MAX_EVALUATIONS - 1):
         value = loss(rate)
@@ -78,7 +75,7 @@ def critical_learning_rate(loss: Callable[[float], float], learning_rate: float,
 
 
 def _falls(points: Points) -> bool:
-    return any(rate > 0 > mean_slope for rate, mean_slope in points)
+    return any(mean_slope < 0 for _, mean_slope in points)
 
 
 def _zero(points: Points, low: float, high: float) -> float:

@@ -5,7 +5,7 @@ Whatever training claims about a linear regression can be held against this.
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -14,6 +14,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+Chunks = Callable[[], Iterable[tuple[Tensor, ...]]]
+Spectrum = tuple[Tensor, Tensor]
 
 ROWS_AT_ONCE = 65_536  # bounds the float64 copy
 MOST_CURVATURES = 1_500  # some seconds; the time of an eigendecomposition grows with the cube
@@ -98,7 +101,11 @@ class HasLeastSquares(Protocol):
         ...
 
 
-def least_squares(features: Float[Tensor, "num_rows num_features"], target: Float[Tensor, " num_rows"]) -> LeastSquares:
+def least_squares(
+    features: Float[Tensor, "num_rows num_features"],
+    target: Float[Tensor, " num_rows"],
+    weight: Float[Tensor, " num_rows"] | None = None,
+) -> LeastSquares:
     """Solves y = Wx + b for the least mean squared error, in float64 on the CPU.
 
     With features and target centred, and each feature in units of its spread, W solves the normal equations of their
@@ -108,6 +115,7 @@ def least_squares(features: Float[Tensor, "num_rows num_features"], target: Floa
     Args:
         features: X, one row a sample.
         target: y, one value a row.
+        weight: What each row counts; its mean must be 1.
 
     Returns:
         Optimum, loss and spectrum.
@@ -123,16 +131,32 @@ def least_squares(features: Float[Tensor, "num_rows num_features"], target: Floa
 
     Reference: Björck (1996), Numerical Methods for Least Squares Problems, section 2.2.
     """
-    num_rows, num_features = features.shape
-    mean, level = _means(features, target)
+    tensors = [each for each in (features, target, weight) if each is not None]
+    return least_squares_of(lambda: zip(*(each.split(ROWS_AT_ONCE) for each in tensors), strict=True))
+
+
+def least_squares_of(chunks: Chunks) -> LeastSquares:
+    """Solves as `least_squares` does, for rows that need not be in memory together.
+
+    Args:
+        chunks: Yields features, target and, where there is one, weight of some rows at a time, whenever it is called.
+    """
+    num_rows, mean, level = _means(chunks)
+    num_features = len(mean)
     gather = _of_few_rows if num_rows <= num_features else _of_many_rows
-    system, response, variance, (eigenvalues, eigenvectors) = gather(features, target, mean, level)
+    system, response, variance, (eigenvalues, eigenvectors) = gather(chunks, num_rows, mean, level)
     scale = torch.where(variance > 0, variance, 1.0).rsqrt()
     rounding = torch.finfo(torch.float64).eps * (num_features + 1)
     if num_rows > num_features:
-        system, response = scale[:, None] * system, scale * response
-    slope = scale * _solved(system * scale, response, rounding)
-    errors = [(inputs - mean) @ slope - (outputs - level) for inputs, outputs in _chunks(features, target)]
+        system, response = scale[:, None] * system * scale, scale * response
+        slope = _by_cholesky(system, response)
+        if slope is None:
+            system, response = _triangle(chunks, mean, level, scale)
+            slope = _by_singular_values(system, response, num_rows)
+    else:
+        slope = _by_singular_values(system * scale, response, num_features)
+    slope = scale * slope
+    errors = (((inputs - mean) @ slope - (outputs - level)) * root for inputs, outputs, root in _doubles(chunks))
     # Of one feature and the bias alone: a bound of the least curvature, which centring knows and H has to tell from 0.
     least = 2 * variance / (1 + mean.square() + variance)
     is_resolved = bool((least[variance > ZERO * mean.square()] > rounding * eigenvalues[-1]).all())
@@ -145,50 +169,67 @@ def least_squares(features: Float[Tensor, "num_rows num_features"], target: Floa
     )
 
 
-Spectrum = tuple[Tensor, Tensor]
-
-
 def _of_many_rows(
-    features: Tensor, target: Tensor, mean: Tensor, level: Tensor
+    chunks: Chunks, num_rows: int, mean: Tensor, level: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Spectrum]:
     """The covariances, added up over some rows at a time, the variances, and the spectrum of H."""
     covariance = torch.zeros(len(mean), len(mean), dtype=torch.float64)
     correlation = torch.zeros(len(mean), dtype=torch.float64)
-    for inputs, outputs in _chunks(features, target):
-        covariance += (inputs - mean).T @ (inputs - mean) / len(target)
-        correlation += (inputs - mean).T @ (outputs - level) / len(target)
+    for inputs, outputs, root in _doubles(chunks):
+        centred = (inputs - mean) * root[:, None]
+        covariance += centred.T @ centred / num_rows
+        correlation += centred.T @ ((outputs - level) * root) / num_rows
     row = torch.nn.functional.pad(mean, (0, 1), value=1.0)
     hessian = 2 * (torch.nn.functional.pad(covariance, (0, 1, 0, 1)) + torch.outer(row, row))
     return covariance, correlation, covariance.diagonal(), _spectrum(hessian)
 
 
-def _of_few_rows(
-    features: Tensor, target: Tensor, mean: Tensor, level: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Spectrum]:
+def _of_few_rows(chunks: Chunks, num_rows: int, mean: Tensor, level: Tensor) -> tuple[Tensor, Tensor, Tensor, Spectrum]:
     """The centred equations themselves, the variances, and H's spectrum from the smaller of its two Gram matrices."""
-    ((inputs, outputs),) = _chunks(features, target, len(target))
-    root = torch.nn.functional.pad(inputs, (0, 1), value=1.0) * math.sqrt(2 / len(target))
-    eigenvalues, left = _spectrum(root @ root.T)
-    kept = eigenvalues > len(target) * torch.finfo(torch.float64).eps * eigenvalues[-1]
+    inputs, outputs, root = (torch.cat(each) for each in zip(*_doubles(chunks), strict=True))
+    factor = torch.nn.functional.pad(inputs, (0, 1), value=1.0) * math.sqrt(2 / num_rows) * root[:, None]
+    eigenvalues, left = _spectrum(factor @ factor.T)
+    kept = eigenvalues > num_rows * torch.finfo(torch.float64).eps * eigenvalues[-1]
     eigenvalues, left = eigenvalues[kept], left[:, kept]
-    centred = inputs - mean
-    return centred, outputs - level, centred.square().mean(0), (eigenvalues, root.T @ left / eigenvalues.sqrt())
+    centred, response = (inputs - mean) * root[:, None], (outputs - level) * root
+    return centred, response, centred.square().mean(0), (eigenvalues, factor.T @ left / eigenvalues.sqrt())
 
 
-def _means(features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    sums = [(inputs.sum(0), outputs.sum()) for inputs, outputs in _chunks(features, target)]
-    inputs, outputs = (torch.stack(each).sum(0) / len(target) for each in zip(*sums, strict=True))
-    return inputs, outputs
+def _means(chunks: Chunks) -> tuple[int, Tensor, Tensor]:
+    sums = [
+        (len(outputs), (inputs * root[:, None].square()).sum(0), (outputs * root.square()).sum())
+        for inputs, outputs, root in _doubles(chunks)
+    ]
+    num_rows = sum(count for count, _, _ in sums)
+    inputs, outputs = (torch.stack(each).sum(0) / num_rows for each in list(zip(*sums, strict=True))[1:])
+    return num_rows, inputs, outputs
 
 
-def _solved(system: Tensor, response: Tensor, rounding: float) -> Tensor:
-    """By Cholesky where that loses at most half of the digits, else by QR with pivoting."""
-    if len(system) == system.shape[1]:
-        factor, failed = torch.linalg.cholesky_ex(system)
-        if not failed and float(factor.diagonal().min()) > 1e-4:
-            by_cholesky: Tensor = torch.cholesky_solve(response[:, None], factor)
-            return by_cholesky[:, 0]
-    solution: Tensor = torch.linalg.lstsq(system, response, rcond=rounding, driver="gelsy").solution
+def _by_cholesky(system: Tensor, response: Tensor) -> Tensor | None:
+    """The solution of the normal equations, None where that loses more than half of the digits."""
+    factor, failed = torch.linalg.cholesky_ex(system)
+    if failed or float(factor.diagonal().min()) <= 1e-4:
+        return None
+    solution: Tensor = torch.cholesky_solve(response[:, None], factor)
+    return solution[:, 0]
+
+
+def _triangle(chunks: Chunks, mean: Tensor, level: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """The centred rows' factor R and Qᵀy, some rows at a time: its condition is not squared, as that of RᵀR is."""
+    factor = torch.zeros(0, len(mean) + 1, dtype=torch.float64)
+    for inputs, outputs, root in _doubles(chunks):
+        rows = torch.cat([(inputs - mean) * scale, (outputs - level)[:, None]], dim=1) * root[:, None]
+        factor = torch.linalg.qr(torch.cat([factor, rows]), mode="r").R
+    return factor[:-1, :-1], factor[:-1, -1]
+
+
+def _by_singular_values(system: Tensor, response: Tensor, size: int) -> Tensor:
+    """The shortest solution, as numpy's.
+
+    Not by QR with pivoting: torch hands LAPACK's gelsy pivots that it has not set, and its solution is one by chance.
+    """
+    rounding = torch.finfo(torch.float64).eps * size
+    solution: Tensor = torch.linalg.lstsq(system, response, rcond=rounding, driver="gelsd").solution
     return solution
 
 
@@ -203,8 +244,8 @@ def _spectrum(matrix: Tensor) -> Spectrum:
     return eigenvalues.flip(0), eigenvectors.flip(1)
 
 
-def _chunks(features: Tensor, target: Tensor, size: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields features and target in float64, some rows at a time."""
-    size = size or ROWS_AT_ONCE
-    for rows, outputs in zip(features.split(size), target.split(size), strict=True):
-        yield rows.detach().cpu().double(), outputs.detach().cpu().double()
+def _doubles(chunks: Chunks) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yields features, target and the weight's square root in float64, some rows at a time."""
+    for chunk in chunks():
+        inputs, outputs, *weight = (each.detach().cpu().double() for each in chunk)
+        yield inputs, outputs, weight[0].sqrt() if weight else torch.ones_like(outputs)

@@ -198,9 +198,9 @@ def print_result(result: Result, folder: Path) -> None:
     lines += ["", f"  run       {run}"]
     if (folder / "checkpoints" / "best.ckpt").is_file():
         lines.append(f"  best      python scripts/evaluate.py run={run}   (above: the last weights)")
-    if "Try lr=" in sentence:
-        others = [each for each in result.overrides if not each.startswith("lr=")]
-        again = f"        again   {shlex.join([*command_line(), *others, f'lr={result.suggested_learning_rate:.3g}'])}"
+    if override := result.evidence.get("try"):
+        others = [each for each in result.overrides if each.partition("=")[0] != override.partition("=")[0]]
+        again = f"        again   {shlex.join([*command_line(), *others, override])}"
     say("\n".join([*lines, f"  look      make dashboard{again}"]))
 
 

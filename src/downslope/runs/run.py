@@ -211,9 +211,7 @@ class Outside(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         result = self.run.result
         result.device = str(trainer.strategy.root_device)
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        rates = [group.get("max_lr", group.get("initial_lr", group.get("lr"))) for group in groups]  # OneCycleLR's top
-        result.learning_rate = next((float(rate) for rate in rates if rate is not None), None)
+        result.learning_rate = _highest_rate(trainer)
         self.line = line = pl_module.least_squares() if isinstance(pl_module, HasLeastSquares) else None
         if line:
             result.least_squares_loss, result.sharpness = line.loss, line.sharpness
@@ -225,6 +223,8 @@ class Outside(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_begun = True
+        if not trainer.global_step:  # a LearningRateFinder has set another one
+            self.run.result.learning_rate = _highest_rate(trainer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
@@ -243,3 +243,10 @@ class Outside(Callback):
             return False
         limit = DIVERGED_BEYOND * self._first if self._first > 0 else math.inf
         return not (math.isfinite(self._last) and float(self._last) <= limit)
+
+
+def _highest_rate(trainer: Trainer) -> float | None:
+    """The first group's rate that has one: a schedule's highest, as far as torch knows it."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    rates = [group.get("max_lr", group.get("initial_lr", group.get("lr"))) for group in groups]
+    return next((float(rate) for rate in rates if rate is not None), None)

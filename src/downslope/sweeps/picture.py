@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from downslope.pictures.style import INK, LINES, PAPER, QUIET, new_figure, paint
-from downslope.sweeps.table import GRADIENT_NORM, Job, curve_tags, judged_by, varied_keys
+from downslope.sweeps.table import GRADIENT_NORM, Job, curve_tags, judged_by, next_rate, varied_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -57,7 +57,7 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
         _draw_lines(axes, lines.values(), f"{len(lines)} lines: {others}", color=LINES[0], alpha=0.35)
     _draw_limits(axes, jobs)
     if not grid:
-        _draw_best(axes, jobs[0])
+        _draw_best(axes, jobs[0], next_rate(jobs))
         axes.set_ylabel(objective)
     axes.set_xlabel("learning rate")
     paint(axes)
@@ -171,11 +171,11 @@ def _draw_limit(axes: "Axes", rate: float, words: str, style: str) -> None:
     )  # fmt: skip
 
 
-def _draw_best(axes: "Axes", best: Job) -> None:
+def _draw_best(axes: "Axes", best: Job, rate: float | None) -> None:
     if best.learning_rate and math.isfinite(best.objective):
         axes.plot(best.learning_rate, best.objective, "o", markersize=15, markerfacecolor="none",
                   markeredgecolor=INK, markeredgewidth=1.6, clip_on=False)  # fmt: skip
-    if rate := best.suggested_rate:
+    if rate:
         axes.plot(rate, 0.0, "^", transform=axes.get_xaxis_transform(), color=INK, markersize=11, clip_on=False)
         axes.annotate(f"try {rate:.3g}", (rate, 0.0), (9, 6), xycoords=axes.get_xaxis_transform(),
                       textcoords="offset points", color=INK)  # fmt: skip

@@ -12,7 +12,7 @@ from downslope.pictures.style import png
 from downslope.runs.console import one_line
 from downslope.runs.whole_files import whole_file
 from downslope.sweeps.picture import MOST_CURVES, draw_curves, draw_learning_rate
-from downslope.sweeps.table import Job, csv_of, judged_by, read_jobs, rows, varied_keys
+from downslope.sweeps.table import Job, csv_of, judged_by, next_rate, read_jobs, rows, varied_keys
 
 MOST_ROWS = 30  # in the terminal
 MOST_COLUMNS, MOST_ERRORS = 60, 5  # of the page
@@ -102,7 +102,7 @@ def _page(title: str, jobs: Sequence[Job], picture: bytes, curves: bytes | None)
         best=jobs[0] if math.isfinite(jobs[0].objective) else None,
         extreme=EXTREMES.get(mode),
         monitor=monitor,
-        suggested=jobs[0].suggested_rate,
+        suggested=next_rate(jobs),
         picture=_data_uri(picture),
         curves=curves and _data_uri(curves),
         most_curves=MOST_CURVES,

@@ -24,6 +24,7 @@ GRADIENT_NORM = "gradient_norm/total"
 PARTS = ("val", "train", "test")  # the order of their metrics
 OPTIONAL = ("excess_loss", "2/λ")  # columns that only a task with a closed form has
 FALLBACK = ("python", "scripts/train.py")
+SAME = 0.05  # rates whose logarithms differ by less are one
 MOST_EVENT_BYTES = 2**28
 MOST_COLUMNS = 200  # of metrics, and of overrides: a folder of evil jobs could announce millions
 
@@ -73,11 +74,6 @@ class Job:
         return self.result.critical_learning_rate if self.result else None
 
     @property
-    def suggested_rate(self) -> float | None:
-        """The rate to try next."""
-        return self.result.suggested_learning_rate if self.result else None
-
-    @property
     def objective(self) -> float:
         """Of the last weights, what the table is sorted by; infinity on the bad side where there is none."""
         return objective_of(self.result, self.result.mode if self.result else "min")
@@ -103,6 +99,22 @@ class Job:
         """Runs it once more, alone, where the sweep's command was given."""
         overrides = [f"{key}={value}" if value else key for key, value in self.overrides.items()]
         return shlex.join([*self.started_by, *overrides])
+
+
+def next_rate(jobs: Sequence[Job]) -> float | None:
+    """Returns the rate that the best job suggests, unless one that did worse is as large, or lies on the way there."""
+    best = jobs[0]
+    rate = best.result.suggested_learning_rate if best.result else None
+    if not rate or not best.learning_rate:
+        return rate
+    others = [job.learning_rate for job in jobs[1:] if job.result and _but_for_the_rate(job) == _but_for_the_rate(best)]
+    way = math.log(rate / best.learning_rate)
+    gone = [math.log(tried / best.learning_rate) / way for tried in others if tried and way]
+    return None if any(0 < share < 1 + SAME / abs(way) for share in gone) else rate
+
+
+def _but_for_the_rate(job: Job) -> dict[str, str]:
+    return {key: value for key, value in job.overrides.items() if key != "lr"}
 
 
 def read_jobs(sweep: Path) -> list[Job]:

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from downslope.gradients.least_squares import LeastSquares, least_squares
 from downslope.tables.randomness import Stream, generator
 
-Batch = tuple[Tensor, Tensor]
+Batch = tuple[Tensor, ...]  # features, target, and where there is one the weight
 
 
 class ShuffledOrder:
@@ -27,8 +28,22 @@ class ShuffledOrder:
         return torch.from_numpy(generator(Stream.ORDER, self.seed, self.epoch).permutation(self.num_rows))
 
 
+class Part(tuple[Tensor, ...]):
+    """Features, target and, where there is one, weight of rows in memory, in the units of the training rows."""
+
+    def least_squares(self) -> LeastSquares:
+        """Returns the closed form of a line over them."""
+        return least_squares(*self)
+
+    def batches(self, batch_size: int, seed: int | None, rank: int, num_processes: int) -> "Batches":
+        """Returns them in batches, shuffled where there is a seed."""
+        features, target, *weight = self
+        order = None if seed is None else ShuffledOrder(len(target), seed)
+        return Batches(features, target, batch_size, order, rank, num_processes, *weight)
+
+
 class Batches:
-    """Iterates over (features, target) in batches, by slicing: no worker, no collation, no copy of the table.
+    """Iterates over batches of (features, target), or (features, target, weight), by slicing: no worker, no copy.
 
     On a table of 1e6 rows a `DataLoader` over a `TensorDataset` takes 14 to 50 times as long a step.
 
@@ -42,6 +57,7 @@ class Batches:
         sampler: The order of the rows; as they stand when None.
         rank: Which process this is.
         num_processes: How many share the rows.
+        weight: What each row counts in the loss.
 
     Attributes:
         start: The batch that the next iteration, and that one alone, begins with: where a killed epoch went on.
@@ -57,9 +73,9 @@ class Batches:
         sampler: ShuffledOrder | None = None,
         rank: int = 0,
         num_processes: int = 1,
+        weight: Tensor | None = None,
     ) -> None:
-        self.features = features
-        self.target = target
+        self.tensors = (features, target) if weight is None else (features, target, weight)
         self.batch_size = batch_size
         self.sampler = sampler
         self.rank = rank
@@ -69,7 +85,7 @@ class Batches:
     @property
     def num_rows(self) -> int:
         """Rows that this process serves in an epoch."""
-        return len(self.target) // self.num_processes
+        return len(self.tensors[0]) // self.num_processes
 
     def __len__(self) -> int:
         return -(-self.num_rows // self.batch_size)
@@ -77,10 +93,9 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         start, self.start = self.start * self.batch_size, 0
         if self.sampler is None and self.num_processes == 1:
-            features, target = self.features[start:], self.target[start:]
-            yield from zip(features.split(self.batch_size), target.split(self.batch_size), strict=True)
+            yield from zip(*(each[start:].split(self.batch_size) for each in self.tensors), strict=True)
             return
-        order = self.sampler.rows() if self.sampler else torch.arange(len(self.target))
+        order = self.sampler.rows() if self.sampler else torch.arange(len(self.tensors[0]))
         mine = order[self.rank : self.num_rows * self.num_processes : self.num_processes]
         for rows in mine[start:].split(self.batch_size):
-            yield self.features[rows], self.target[rows]
+            yield tuple(each[rows] for each in self.tensors)

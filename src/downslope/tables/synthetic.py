@@ -4,11 +4,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from downslope.tables.columns import Array
 from downslope.tables.randomness import Stream, generator
-from downslope.tables.table import Array, Table
+from downslope.tables.table import Table
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class SyntheticTable(Table):
     """A table whose true line is known: target = features @ weights + bias + noise."""
 
@@ -58,4 +59,4 @@ def synthetic_table(
     weights, bias = random.standard_normal(num_features), float(random.standard_normal())
     target = features @ weights + bias + noise * random.standard_normal(num_rows)
     names = tuple(f"x{index}" for index in range(1, num_features + 1))
-    return SyntheticTable("synthetic", features, target, names, "y", weights, bias)
+    return SyntheticTable("synthetic", features, target, names, "y", weights=weights, bias=bias)

@@ -1,37 +1,51 @@
-"""A table of finite numbers, read from the user's file: every cell is checked, and a refusal names it."""
+"""A table of numbers out of the user's file: what is left out is said, and a refusal names the cell."""
 
-import contextlib
-import csv
 import functools
 import hashlib
-import importlib.util
-import math
-from array import array
+import logging
+import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-Array = NDArray[np.float64]
+from downslope.tables.batches import Part
+from downslope.tables.columns import EXACT, Array, Column, Survey, WrongCellError, encode
+from downslope.tables.files import TableFile, open_table, resolve
+from downslope.tables.randomness import Stream, generator
+from downslope.tables.standardization import Rows, Units
+from downslope.tables.stored import WINDOW, Store, StoredTable, free_memory
 
-PACKAGE_PREFIX = "pkg://"
-MAX_HEADER = 2**20  # characters: a file of nothing but zeros is not read to its end
-DELIMITERS = ",;\t"
+log = logging.getLogger(__name__)
+
+INDEX = re.compile(r"rownames|Unnamed: \d+|__index_level_\d+__")  # row numbers, as R and pandas write them
+CLASSES = "make new NAME=…, with experiment=digits as the pattern."
+FEW_VALUES = 10  # of a target of whole numbers: they may be classes
+ROWS_AT_ONCE = 65_536
+LEAST_ROWS = 2  # of a part: R² needs two
+SHARE = 0.3  # of the memory that is free, for a table in it: standardised, it takes half as much again
+
+Missing = Literal["drop", "mean", "refuse"]
+Text = Literal["one_hot", "refuse"]
 
 
 @dataclass(frozen=True, eq=False)
 class Table:
-    """Rows of finite numbers with names; read-only.
+    """Rows of numbers with names; read-only.
 
     Attributes:
         name: Where it came from, for people.
-        features: One row a sample, one column a feature.
-        target: One value a row.
+        features: One row a sample, one column a feature; NaN where a cell is to be filled with the mean.
+        target: One value a row; of several targets, a column each.
         feature_names: One name a column of `features`.
         target_name: What is predicted.
+        weight: What each row counts in the loss; None where all count 1.
+        columns: How the file's columns became features.
+        notes: What was found and left out, for people.
     """
 
     name: str
@@ -39,202 +53,392 @@ class Table:
     target: Array
     feature_names: tuple[str, ...]
     target_name: str
+    weight: Array | None = None
+    columns: tuple[Column, ...] = ()
+    notes: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        self.features.flags.writeable = False
-        self.target.flags.writeable = False
+        for values in (self.features, self.target, self.weight):
+            if values is not None:
+                values.flags.writeable = False
+        if not self.columns:
+            object.__setattr__(self, "columns", tuple(Column(name) for name in self.feature_names))
 
     def __len__(self) -> int:
         return len(self.target)
 
+    def split(self, seed: int, fractions: tuple[float, float]) -> dict[str, NDArray[np.int64]]:
+        """Returns the numbers of the rows to train on, to validate and to test with, which the seed decides."""
+        num_rows = len(self)
+        num_validation, num_test = (max(LEAST_ROWS, round(num_rows * share)) for share in fractions)
+        num_training = max(0, num_rows - num_validation - num_test)
+        order = generator(Stream.SPLIT, seed).permutation(num_rows)
+        train, val, test = np.split(order, [num_training, num_training + num_validation])
+        return {"train": train, "val": val, "test": test}
+
+    def chunks(self, rows: NDArray[np.int64]) -> Iterator[Rows]:
+        """Yields rows, some at a time."""
+        target = self.target.reshape(len(self), -1)
+        for start in range(0, len(rows), ROWS_AT_ONCE):
+            chosen = rows[start : start + ROWS_AT_ONCE]
+            yield self.features[chosen], target[chosen], None if self.weight is None else self.weight[chosen]
+
+    def part(self, rows: NDArray[np.int64], units: Units) -> Part:
+        """Returns rows in the units of a model."""
+        whole: list[torch.Tensor] = []
+        for number, chunk in enumerate(self.chunks(rows)):
+            batch = units.apply(*chunk)
+            whole = whole or [torch.empty(len(rows), *each.shape[1:]) for each in batch]
+            for kept, each in zip(whole, batch, strict=True):
+                kept[number * ROWS_AT_ONCE : number * ROWS_AT_ONCE + len(each)] = each
+        return Part(whole)
+
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of every cell: whether two tables hold the same numbers."""
-        return hashlib.sha256(self.features.tobytes() + self.target.tobytes()).hexdigest()
+        """The beginning of the SHA-256 of every cell: whether two tables hold the same numbers."""
+        digest = hashlib.sha256()
+        for values in (self.features, self.target, self.weight):
+            for start in range(0, len(self) if values is not None else 0, ROWS_AT_ONCE):
+                digest.update(values[start : start + ROWS_AT_ONCE].tobytes())  # type: ignore[index]
+        return digest.hexdigest()[:12]
 
 
-def read_table(path: str, target: str, features: Sequence[str] | None = None) -> Table:
+class Asked(NamedTuple):
+    """What `read_table` was asked for; names as they stand in the file, also where Hydra read one as a number."""
+
+    path: str
+    targets: tuple[str, ...]
+    features: tuple[str, ...] | None
+    exclude: tuple[str, ...]
+    weight: tuple[str, ...]
+    text: Text
+    max_values: int
+    missing: Missing
+    decimal: str | None
+    in_memory: bool | Literal["auto"]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the columns that are used become numbers.
+
+    Attributes:
+        features: The columns to predict from.
+        others: Targets and weight.
+        numbers: Names of those that the reader turns into numbers by itself.
+        notes: What is left out and changed, for people.
+        has_weight: Whether the last of the others is one.
+    """
+
+    features: list[Column]
+    others: list[Column]
+    numbers: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    has_weight: bool = False
+
+    @property
+    def width(self) -> int:
+        """Numbers a row."""
+        return sum(len(column.feature_names) for column in (*self.features, *self.others))
+
+
+def read_table(
+    path: str,
+    target: str | Sequence[str],
+    features: Sequence[str] | None = None,
+    *,
+    exclude: Sequence[str] | None = None,
+    weight: str | None = None,
+    text: Text = "one_hot",
+    max_values: int = 50,
+    missing: Missing = "drop",
+    decimal: str | None = None,
+    in_memory: bool | Literal["auto"] = "auto",
+    seed: int = 0,
+) -> Table | StoredTable:
     """Reads the columns to predict from, and the one to predict.
 
     An unchanged file is read once: the check before a run, the run and a sweep's next job share the table.
 
     Args:
-        path: A CSV file (comma, semicolon or tab; quotes; UTF-8 with or without a byte-order mark; a header
-            line), a `.parquet` file, or `pkg://<package>/<file>` for one that a package ships.
-        target: The column to predict.
-        features: The columns to predict it from; all others when None.
+        path: A CSV file in any dialect, a Parquet file, several of them by a pattern (`folder/*.csv`), or
+            `pkg://<package>/<file>` for one that a package ships.
+        target: The column or columns to predict.
+        features: The columns to predict it from; when None all others but row numbers.
+        exclude: Columns to leave out.
+        weight: The column that says what a row counts in the loss.
+        text: Whether a column of text is a 0 or 1 for each of its values, or refused.
+        max_values: Text of more values than these is left out.
+        missing: Whether a row with a missing feature is left out, refused, or kept as NaN, to become the mean. Without
+            target or weight it is always left out.
+        decimal: The decimal mark; found when None.
+        in_memory: Whether the numbers are kept in memory or in a temporary file; by the memory that is free if `auto`.
+        seed: Of the order of the rows there.
 
     Raises:
         ValueError: The file is missing or holds no row, a name is not a column or stands twice, or a cell is
             not a finite number. The message names file, row, column and value.
     """
-    stat = _resolve(path).stat()
-    return _read_table(path, target, None if features is None else tuple(features), stat.st_mtime_ns, stat.st_size)
+    for key, value, allowed in (
+        ("text", text, ("one_hot", "refuse")),
+        ("missing", missing, ("drop", "mean", "refuse")),
+        ("decimal", decimal, (None, ".", ",")),
+        ("in_memory", in_memory, ("auto", True, False)),
+    ):
+        if value not in allowed:
+            raise ValueError(f"`{key}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+    if not isinstance(max_values, int) or max_values < 0:
+        raise ValueError(f"`max_values` must be a whole number of at least 0, got {max_values!r}.")
+    names = (_names(target) or (), _names(features), _names(exclude) or (), _names(weight) or ())
+    asked = Asked(path, *names, text, max_values, missing, decimal, in_memory, 0 if in_memory is True else seed)
+    return _read_table(asked, tuple((stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, resolve(path))))
+
+
+def _names(given: Any) -> tuple[str, ...] | None:
+    if given is None:
+        return None
+    return tuple(map(str, given)) if isinstance(given, list | tuple) else (str(given),)
 
 
 @functools.lru_cache(maxsize=1)
-def _read_table(path: str, target: str, features: tuple[str, ...] | None, _modified: int, _size: int) -> Table:
-    header = column_names(path)
-    if target not in header:
-        raise ValueError(f"`target` must be a column of {path} ({', '.join(header)}), got {target!r}.")
-    if features is None:
-        features = tuple(name for name in header if name != target)
-    for name in features:
-        if name not in header:
-            raise ValueError(f"`features` must be columns of {path} ({', '.join(header)}), got {name!r}.")
-        if name == target or features.count(name) > 1:
-            raise ValueError(f"`features` must hold each column once and not the target, got {name!r} again.")
-    if not features:
-        raise ValueError(f"{path} must hold a column beside the target {target!r} to predict it from, got none.")
-    values = read_columns(path, [*features, target])
-    return Table(Path(path).stem, values[:, :-1], values[:, -1], features, target)
+def _read_table(asked: Asked, _changed: tuple[tuple[int, int], ...]) -> Table | StoredTable:
+    file = open_table(asked.path, asked.decimal)
+    names, index = _chosen(asked, file.names)
+    most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else float("inf") if asked.in_memory else 0.0
+    for plan in _plans(asked, file, names):
+        store = Store(plan.width, most_bytes, asked.seed)
+        try:
+            num_dropped = _fill(store, asked.path, file, plan, asked.missing)
+        except ValueError:  # read as numbers at once; what is not will be told apart
+            if not plan.numbers:
+                raise
+        else:
+            break
+    notes = [file.said] if file.said else []
+    notes += [f"without {listed(index)}: row numbers"] if index else []
+    notes += plan.notes
+    notes += [f"{counted(num_dropped, 'row')} with missing cells left out"] if num_dropped else []
+    name = Path(asked.path).name.partition(".")[0] or asked.path
+    about = (tuple(name for column in plan.features for name in column.feature_names), ", ".join(asked.targets))
+    if store.file:
+        notes.append(f"{8e-9 * store.width * store.num_rows:.2g} GB in a temporary file, shuffled in windows of ")
+        notes[-1] += f"{WINDOW * store.chunk_rows:,} rows"
+        return StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.targets))
+    features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.targets)]), axis=1)
+    table = Table(
+        name,
+        features,
+        targets[:, 0] if len(asked.targets) == 1 else targets,
+        *about,
+        weight[:, 0] if asked.weight else None,
+        tuple(plan.features),
+        tuple(notes),
+    )
+    _warn(table, asked.targets)
+    return table
 
 
 def column_names(path: str) -> list[str]:
-    """Returns the names of a file's columns, checked: each there, each once."""
-    file = _resolve(path)
-    if _is_parquet(file):
-        with _pyarrow(path) as pyarrow:
-            header = list(pyarrow.parquet.read_schema(file).names)
-    else:
-        with _csv_reader(path, file) as reader:
-            header = _header(reader)
-    for name in header:
-        if not name:
-            raise ValueError(f"{path} must name every column in its first line, got an empty name in {header}.")
-        if header.count(name) > 1:
-            raise ValueError(f"{path} must name each column once, got {name!r} {header.count(name)} times.")
-    return header
+    """Returns the names of a file's columns."""
+    return open_table(path).names
 
 
-def read_columns(path: str, names: Sequence[str]) -> Array:
-    """Reads columns of a file, in the order of the names, a row each; other columns may hold anything.
-
-    Args:
-        path: As for `read_table`.
-        names: Names out of `column_names(path)`.
+def read_features(path: str, columns: Sequence[Column], missing: Missing, decimal: str | None = None) -> Array:
+    """Reads the features of a new file as those of the table that was trained on; a missing cell is NaN.
 
     Raises:
-        ValueError: There is no row, or a cell is not a finite number.
+        ValueError: A column is not there, or a cell is not what its column holds.
     """
-    file = _resolve(path)
-    values = (_read_parquet if _is_parquet(file) else _read_csv)(path, file, names)
-    if not len(values):
-        raise ValueError(f"{path} must hold rows below its header, got none.")
-    return values
+    file = open_table(path, decimal)
+    if absent := [column.name for column in columns if column.name not in file.names]:
+        raise ValueError(f"{path} must have the columns that the run was trained on, got no {', '.join(absent)}.")
+    _check_once(path, file.names, [column.name for column in columns])
+    plan = Plan(list(columns), [])
+    store = Store(plan.width, float("inf"), 0)
+    if unknown := _fill(store, path, file, plan, "refuse" if missing == "refuse" else "keep"):
+        log.warning("%s: %s not known to the run: none of its values.", path, counted(unknown, "text"))
+    if absent_rows := int(np.isnan(store.values).any(axis=1).sum()):
+        done = "filled with the mean of the training rows" if missing == "mean" else "not predicted: nan"
+        log.warning("%s: %s with missing cells, %s.", path, counted(absent_rows, "row"), done)
+    return store.values
 
 
-def _resolve(path: str) -> Path:
-    if not isinstance(path, str) or not path:
-        raise ValueError(f"`data.path` must name a CSV or Parquet file, got {path!r}.")
-    packaged = path.startswith(PACKAGE_PREFIX)
-    file = _in_package(path) if packaged else Path(path).expanduser()
-    if not file.is_file():
-        what = "a folder" if file.is_dir() else "there is no such file"
-        if "://" in path and not packaged:
-            what = "nothing is fetched from an address"
-        raise ValueError(f"`data.path` must name a CSV or Parquet file, got {path!r}: {what}.")
-    return file
+def _chosen(asked: Asked, header: list[str]) -> tuple[tuple[str, ...], list[str]]:
+    """The names of the features, and those of row numbers that are left out."""
+    known, used, index = f"of {asked.path} ({listed(header, 40)})", (*asked.targets, *asked.weight), list[str]()
+    given = {"target": asked.targets, "weight": asked.weight, "features": asked.features, "exclude": asked.exclude}
+    for key, name in ((key, name) for key, names in given.items() for name in names or ()):
+        if name not in header:
+            what = "columns" if key == "features" else "a column"
+            raise ValueError(f"`{key}` must be {what} {known}, got {name!r}.")
+    features = tuple(name for name in asked.features or header if name not in asked.exclude)
+    if asked.features is None:
+        others = [name for name in features if name not in used]
+        index = [name for name in others if not name or INDEX.fullmatch(name)]
+        # Of a series there is nothing else to predict it from.
+        features, index = (tuple(others[:1]), others[1:]) if index == others else (_without(others, index), index)
+    for name in (*used, *features):
+        if (*used, *features).count(name) > 1 and header.count(name) == 1:
+            raise ValueError(f"`features` must hold each column once and not the target, got {name!r} again.")
+    _check_once(asked.path, header, [*used, *features])
+    if not features:
+        what = f"a column beside the target {listed(asked.targets)} to predict it from"
+        raise ValueError(f"{asked.path} must hold {what}, got none.")
+    return features, index
 
 
-def _in_package(path: str) -> Path:
-    """The file, found without importing its package, which would run it."""
-    package, _, name = path.removeprefix(PACKAGE_PREFIX).partition("/")
-    root, *inner = package.split(".")
-    spec = importlib.util.find_spec(root) if root else None
-    folders = spec.submodule_search_locations if spec else None
-    return Path(folders[0], *inner, name) if folders else Path(path)
+def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
+    return tuple(name for name in names if name not in others)
 
 
-def _is_parquet(file: Path) -> bool:
-    return file.suffix.lower() in {".parquet", ".pq"}
+def _check_once(path: str, header: list[str], names: Sequence[str]) -> None:
+    for name in names:
+        if header.count(name) > 1:
+            raise ValueError(f"{path} must name each column once, got {name!r} {header.count(name)} times.")
 
 
-@contextlib.contextmanager
-def _csv_reader(path: str, file: Path) -> Iterator[Any]:
-    """Splits by the delimiter that gives the most names."""
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            first = lines.readline(MAX_HEADER)
-            if len(first) == MAX_HEADER:
-                raise ValueError(f"{path} must name its columns in a line of less than {MAX_HEADER:,} characters.")
-            if not first.strip():
-                raise ValueError(f"{path} must start with a line of column names, got an empty file or line.")
-            delimiter = max(DELIMITERS, key=lambda candidate: len(next(csv.reader([first], delimiter=candidate))))
-            lines.seek(0)
-            yield csv.reader(lines, delimiter=delimiter)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} must be text in UTF-8, got another byte at position {error.start}.") from error
-    except csv.Error as error:
-        raise ValueError(f"{path} cannot be read as CSV: {error}.") from error
+def _plans(asked: Asked, file: TableFile, features: tuple[str, ...]) -> Iterator[Plan]:
+    """Ways to read the table, the fast ones first: as numbers at once, by the first block; after a look at all."""
+    others = (*asked.targets, *asked.weight)
+    at_once = Plan(
+        list(map(Column, features)), list(map(Column, others)), (*features, *others), has_weight=bool(asked.weight)
+    )
+    if file.is_plain:
+        yield at_once
+        return
+    surveys = [Survey(name, asked.max_values) for name in at_once.numbers]
+    for number, block in enumerate(file.blocks([file.names.index(survey.name) for survey in surveys])):
+        for survey, cells in zip(surveys, block, strict=True):
+            survey.add(cells, file.marks)
+        if number == 0 and all(survey.is_clean for survey in surveys):
+            yield at_once
+    if not surveys[0].num_rows:
+        raise ValueError(f"{asked.path} must hold rows below its header, got none.")
+    for survey in surveys:
+        if wrong := _wrong(survey, survey.name in others, asked, file):
+            raise ValueError(wrong)
+    plan = _judged(asked, surveys[: len(features)], surveys[len(features) :])
+    yield replace(plan, numbers=tuple(survey.name for survey in surveys if survey.is_clean))
+    yield plan
 
 
-def _header(reader: Iterator[list[str]]) -> list[str]:
-    return [name.strip() for name in next(reader)]
+def _wrong(survey: Survey, is_target: bool, asked: Asked, file: TableFile) -> str | None:
+    """What may be a mistake in a column, in words."""
+    column, name = survey.column(), survey.name
+    is_text = column.kind == "text" if column else survey.num_wrong > 0
+    if is_target and is_text:
+        values = listed(sorted(survey.values or ("of many values",)), 3)
+        return (
+            f"{asked.path}: {name!r} must be a column of numbers, got text ({values}). If these are classes: {CLASSES}"
+        )
+    if is_target and column is None:
+        return f"{asked.path}: {name!r} must be a column of numbers, got none."
+    must = f"column {name!r} must be a finite number, got"
+    if (survey.is_mostly_numbers and column == Column(name)) or (is_text and asked.text == "refuse"):
+        row, cell = survey.first_wrong or (0, None)
+        share = f"{survey.num_wrong:,} of {survey.num_rows - survey.num_missing:,} cells are none"
+        return f"{file.place(row)}, {must} {cell!r}: {share}. data.exclude=[{name}] leaves the column out."
+    if survey.num_missing and asked.missing == "refuse" and not is_target:
+        share = f"{survey.num_missing:,} of {survey.num_rows:,} cells are missing"
+        return f"{file.place(survey.first_missing)}, {must} none: {share}. data.missing=drop leaves such rows out."
+    return None
 
 
-def _read_csv(path: str, file: Path, names: Sequence[str]) -> Array:
-    values = array("d")
-    with _csv_reader(path, file) as reader:
-        header = _header(reader)
-        columns = [(name, header.index(name)) for name in names]
-        for row, cells in enumerate((cells for cells in reader if cells), start=1):
-            if len(cells) != len(header):
-                place = f"{path}, row {row} (line {reader.line_num})"
-                raise ValueError(f"{place} must hold {len(header)} cells like the header, got {len(cells)}.")
-            for name, index in columns:
-                number = _number(cells[index])
-                if number is None:
-                    _refuse(f"{path}, row {row} (line {reader.line_num})", name, cells[index])
-                values.append(number)
-    return np.array(values).reshape(-1, len(names))
-
-
-def _number(cell: Any) -> float | None:
-    """The number in a cell, None where it holds no finite one."""
-    try:
-        number = float(cell)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    if isinstance(cell, str) and ("_" in cell or not cell.isascii()):  # Python alone reads 1_000 and ١
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _refuse(place: str, column: str, cell: Any) -> NoReturn:
-    hint = ""
-    if isinstance(cell, str) and _number(cell.replace(",", ".")) is not None:
-        hint = " Decimals are written with a point."
-    elif isinstance(cell, str) and any(letter.isalpha() for letter in cell):
-        hint = " A column that is not numeric is left out by naming the others: data.features=[…]."
-    raise ValueError(f"{place}, column {column!r} must be a finite number, got {cell!r}.{hint}")
-
-
-def _read_parquet(path: str, file: Path, names: Sequence[str]) -> Array:
-    with _pyarrow(path) as pyarrow:
-        table = pyarrow.parquet.read_table(file, columns=list(names))
-        values = np.empty((table.num_rows, len(names)))
-        for index, name in enumerate(names):
-            column = table.column(name)
-            try:
-                values[:, index] = column.cast(pyarrow.float64()).to_numpy()
-            except pyarrow.ArrowException:  # a cell that is no number: which?
-                values[:, index] = [_number(cell) for cell in column.to_pylist()]
-            for row in np.flatnonzero(~np.isfinite(values[:, index])).tolist():
-                _refuse(f"{path}, row {row + 1}", name, column[row].as_py())
-    return values
-
-
-@contextlib.contextmanager
-def _pyarrow(path: str) -> Iterator[Any]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ModuleNotFoundError as error:
+def _judged(asked: Asked, features: list[Survey], others: list[Survey]) -> Plan:
+    """What the columns hold, each of them looked at."""
+    columns, left_out, changed = [], dict[str, list[str]](), dict[str, list[str]]()
+    for survey in features:
+        column = survey.column()
+        if survey.num_missing > survey.num_rows / (2 if asked.missing == "drop" else 1.001):
+            left_out.setdefault("mostly missing", []).append(survey.name)
+        elif column is None:
+            reason = f"text of more than {asked.max_values} values" if survey.num_wrong else "no numbers"
+            left_out.setdefault(reason, []).append(survey.name)
+        else:
+            columns.append(column)
+            if column.kind == "text":
+                changed.setdefault("a 0 or 1 for each text of", []).append(f"{column.name} ({len(column.values)})")
+            elif column.kind == "date":
+                changed.setdefault("days since 1970 for", []).append(column.name)
+    notes = [f"without {listed(names)}: {reason}" for reason, names in left_out.items()]
+    notes += [f"{what} {listed(names)}" for what, names in changed.items()]
+    if not columns:
         raise ValueError(
-            f"{path} cannot be read. This is because Parquet needs pyarrow: pip install 'downslope[parquet]'."
-        ) from error
-    try:
-        yield pyarrow
-    except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}") from error
+            f"{asked.path} must hold a column to predict from, got none that is of use: {'; '.join(notes)}."
+        )
+    return Plan(columns, [column for each in others if (column := each.column())], (), tuple(notes), bool(asked.weight))
+
+
+def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) -> int:
+    """Stores the numbers of all rows; returns how many were left out, or, of `keep`, how many texts were unknown."""
+    columns = [*plan.features, *plan.others]
+    places = [file.names.index(column.name) for column in columns]
+    fast = [place for place, column in zip(places, columns, strict=True) if column.name in plan.numbers]
+    row = count = 0
+    for block in file.blocks(places, fast):
+        part, start = np.empty((len(block[0]), plan.width)), 0
+        for column, place, cells in zip(columns, places, block, strict=True):
+            stop = start + len(column.feature_names)
+            if place in fast:
+                part[:, start] = cells
+            else:
+                try:
+                    part[:, start:stop], num_unknown = encode(column, cells, file.marks)
+                except WrongCellError as error:
+                    raise ValueError(f"{file.place(row + error.row)}, {error}") from error
+                count += num_unknown * (missing == "keep")
+            start = stop
+        if fast and (np.abs(part) >= EXACT).any():
+            raise ValueError("Only a look at the text can tell whether float64 holds this.")
+        if plan.has_weight and (part[:, -1] < 0).any():
+            bad = int((part[:, -1] < 0).argmax())
+            raise ValueError(f"{file.place(row + bad)} must have a weight of at least 0, got {part[bad, -1]:g}.")
+        absent, num_features = np.isnan(part), plan.width - len(plan.others)
+        if missing == "refuse" and absent[:, :num_features].any():
+            bad = int(absent[:, :num_features].any(axis=1).argmax())
+            raise ValueError(f"{file.place(row + bad)} must hold a finite number in each cell, got none.")
+        if missing != "keep" and (gone := absent[:, 0 if missing == "drop" else num_features :].any(axis=1)).any():
+            count += int(gone.sum())
+            store.add(part[~gone])
+        else:
+            store.add(part)
+        row += len(part)
+    if plan.numbers and 2 * count > row:
+        raise ValueError("Some column may be mostly missing: which?")
+    if not store.num_rows:
+        got = f"{row:,} with a missing cell in each: data.exclude=[…] or data.missing=mean" if row else "none"
+        raise ValueError(f"{path} must hold rows below its header, got {got}.")
+    store.finish()
+    return count
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Returns names for people, not too many of them."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(name or "an unnamed one" for name in names[:most]) + more
+
+
+def counted(number: int, noun: str) -> str:
+    """Returns a number of things for people."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
+def _warn(table: Table, targets: Sequence[str]) -> None:
+    """Warns of what makes a task too easy, or no regression."""
+    columns = dict(zip(table.feature_names, table.features.T, strict=True))
+    for name, target in zip(targets, table.target.reshape(len(table), -1).T, strict=True):
+        distinct = np.unique(target[:ROWS_AT_ONCE])
+        if (target == target[0]).all():
+            log.warning("%s: the target %s is %g in every row: there is nothing to learn.", table.name, name, target[0])
+        elif len(distinct) <= min(FEW_VALUES, len(table) // 5) and not (target % 1).any():
+            text = "%s: the target %s holds %d whole numbers alone. If they are classes: %s"
+            log.warning(text, table.name, name, len(distinct), CLASSES)
+        alike = (each for each, column in columns.items() if column[0] == target[0])
+        if same := [each for each in alike if np.array_equal(columns[each], target)]:
+            log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, listed(same), name)
+    seen: dict[tuple[float, ...], str] = {}
+    for name, column, total in zip(columns, columns.values(), table.features.sum(axis=0).tolist(), strict=True):
+        first = seen.setdefault((total, *column[:9].tolist()), name)
+        if first != name and np.array_equal(column, columns[first]):
+            log.warning("%s: the columns %s and %s are the same.", table.name, first, name)

@@ -7,6 +7,8 @@ from downslope.verdict.losses import EARLY
 from downslope.verdict.thresholds import Thresholds
 
 NEARLY_CRITICAL = 0.3  # between two measurements η_c may be less than at either
+NEARLY_HELD = 0.7
+LONG = 100  # steps after which a loss that does not fall has come to rest
 
 
 def why_too_large(seen: Evidence, limits: Thresholds, diverges: bool) -> str | None:
@@ -21,11 +23,22 @@ def why_too_large(seen: Evidence, limits: Thresholds, diverges: bool) -> str | N
     where = f", at {early:.2g} × the critical learning rate" if early else ""
     if _was_thrown(seen, limits):
         return f"the first steps threw the loss to {seen.early_growth:.2g} × where it began{where}"
-    if (early or 0) > 1 and seen.line is None and seen.step >= 2 * EARLY and _has_not_come_down(seen, 1.25):
+    is_uphill = (early or 0) > 1 and seen.line is None and _has_not_come_down(seen, 1.25)
+    if is_uphill and (seen.step >= 2 * EARLY or (seen.early_peak or 0) > limits.growth):
         return f"the first steps went uphill{where}, and the loss has not come down since"
+    if (early or 0) > NEARLY_HELD and seen.step >= LONG and _rests_high(seen, limits):
+        return f"noise holds the loss at {seen.loss or 0:.3g}, from {seen.first_loss or 0:.3g}{where}"
     if (early or 0) > NEARLY_CRITICAL and seen.share_moving < 0.5 < (seen.first_share_moving or 0):
         return f"a step killed units{where}: {1 - seen.share_moving:.0%} of the weights have no gradient any more"
     return None
+
+
+def _rests_high(seen: Evidence, limits: Thresholds) -> bool:
+    """Whether the noise of a rate near the critical one holds a network's loss little below where it began."""
+    is_held = seen.line is None and seen.noise_share > limits.noisy and seen.loss_trend > -limits.trend_certainty
+    gained = (seen.first_loss or 0.0) - (seen.loss or 0.0)
+    by_noise = seen.left_to_gain is not None and seen.left_to_gain > limits.held * gained
+    return is_held and by_noise and _has_not_come_down(seen, 1 / 0.35)
 
 
 def _was_thrown(seen: Evidence, limits: Thresholds) -> bool:
@@ -35,7 +48,8 @@ def _was_thrown(seen: Evidence, limits: Thresholds) -> bool:
     """
     if seen.line is not None or (seen.early_growth or 0) <= limits.growth:
         return False
-    is_stable = seen.sharpness is not None and seen.stability is not None and seen.stability <= 1
+    # λ where it was thrown to tells nothing of where it began, which η_c was measured at.
+    is_stable = seen.sharpness is not None and (seen.stability or 2) <= 1 and seen.early_critical_ratio is None
     return (seen.early_critical_ratio or 0) > 1 or (not is_stable and _has_not_come_down(seen, limits.growth))
 
 

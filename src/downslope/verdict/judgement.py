@@ -21,6 +21,7 @@ class Verdict:
         word: In one word.
         sentence: In a sentence to act on, the suggestion included where it is worth a change.
         suggestion: The rate to try.
+        override: What the sentence says to try, as this project's commands take it: `lr=0.1`, `scheduler=cosine`.
         figures: What the verdict rests on.
         hints: Mistakes that have these symptoms.
     """
@@ -28,6 +29,7 @@ class Verdict:
     word: Word
     sentence: str
     suggestion: Suggestion
+    override: str = ""
     figures: dict[str, float] = field(default_factory=dict)
     hints: tuple[str, ...] = ()
 
@@ -52,11 +54,14 @@ def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
         sentence += f" Frozen: {listed(evidence.frozen)}."
     for hint in named:
         sentence += f" {hint[0].upper()}{hint[1:]}" + "." * (not hint.endswith("?"))
-    if suggestion.advice:
-        sentence += f" {suggestion.advice}."
-    if _is_worth_saying(evidence, word, suggestion, limits):
-        sentence += f" Try lr={suggestion.learning_rate:.3g}."
-    return Verdict(word, sentence, suggestion, _figures(evidence), named)
+    override = f"lr={suggestion.learning_rate:.3g}" if _is_worth_saying(evidence, word, suggestion, limits) else ""
+    if suggestion.decay:
+        is_constant = evidence.learning_rate > 0.9 * evidence.peak
+        override = "scheduler=cosine" if is_constant else ""
+        sentence += f" A {'rate that decays, or a ' if is_constant else ''}larger batch lets it fall on."
+    if override:
+        sentence += f" Try {override}."
+    return Verdict(word, sentence, suggestion, override, _figures(evidence), named)
 
 
 def _word(seen: Evidence, limits: Thresholds) -> tuple[Word, str]:
@@ -108,9 +113,12 @@ def _why_stalled(seen: Evidence, limits: Thresholds) -> str | None:
 
 def _have_done_what_they_can(seen: Evidence, limits: Thresholds) -> bool:
     """Whether next to nothing is left to gain along the gradients there are: a line's closed form knows of others."""
-    gained = (seen.first_loss or 0.0) - (seen.loss or 0.0)
     left = math.inf if seen.left_to_gain is None else seen.left_to_gain
-    return left <= limits.tolerance * (gained + left)
+    return left <= limits.tolerance * (_gained(seen) + left)
+
+
+def _gained(seen: Evidence) -> float:
+    return (seen.first_loss or 0.0) - (seen.loss or 0.0)
 
 
 def _left(seen: Evidence) -> tuple[float, float] | None:
@@ -132,6 +140,8 @@ def _why_oscillating(seen: Evidence, limits: Thresholds) -> str | None:
     if seen.leftover_gradient:
         return "each step follows the sum of all gradients so far, and swings past the optimum"
     overshoots = seen.full_batch or (seen.stability or 1.0) > 0.5  # else the two halves of an epoch look the same
+    if falling and _is_weighed(seen):
+        return None  # at the edge of stability a network trains well
     if seen.gradient_cosine is not None and seen.gradient_cosine < limits.bouncing and overshoots:
         state = "slowly" if falling else "hardly"
         where = f", at {seen.stability:.3g} × the largest stable rate" if seen.stability else ""
@@ -146,15 +156,29 @@ def _why_oscillating(seen: Evidence, limits: Thresholds) -> str | None:
             f"the loss does not fall any more, and {seen.noise_share:.0%} of the gradient is the noise of its batches: "
             "the rate holds the weights at that distance"
         )
-    if seen.best_loss is not None and seen.loss is not None and seen.loss > 1.1 * seen.best_loss:
+    if seen.best_loss is None or seen.loss is None:
+        return None
+    if seen.loss > 1.1 * seen.best_loss and not _is_next_to_nothing(seen, seen.loss - seen.best_loss, limits):
         return f"the loss goes up and down, and is {seen.loss / seen.best_loss:.3g} × its best"
     return None
+
+
+def _is_weighed(seen: Evidence) -> bool:
+    """Whether its rate was held against the critical one of mini-batches."""
+    return seen.line is None and seen.critical_ratio is not None and not seen.full_batch
+
+
+def _is_next_to_nothing(seen: Evidence, loss: float, limits: Thresholds) -> bool:
+    """Whether a loss is little beside what was gained: a rate that is sound by η_c is not blamed for it."""
+    return _is_weighed(seen) and loss < limits.held * _gained(seen)
 
 
 def _is_held_by_noise(seen: Evidence, limits: Thresholds) -> bool:
     """Whether noise prevails, and for a line also explains where it is (by a factor of 3): it may just be slow."""
     explained = seen.line is None or seen.left_to_gain is None or seen.line.excess < 3 * seen.left_to_gain
     is_young = seen.line is not None and seen.line.young_share > 0.5
+    if seen.left_to_gain is not None and _is_next_to_nothing(seen, seen.left_to_gain, limits):
+        return False
     return seen.noise_share > limits.noisy and explained and not is_young and not _has_hardly_begun(seen, limits)
 
 
@@ -209,7 +233,9 @@ def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
 def _progress(seen: Evidence, limits: Thresholds) -> str:
     """How quickly it goes, along which direction, and how far there is to go."""
     parts = []
-    if seen.line is not None and seen.method == "gradient_descent":
+    if seen.learning_rate < 1e-3 * seen.peak:
+        parts.append("the rate has come down to nothing")
+    elif seen.line is not None and seen.method == "gradient_descent":
         shrinks = f"the error shrinks by {_percent(1 - seen.line.decay)} a step along its slowest direction"
         parts.append(f"{shrinks} ({seen.line.direction}, which holds {seen.line.share:.0%} of the excess loss)")
     elif seen.gradient_decay is not None and seen.gradient_decay < 1 and seen.noise_share <= limits.noisy:
@@ -223,9 +249,10 @@ def _progress(seen: Evidence, limits: Thresholds) -> str:
         parts.append(f"about {_rounded(steps):,} more steps until {limits.tolerance:.1%} of the way is left")
     if seen.line is None and seen.critical_ratio is not None:
         parts.append(f"the rate is at most {seen.critical_ratio:.2g} × the critical one")
-    elif seen.stability is not None and seen.stability < limits.slow_rate:
-        parts.append(f"the rate is {seen.stability:.2g} × the largest stable one")
-    if seen.line is not None and seen.line.condition_number > 1e4 and (seen.stability or 0) > limits.slow_rate:
+    share = seen.peak / seen.limit if seen.limit else 1.0  # a schedule's end is no rate to judge it by
+    if share < limits.slow_rate and (seen.line is not None or seen.critical_ratio is None):
+        parts.append(f"the rate is {share:.2g} × the largest stable one")
+    if seen.line is not None and seen.line.condition_number > 1e4 and share > limits.slow_rate:
         parts.append(
             f"the condition number is {seen.line.condition_number:.2g}, and no constant rate is much quicker: add "
             "momentum, or decorrelate the features"

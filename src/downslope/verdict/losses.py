@@ -66,6 +66,7 @@ class Losses:
             "first_loss": self.first,
             "loss": losses[-1] if self._full_batch else recent.mean,
             "best_loss": min(best.mean, min(losses)) if self._full_batch else best.mean,
+            "early_peak": max(self._early) / self._early[0] if min(self._early) > 0 else None,
             "early_growth": self._early_growth(),
             "loss_growth": certainty([best], [recent]),
             "loss_rise": rise,

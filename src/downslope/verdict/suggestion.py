@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from downslope.verdict.evidence import Evidence
-from downslope.verdict.hints import is_not_of_this_loss
+from downslope.verdict.hints import has_ended_early, is_not_of_this_loss, learns_nothing
 from downslope.verdict.thresholds import Thresholds, Word
 
 CRITICAL_SHARE = 1 / 6  # of η_c: within twice the steps of the best of 12 rates in 24 of 26 networks
@@ -14,11 +14,11 @@ TOO_LARGE: tuple[Word, ...] = ("diverging", "too_large", "non_finite")
 
 @dataclass(frozen=True)
 class Suggestion:
-    """A learning rate to try; None where theory has none. Why, in either case; and what to try other than a rate."""
+    """A learning rate to try, None where theory has none; why, in either case; and whether it had better decay."""
 
     learning_rate: float | None
     reason: str
-    advice: str = ""
+    decay: bool = False
 
 
 def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) -> Suggestion:
@@ -46,21 +46,22 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     rate = found.learning_rate
     if rate is None:
         return found
-    if any(1 / SAME < rate / tried < SAME for tried in (seen.learning_rate, *seen.tried_learning_rates) if tried > 0):
-        return Suggestion(None, "no suggestion: the rate that theory has was tried")
+    if seen.peak and 1 / SAME < rate / seen.peak < SAME:
+        return Suggestion(None, "no suggestion: the rate that theory has is in use")
     if (word in TOO_LARGE and rate > seen.peak) or (word == "too_slow" and rate < seen.peak):
         return Suggestion(None, "no suggestion: what is known of the curvature contradicts the word")
     return found
 
 
 def _found(seen: Evidence, word: Word, limits: Thresholds) -> Suggestion:
-    if word == "stalled" or seen.leftover_gradient:
+    is_mistaken = seen.leftover_gradient or seen.is_maximised or seen.broadcast or seen.broken_rows
+    if word == "stalled" or is_mistaken or has_ended_early(seen) or learns_nothing(seen):
         return Suggestion(None, "no learning rate mends this")
     if seen.method == "lbfgs":
         return Suggestion(None, "no suggestion: L-BFGS scales its steps itself")
     if seen.noise_share > limits.noisy and word == "oscillating":
         reason = "the noise of the batches holds the weights in proportion to any constant rate"
-        return Suggestion(None, reason, "A rate that decays lets it fall on, as does a larger batch")
+        return Suggestion(None, reason, decay=True)
     if seen.line is None and seen.critical_learning_rate:
         return _of_the_critical_rate(seen, word)
     if not seen.full_batch and word in ("converged", "converging"):

@@ -25,6 +25,8 @@ class Thresholds:
         bouncing: Oscillating: the mean cosine of successive gradients is below this. Independent batches give 0,
             overshooting −1; half way is twice the angle that chance makes of 8 steps.
         noisy: More than this share of ‖g‖² is noise: the mini-batches move the weights, not the slope.
+        held: Oscillating, where the critical rate was measured: noise holds the loss by more than this share of what
+            was gained above its least. A curve of the loss hardly shows less.
         slow_factor: Too slow: more than this many times the steps planned (or taken) are still needed …
         slow_rate: … at less than this share of the largest stable rate: another rate would be as many times faster.
         critical_share: Too slow, where the critical learning rate was measured: the largest rate until now is below
@@ -43,6 +45,7 @@ class Thresholds:
     trend_certainty: float = 3.0
     bouncing: float = -0.5
     noisy: float = 0.5
+    held: float = 0.05
     slow_factor: float = 10.0
     slow_rate: float = 0.1
     critical_share: float = 0.015

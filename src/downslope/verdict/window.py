@@ -41,6 +41,7 @@ class Window:
         self._products: list[Tensor] = []
         self._last: list[Tensor] = []  # the last two gradients, the last step, and the parameters after it
         self._largest: list[Tensor] = []
+        self._changed: list[Tensor] = []  # of weights in half precision: how many changed, how many had a gradient
 
     def add(self, held: Sequence[Parameter], decays: Sequence[float]) -> None:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied.
@@ -65,6 +66,8 @@ class Window:
         if any(decays):
             sizes = torch.tensor([num_elements(each) * (each.grad is not None) for each in held])
             gradient += torch.tensor(decays).repeat_interleave(sizes).to(start) * start
+        if moved[0].dtype in (torch.bfloat16, torch.float16) and self._last:
+            self._changed.append(torch.stack([step.count_nonzero(), gradient.count_nonzero()]))
         pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
         pairs += [(gradient, step), (gradient, last_step)]
         self._products.append(torch.stack([one @ other for one, other in pairs]))
@@ -77,6 +80,13 @@ class Window:
     def largest(self) -> list[float]:
         """Returns the largest element that each moved parameter's gradient had."""
         return torch.stack(self._largest).amax(0).tolist() if self._largest else []
+
+    def share_changed(self) -> float | None:
+        """Returns how many of the weights that have a gradient a step changed: half precision may be too coarse."""
+        if not self._changed:
+            return None
+        changed, asked = torch.stack(self._changed).sum(0).tolist()
+        return float(changed / asked) if asked else None
 
     @property
     def last_step(self) -> tuple[Tensor, Tensor]:
@@ -141,6 +151,16 @@ def update_ratio(rows: Sequence[Row]) -> float | None:
     """Returns the root mean square of ‖Δθ‖ over that of ‖θ‖; the first step of a window is not known."""
     size = fmean(row.size for row in rows)
     return math.sqrt(fmean(row.moved for row in rows[1:]) / size) if size and len(rows) > 1 else None
+
+
+def decay_share(rows: Sequence[Row], within: float, apart: float) -> float:
+    """Returns what weight decay is of a step: w‖θ‖ of ‖g + wθ‖ within the gradient, ηw‖θ‖ of ‖Δθ‖ apart from it."""
+    shares = [
+        within * math.sqrt(row.size / row.square) if within else apart * math.sqrt(row.size / row.moved)
+        for row in rows
+        if row.square and row.moved
+    ]
+    return median(shares) if shares else 0.0
 
 
 def descent_ratio(rows: Sequence[Row], losses: Sequence[float]) -> float | None:

@@ -1,20 +1,21 @@
 """The data of the line: a table, split by seed, standardised by its training rows, in batches."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from downslope.gradients.least_squares import LeastSquares, least_squares
-from downslope.tables.batches import Batches, ShuffledOrder
-from downslope.tables.randomness import Stream, generator
-from downslope.tables.standardization import Standardization, is_constant
+from downslope.gradients.least_squares import LeastSquares
+from downslope.tables.batches import Batch
+from downslope.tables.columns import Column
+from downslope.tables.standardization import Units, filled
+from downslope.tables.stored import StoredTable
 from downslope.tables.synthetic import synthetic_table
-from downslope.tables.table import Table, column_names, read_columns, read_table
+from downslope.tables.table import Missing, Table, Text, read_features, read_table
 
 log = logging.getLogger(__name__)
 
@@ -26,9 +27,16 @@ class TableData(LightningDataModule):
     """Rows of a CSV or Parquet file as training, validation and test part.
 
     Args:
-        path: The file; see `downslope.tables.table.read_table`.
-        target: The column to predict.
+        path: The file, or a pattern for several; see `downslope.tables.table.read_table` for this and the next nine.
+        target: The column to predict, or several.
         features: The columns to predict it from; all others when None.
+        exclude: Columns to leave out.
+        weight: The column that says what a row counts in the loss.
+        text: `one_hot` or `refuse`.
+        max_values: Text of more values than these is left out.
+        missing: `drop`, `mean` or `refuse`.
+        decimal: The decimal mark; found when None.
+        in_memory: `true`, `false`, which keeps the numbers in a temporary file, or `auto`, by the memory that is free.
         batch_size: Rows a batch and process.
         seed: Decides the split and, with the epoch, the order of the training rows.
         standardize: Whether features and target are put into units of the training rows' spread.
@@ -42,8 +50,15 @@ class TableData(LightningDataModule):
     def __init__(
         self,
         path: str,
-        target: str,
+        target: str | Sequence[str],
         features: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+        weight: str | None = None,
+        text: Text = "one_hot",
+        max_values: int = 50,
+        missing: Missing = "drop",
+        decimal: str | None = None,
+        in_memory: bool | Literal["auto"] = "auto",
         *,
         batch_size: int,
         seed: int,
@@ -58,53 +73,44 @@ class TableData(LightningDataModule):
             if not 0 < fraction < 1:
                 raise ValueError(f"`{name}_fraction` must be between 0 and 1, got {fraction!r}.")
         self.path = path
-        self.target = target
-        self.features = features
+        self.target_names = [str(name) for name in (target if isinstance(target, list | tuple) else [target])]
+        self.reading: dict[str, Any] = {"features": features, "exclude": exclude, "weight": weight, "text": text}
+        self.reading |= {"max_values": max_values, "missing": missing, "decimal": decimal}
+        self.reading |= {"in_memory": in_memory, "seed": seed}
         self.batch_size = batch_size
         self.seed = seed
         self.standardize = standardize
         self.fractions = (validation_fraction, test_fraction)
 
     @cached_property
-    def table(self) -> Table:
+    def table(self) -> Table | StoredTable:
         """All rows, read when they are first asked for."""
-        return read_table(self.path, self.target, self.features)
+        return read_table(self.path, self.target_names, **self.reading)
 
     @cached_property
     def rows(self) -> dict[str, Any]:
-        """The numbers of the rows of each part, which the seed decides."""
-        num_rows = len(self.table)
-        num_validation, num_test = (max(MIN_ROWS_PER_PART, round(num_rows * share)) for share in self.fractions)
-        num_training = num_rows - num_validation - num_test
-        if num_training < MIN_ROWS_PER_PART:
+        """The rows of each part, which the seed decides."""
+        rows = self.table.split(self.seed, self.fractions)
+        if min(map(len, rows.values())) < MIN_ROWS_PER_PART:
+            val, test = (len(rows[part]) for part in ("val", "test"))
             raise ValueError(
-                f"{self.table.name} must leave {MIN_ROWS_PER_PART} rows to train on beside {num_validation} for "
-                f"validation and {num_test} for test, got {num_rows} rows."
+                f"{self.table.name} must leave {MIN_ROWS_PER_PART} rows to train on beside {val} for "
+                f"validation and {test} for test, got {len(self.table)} rows."
             )
-        order = generator(Stream.SPLIT, self.seed).permutation(num_rows)
-        ends = [0, num_training, num_training + num_validation, num_rows]
-        return {
-            part: order[start:end] for part, start, end in zip(("train", "val", "test"), ends, ends[1:], strict=False)
-        }
+        return rows
 
     @cached_property
-    def parts(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Features and target of each part, in the units of the training rows."""
-        features, target = self.table.features, self.table.target[:, None]
-        training = features[self.rows["train"]]
-        self.feature_names = self.table.feature_names
-        units = Standardization.of if self.standardize else Standardization.none
-        self.feature_units, self.target_units = units(training), units(target[self.rows["train"]])
-        names = [name for name, same in zip(self.feature_names, is_constant(training), strict=True) if same]
-        if names:
-            log.warning("%s: constant in the training rows, so without use: %s.", self.table.name, ", ".join(names))
+    def parts(self) -> dict[str, Any]:
+        """Features, target and, where there is one, weight of each part, in the units of the training rows."""
+        training = self.rows["train"]
+        self.feature_names, self.columns = self.table.feature_names, self.table.columns
+        self.units = Units.measured(lambda: self.table.chunks(training), self.standardize)
+        if useless := [name for name, same in zip(self.feature_names, self.units.is_constant, strict=True) if same]:
+            log.warning("%s: constant in the training rows, so without use: %s.", self.table.name, ", ".join(useless))
         if self.batch_size > len(training):
             text = "data.batch_size=%d is more than the %d training rows: every batch holds them all."
             log.warning(text, self.batch_size, len(training))
-        return {
-            part: (self.feature_units.apply(features[rows]), self.target_units.apply(target[rows])[:, 0])
-            for part, rows in self.rows.items()
-        }
+        return {part: self.table.part(rows, self.units) for part, rows in self.rows.items()}
 
     @property
     def num_features(self) -> int:
@@ -113,65 +119,70 @@ class TableData(LightningDataModule):
             _ = self.parts
         return len(self.feature_names)
 
+    @property
+    def num_targets(self) -> int:
+        """Numbers that the model predicts."""
+        return len(self.target_names)
+
     @cached_property
-    def least_squares(self) -> LeastSquares:
-        """The loss of the line over all training rows in closed form."""
-        return least_squares(*self.parts["train"])
+    def least_squares(self) -> LeastSquares | None:
+        """The loss of the line over all training rows in closed form; None for several targets."""
+        return self.parts["train"].least_squares() if self.num_targets == 1 else None
 
     def description(self) -> str:
         """Says in a line what is learned from."""
         count = f"{self.num_features} feature{'s' * (self.num_features != 1)}"
-        return f'{self.table.name}: {len(self.table):,} rows, {count}, target "{self.target}"'
+        notes = f" ({'; '.join(self.table.notes)})" if self.table.notes else ""
+        return f'{self.table.name}: {len(self.table):,} rows, {count}, target "{self.table.target_name}"{notes}'
 
     def fingerprint(self) -> str:
         """Says which numbers these are: a run is resumed on the same alone."""
         table = self.table
-        return f"{', '.join(table.feature_names)} → {table.target_name}, {len(table)} rows, sha256 {table.digest[:12]}"
+        return f"{', '.join(table.feature_names)} → {table.target_name}, {len(table)} rows, sha256 {table.digest}"
 
     def setup(self, stage: str) -> None:
         """Reads the rows, where they are trained on or looked at."""
         if stage != "predict":
             _ = self.parts
 
-    def train_dataloader(self) -> Batches:
+    def train_dataloader(self) -> Iterable[Batch]:
         """Shuffled anew each epoch."""
-        return self._batches("train", ShuffledOrder(len(self.rows["train"]), self.seed))
+        return self._batches("train", self.seed)
 
-    def val_dataloader(self) -> Batches:
+    def val_dataloader(self) -> Iterable[Batch]:
         """In a fixed order."""
         return self._batches("val")
 
-    def test_dataloader(self) -> Batches:
+    def test_dataloader(self) -> Iterable[Batch]:
         """In a fixed order."""
         return self._batches("test")
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor]]:
         """Serves the features of every row of the file, whatever else stands there; after `load_state_dict`."""
-        available = column_names(self.path)
-        if missing := [name for name in self.feature_names if name not in available]:
-            raise ValueError(
-                f"{self.path} must have the columns that the run was trained on, got no {', '.join(missing)}."
-            )
-        features = self.feature_units.apply(read_columns(self.path, self.feature_names))
+        values = read_features(self.path, self.columns, self.reading["missing"], self.reading["decimal"])
+        if self.reading["missing"] == "mean":
+            values = filled(values, self.units.means)
+        features = self.units.features.apply(values)
         return DataLoader([(rows,) for rows in features.split(ROWS_AT_ONCE)], batch_size=None)  # type: ignore[arg-type]
 
-    def _batches(self, part: str, sampler: ShuffledOrder | None = None) -> Batches:
+    def _batches(self, part: str, seed: int | None = None) -> Iterable[Batch]:
         rank, num_processes = (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-        return Batches(*self.parts[part], self.batch_size, sampler, rank, num_processes)
+        batches: Iterable[Batch] = self.parts[part].batches(self.batch_size, seed, rank, num_processes)
+        return batches
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint carries, so that predictions are made from names and in the user's units."""
         return {
             "feature_names": list(self.feature_names),
-            "feature_units": self.feature_units.state_dict(),
-            "target_units": self.target_units.state_dict(),
+            "columns": [column.state_dict() for column in self.columns],
+            **self.units.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes the columns and units of a run."""
         self.feature_names = tuple(map(str, state["feature_names"]))
-        self.feature_units = Standardization.from_state_dict(state["feature_units"])
-        self.target_units = Standardization.from_state_dict(state["target_units"])
+        self.columns = tuple(Column.from_state_dict(column) for column in state["columns"])
+        self.units = Units.from_state_dict(state)
 
 
 class SyntheticData(TableData):

@@ -20,6 +20,7 @@ class ManualLinearRegression(LinearRegression):
         optimizer: As for `LinearRegression`.
         scheduler: As for `LinearRegression`.
         gradient_clip_val: Largest L2 norm of the gradient that the step may use; None does not clip.
+        num_targets: As for `LinearRegression`.
     """
 
     def __init__(
@@ -28,13 +29,14 @@ class ManualLinearRegression(LinearRegression):
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: dict[str, Any],
         gradient_clip_val: float | None = None,
+        num_targets: int = 1,
     ) -> None:
         if getattr(optimizer, "func", None) is LBFGS:
             raise ValueError(
                 "Cannot train `model=manual` with `optimizer=lbfgs`. This is because LBFGS takes many gradients a "
                 "step, and the cycle that is written out takes one: use `model=automatic`."
             )
-        super().__init__(num_features, optimizer, scheduler)
+        super().__init__(num_features, optimizer, scheduler, num_targets)
         self.automatic_optimization = False
         self.gradient_clip_val = gradient_clip_val
 

@@ -22,6 +22,7 @@ class LinearRegression(LightningModule):
         num_features: Columns of the input; conf leaves it to the data.
         optimizer: Makes the optimizer, given the parameters.
         scheduler: As `template.schedules.schedulers` takes it.
+        num_targets: Numbers that are predicted; conf leaves it to the data.
     """
 
     def __init__(
@@ -29,33 +30,41 @@ class LinearRegression(LightningModule):
         num_features: int,
         optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
         scheduler: dict[str, Any],
+        num_targets: int = 1,
     ) -> None:
         super().__init__()
-        self.linear = nn.Linear(num_features, 1)
+        self.linear = nn.Linear(num_features, num_targets)
         self.make_optimizer = optimizer
+        self.lr = getattr(optimizer, "keywords", {}).get("lr")  # where LearningRateFinder looks for it
         self.scheduler = scheduler
         self.train_loss = MeanMetric(nan_strategy=math.nan)  # a loss that is not a number is to be seen
         self.val_metrics = _metrics("val/")
         self.test_metrics = _metrics("test/")
 
     def forward(self, features: Tensor) -> Tensor:
-        """Maps features (rows, columns) to predictions (rows)."""
+        """Maps features (rows, columns) to predictions (rows), of several targets (rows, targets)."""
         prediction: Tensor = self.linear(features).squeeze(-1)
         return prediction
 
     def loss(self, batch: Batch) -> Tensor:
-        """Returns the mean squared error over the rows of a batch, (1/N) Σ (prediction − target)².
+        """Returns the mean squared error over the rows of a batch, (1/N) Σ w (prediction − target)².
 
-        The observers may call it again, so that it does nothing else.
+        The weight w is 1 unless the data have one. The observers may call it again, so that it does nothing else.
         """
-        features, target = batch
-        return nn.functional.mse_loss(self(features), target)
+        features, target, *weight = batch
+        prediction: Tensor = self(features)
+        if weight:
+            return (weight[0] * (prediction - target).square()).mean()
+        return nn.functional.mse_loss(prediction, target)
 
     def stacked_loss(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Returns the loss of many lines at once: parameters and result have a leading axis of lines."""
-        features, target = batch
-        predictions = features @ parameters["linear.weight"][:, 0].T + parameters["linear.bias"][:, 0]
-        return (predictions - target[:, None]).square().mean(dim=0)
+        features, target, *weight = batch
+        slopes, offsets = parameters["linear.weight"], parameters["linear.bias"]  # (lines, targets, …)
+        predictions = features @ slopes.flatten(0, 1).T + offsets.flatten()
+        errors = (predictions.unflatten(1, offsets.shape) - target.reshape(len(target), 1, -1)).square()
+        rows: Tensor = errors.mean(dim=2)
+        return (weight[0].reshape(-1, 1) * rows if weight else rows).mean(dim=0)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Returns the loss, which Lightning takes through zero_grad, backward, clip, step and scheduler."""
@@ -102,9 +111,10 @@ class LinearRegression(LightningModule):
         self.test_metrics.reset()
 
     def predict_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Returns a column of predictions, in the target's own unit and under its name."""
+        """Returns a column of predictions for each target, in its own unit and under its name."""
         data: Any = self.trainer.datamodule  # type: ignore[attr-defined]
-        return {data.target: data.target_units.undo(self(batch[0]))}
+        columns = data.units.target.undo(self(batch[0]).reshape(len(batch[0]), -1)).T
+        return dict(zip(data.target_names, columns, strict=True))
 
     def _log(self, values: dict[str, Tensor]) -> None:
         # For checkpoints, schedulers and the result. Loggers get them on the x-axis of optimizer steps instead:

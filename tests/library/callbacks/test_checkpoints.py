@@ -4,6 +4,7 @@ import signal
 import stat
 import time
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from torch.utils.data import DataLoader
 
 from downslope.callbacks import Checkpoints
 from downslope.runs.signals import Interrupted
+from tests.conftest import Outcome, read_json
 
 
 class Scripted(LightningModule):
@@ -142,3 +144,16 @@ def test_a_training_that_is_done_leaves_no_trainer_in_memory(tmp_path: Path) -> 
         assert left() is None
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_lightnings_own_finder_may_set_the_rate_before_the_fit(script: Callable[..., Outcome], tmp_path: Path) -> None:
+    finder = "+callbacks.finder._target_=lightning.pytorch.callbacks.LearningRateFinder"
+    ended = script(
+        "train", finder, "+callbacks.finder.num_training_steps=60", "trainer.max_epochs=3", "hydra.run.dir=run"
+    )
+    assert ended.code == 0, ended.err
+    found = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0][
+        "param_groups"
+    ][0]
+    assert read_json(tmp_path / "run")["learning_rate"] == pytest.approx(found["lr"])
+    assert found["lr"] != 0.02

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from downslope.callbacks import DivergenceError, FlightRecorder, SharpnessMonitor, VerdictMonitor
-from downslope.verdict.evidence import EvidenceCollector
+from downslope.verdict import EvidenceCollector
 from template.regression.data import TableData
 from template.regression.manual import ManualLinearRegression
 from template.regression.model import LinearRegression
@@ -387,6 +387,32 @@ def test_a_resumed_run_remembers_its_beginning(tmp_path: Path) -> None:
     assert second.verdict
     for name in ("first_loss", "first_excess", "first_gradient_norm", "best_learning_rate"):
         assert second.verdict.figures[name] == first.verdict.figures[name]
+
+
+@pytest.mark.parametrize(
+    ("start", "most"),
+    [
+        (["lr=0.0615"], 2),  # noise holds it: then along a cosine
+        pytest.param(["lr=0.0001", "trainer.max_epochs=60"], 3, marks=pytest.mark.slow),
+        pytest.param(["lr=1.5", "trainer.max_epochs=60", "data.batch_size=1000"], 3, marks=pytest.mark.slow),
+        pytest.param(["experiment=digits", "lr=0.0001", "trainer.max_epochs=6"], 3, marks=pytest.mark.slow),
+        pytest.param(["experiment=digits", "lr=20", "trainer.max_epochs=6"], 3, marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Diverged")
+def test_following_the_printed_command_comes_to_rest(script: Any, tmp_path: Path, start: list[str], most: int) -> None:
+    commands = [start]
+    while len(commands) <= most:
+        script("train", *commands[-1], f"hydra.run.dir=run{len(commands)}", "~callbacks.pictures")
+        override = read_json(tmp_path / f"run{len(commands)}")["evidence"]["try"]
+        if not override:
+            break
+        key = override.partition("=")[0]
+        commands.append([*(each for each in commands[-1] if each.partition("=")[0] != key), override])
+    first, last = (read_json(tmp_path / f"run{number}") for number in (1, len(commands)))
+    assert 1 < len(commands) <= most
+    assert last["metrics"]["val/loss"] <= 1.01 * first["metrics"].get("val/loss", math.inf)
+    assert last["verdict"] in ("converging", "converged", "oscillating")
 
 
 def test_evidence_in_another_layout_is_one_line_and_the_run_is_judged_from_there_on(

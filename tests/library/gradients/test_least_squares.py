@@ -1,5 +1,6 @@
 import sys
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -128,6 +129,20 @@ def test_with_weight_decay_gradient_descent_comes_to_rest_at_the_decayed_optimum
     theta = theta.detach()
     objective = (inputs @ theta - target).square().mean() + 0.15 * theta.square().sum()
     assert line.loss == pytest.approx(float(objective), rel=1e-12)
+
+
+@pytest.mark.parametrize("gap", [0.0, 1e-7])
+def test_dependent_columns_have_numpys_optimum(gap: float) -> None:
+    random = np.random.default_rng(0)
+    kind = np.eye(3)[random.integers(0, 3, 200)]  # the three add up to the column of ones
+    number = random.normal(size=200)
+    features = np.column_stack([number, kind, number + gap * random.normal(size=200)])
+    target = features @ [1.0, 2.0, 3.0, 4.0, 1 / (gap or 1)] + random.normal(size=200)
+    with_ones = np.column_stack([features, np.ones(200)])
+    error = ((with_ones @ np.linalg.lstsq(with_ones, target, rcond=None)[0] - target) ** 2).mean()
+    for _ in range(5):  # torch's gelsy has another solution at each call
+        line = least_squares(torch.from_numpy(features), torch.from_numpy(target))
+        assert line.loss == pytest.approx(error, rel=1e-9)
 
 
 def test_the_excess_is_the_loss_above_the_optimum_by_numpy_in_float64() -> None:

@@ -42,10 +42,15 @@ REFUSED = [
     ("data.path=empty.csv data.target=y", "empty.csv must start with a line of column names"),
     ("data.path=header.csv data.target=y", "header.csv must hold rows below its header, got none."),
     ("data.path=one_row.csv data.target=y", "one_row must leave 2 rows to train on"),
-    ("data.path=nan.csv data.target=y", "nan.csv, row 2 (line 3), column 'y' must be a finite number, got 'nan'."),
+    ("data.path=nan.csv data.target=y", "nan must leave 2 rows to train on"),
     ("data.path=inf.csv data.target=y", "inf.csv, row 2 (line 3), column 'a' must be a finite number, got 'inf'."),
-    ("data.path=blank.csv data.target=y", "blank.csv, row 1 (line 2), column 'y' must be a finite number, got ''."),
-    ("data.path=text.csv data.target=y", "text.csv, row 2 (line 3), column 'a' must be a finite number, got 'red'."),
+    ("data.path=blank.csv data.target=a data.missing=refuse", "blank.csv, row 1 (line 2), column 'y' must be a finite"),
+    (
+        "data.path=text.csv data.target=y data.text=refuse",
+        "text.csv, row 2 (line 3), column 'a' must be a finite number",
+    ),
+    ("data.path=text.csv data.target=a", "text.csv: 'a' must be a column of numbers"),
+    ("data.path=text.csv data.target=y data.text=maybe", "`data.text` must be one of one_hot, refuse, got 'maybe'."),
     ("data.path=twice.csv data.target=y", "twice.csv must name each column once, got 'a' 2 times."),
     ("data.path=text.csv", "`data.target` must be a column of text.csv (a, y), got 'progression'."),
     ("data.features=[age,weight]", "`data.features` must be columns of"),
@@ -126,6 +131,6 @@ def test_flags_may_stand_anywhere_and_values_hold_any_text(script: Callable[...,
 
 
 def test_a_number_where_text_is_wanted_is_answered_with_the_way_to_write_it(script: Callable[..., Outcome]) -> None:
-    refused = script("train", "data=table", "data.path=t.csv", "data.target=1992")
+    refused = script("train", "data.path=1992")
     assert refused.code == 1
-    assert """As text it is written in both quotes: 'data.target="1992"'.""" in refused.err
+    assert """As text it is written in both quotes: 'data.path="1992"'.""" in refused.err

@@ -92,6 +92,17 @@ def test_more_epochs_end_in_the_bits_of_a_run_that_had_them_from_the_start(scrip
     assert read_json(run)["metrics"] == read_json(run.parent / "long")["metrics"]
 
 
+def test_a_table_in_a_file_is_resumed_to_the_bit(script: Script, run: Path) -> None:
+    stored = [*read_json(run)["overrides"][2:], "data.in_memory=false"]
+    assert script("train", "hydra.run.dir=short", "trainer.max_epochs=1", *stored).code == 0
+    more = ("resume_override=[trainer.max_epochs]", "trainer.max_epochs=3")
+    assert script("train", "resume=short", *more).code == 0
+    assert script("train", "hydra.run.dir=long", "trainer.max_epochs=3", *stored).code == 0
+    here, there = (torch.load(run.parent / name / LAST, weights_only=True) for name in ("short", "long"))
+    assert here["global_step"] == there["global_step"] == 12
+    assert all(torch.equal(here["state_dict"][name], value) for name, value in there["state_dict"].items())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

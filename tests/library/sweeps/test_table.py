@@ -13,7 +13,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 
 from downslope.sweeps.grid import MISSING, SWEEPERS
 from downslope.sweeps.report import make_report, print_report
-from downslope.sweeps.table import Job, csv_of, read_curves, read_jobs, rows, varied_keys
+from downslope.sweeps.table import Job, csv_of, next_rate, read_curves, read_jobs, rows, varied_keys
 from tests.conftest import scalars
 from tests.library.sweeps.conftest import MakeJob, write_curves
 
@@ -258,3 +258,24 @@ def test_a_step_written_again_after_a_resume_counts_once(tmp_path: Path, monkeyp
 
 def test_a_run_without_an_event_file_has_no_curve(tmp_path: Path) -> None:
     assert read_curves(tmp_path / "nowhere", TAGS) == {}
+
+
+@pytest.mark.parametrize(
+    ("tried", "rate"),
+    [
+        ([], 0.3),
+        (["lr=0.31"], None),  # as good as the same
+        (["lr=0.2"], None),  # on the way there the loss was higher
+        (["lr=0.4"], 0.3),
+        (["lr=0.05"], 0.3),  # on the other side
+        (["lr=0.2,optimizer=adam"], 0.3),  # another sweep
+    ],
+)
+def test_no_rate_is_suggested_at_or_beyond_one_that_did_worse(
+    make_job: MakeJob, sweep: Path, tried: list[str], rate: float | None
+) -> None:
+    make_job("lr=0.1", lr=0.1, status="completed", loss=0.5, suggested_learning_rate=0.3)
+    for overrides in tried:
+        parts = overrides.split(",")
+        make_job(*parts, lr=float(parts[0][3:]), status="completed", loss=0.6)
+    assert next_rate(read_jobs(sweep)) == rate

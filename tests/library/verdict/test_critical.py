@@ -7,11 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from downslope.gradients import critical_learning_rate, least_squares
 from downslope.verdict import Evidence, EvidenceCollector, Verdict, judge, suggest
+from downslope.verdict.method import first_length
 
 SOUND = Evidence(
     step=100,
@@ -70,6 +71,10 @@ def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_sixth
         ({"early_growth": 1.9, "loss": 1.9}, "too_large"),  # … and did not
         ({"early_critical_ratio": 0.5}, "converging"),  # a jump that no rate explains, and it came down
         ({"early_critical_ratio": None, "loss": 1.9}, "too_large"),
+        ({"early_critical_ratio": 0.4, "loss": 1.9, "sharpness": 1e-6}, "too_large"),  # flat where it was thrown to
+        ({"early_growth": 1.0, "early_peak": 3.0, "step": 16, "loss": 1.9}, "too_large"),
+        ({"early_growth": 1.0, "early_peak": 3.0, "step": 16, "loss": 0.9}, "converging"),
+        ({"early_growth": 1.0, "early_peak": 1.5, "step": 16, "loss": 1.9}, "converging"),
         ({"early_critical_ratio": None, "loss": 1.9, "sharpness": 1.0, "method": "momentum"}, "converging"),
     ],
 )
@@ -94,11 +99,11 @@ def test_while_it_diverges_that_is_said_and_the_cause_at_the_end() -> None:
     assert judge(replace(during, has_ended=True, num_non_finite=1)).word == "non_finite"
 
 
-@pytest.mark.parametrize("tried", [(0.1,), (0.5, 0.0999)])
-def test_a_rate_that_was_tried_is_never_suggested(tried: tuple[float, ...]) -> None:
+@pytest.mark.parametrize("peak", [0.1, 0.0999])
+def test_a_rate_that_is_in_use_is_never_suggested(peak: float) -> None:
     slow = replace(SOUND, learning_rate=1e-3)
     assert suggest(slow, "too_slow").learning_rate == pytest.approx(0.1)
-    assert suggest(replace(slow, tried_learning_rates=tried), "too_slow").learning_rate is None
+    assert suggest(replace(slow, peak_learning_rate=peak), "too_slow").learning_rate is None
 
 
 def test_no_suggestion_goes_the_wrong_way() -> None:
@@ -113,8 +118,38 @@ def test_where_noise_holds_the_weights_no_rate_is_suggested_but_a_decaying_one()
     verdict = judge(held)
     assert verdict.word == "oscillating"
     assert verdict.suggestion.learning_rate is None
-    assert "decays" in verdict.sentence
-    assert "larger batch" in verdict.sentence
+    assert verdict.override == "scheduler=cosine"
+    assert verdict.sentence.endswith("A rate that decays, or a larger batch lets it fall on. Try scheduler=cosine.")
+    decaying = judge(replace(held, peak_learning_rate=1.0))
+    assert decaying.override == ""
+    assert decaying.sentence.endswith("A larger batch lets it fall on.")
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({}, "converging"),
+        ({"left_to_gain": 0.2}, "oscillating"),  # of 1.9 that were gained
+        ({"left_to_gain": 0.02, "best_loss": 0.05}, "converging"),
+        ({"best_loss": 0.05, "loss": 0.3}, "oscillating"),
+        ({"loss_trend": -9.0, "gradient_cosine": -0.9, "critical_learning_rate": 0.11}, "converging"),
+        ({"loss": 1.5, "best_loss": 1.5, "left_to_gain": 0.2, "early_critical_ratio": 0.8}, "too_large"),
+    ],
+)
+def test_a_rate_that_is_sound_by_the_critical_one_is_not_blamed_for_a_little_noise(
+    change: dict[str, object], word: str
+) -> None:
+    held = replace(
+        SOUND, first_loss=2.0, loss=0.1, best_loss=0.1, loss_trend=0.0, gradient_decay=1.0, left_to_gain=0.02
+    )
+    assert judge(replace(held, **change)).word == word  # type: ignore[arg-type]
+
+
+def test_a_schedule_that_has_come_to_its_end_is_not_described_by_its_last_rate() -> None:
+    ended = judge(replace(SOUND, learning_rate=0.0, peak_learning_rate=0.1, sharpness=4.0))
+    assert ended.word == "converging"
+    assert ended.sentence.startswith("converging: the rate has come down to nothing")
+    assert "largest stable" not in ended.sentence
 
 
 # --- collected in a loop ---
@@ -197,6 +232,20 @@ def test_the_short_first_step_of_momentum_is_not_taken_for_a_steady_one() -> Non
     assert collector.evidence().critical_learning_rate == pytest.approx(0.2)
     collector.add_critical(200, 2.0)
     assert collector.evidence().critical_learning_rate == pytest.approx(2.0)
+
+
+def test_the_long_first_steps_of_rmsprop_are_not_taken_for_steady_ones() -> None:
+    module = nn.Linear(1, 1)
+    optimizer = RMSprop(module.parameters(), lr=0.01)
+    lengths = []
+    for _ in range(9):
+        module.weight.grad, module.bias.grad = torch.ones(1, 1), torch.ones(1)
+        before = float(module.bias.detach())
+        optimizer.step()
+        lengths.append((before - float(module.bias.detach())) / 0.01)
+    assert lengths[0] == pytest.approx(10, rel=1e-4)
+    for step in (0, 8):
+        assert first_length(optimizer, step) == pytest.approx(lengths[step], rel=1e-4)
 
 
 def test_lbfgs_is_known_by_name() -> None:

@@ -82,12 +82,39 @@ def test_what_else_leads_to_a_word(change: dict[str, object], word: str) -> None
         ({"forgotten": ("head.weight",)}, "no optimizer holds `head.weight`"),
         ({"leftover_gradient": True}, "zero_grad() missing"),
         ({"gradient_excess": 6.0}, "about 6 × that of the loss"),
+        ({"squashed": "one too many?"}, "one too many?"),
+        ({"broadcast": "(4, 1) against (4,)"}, "compares (4, 1) against (4,), each row with every other"),
+        ({"is_maximised": True}, "a sign wrong"),
+        ({"constant_loss": 1.01, "update_ratio": 0.1}, "the targets belong to these inputs"),
+        ({"input_size": 127.0, "num_non_finite": 1}, "the inputs are of size 1.3e+02"),
+        ({"clipped_norm": 1e-3, "learning_rate": 1e-5, "critical_learning_rate": 1.0}, "has the norm 0.001"),
+        ({"decay_share": 0.98}, "weight decay is 98% of the first steps"),
+        ({"steps_at_zero": 60}, "at its end for 60 of 100 steps"),
+        ({"share_changed": 0.3}, "a step changes 30% of the weights"),
+        ({"not_normalizing": ("norm",)}, "`norm` is in eval mode"),
+        ({"dropping": ("net.3",)}, "`net.3` leaves at most a tenth"),
+        ({"broken_rows": "row 3 of its batch is not finite"}, "row 3 of its batch is not finite"),
     ],
 )
 def test_a_mistake_is_named_by_its_traces(change: dict[str, object], hint: str) -> None:
     assert judge(SOUND).hints == ()
     (said,) = judge(replace(SOUND, **change)).hints  # type: ignore[arg-type]
     assert hint in said
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"input_size": 127.0},  # but it trains
+        {"input_size": 127.0, "num_non_finite": 1, "normalizes": True},
+        {"clipped_norm": 1e-3},
+        {"constant_loss": 1.01, "update_ratio": 1e-4},  # it has not gone far enough to tell
+        {"constant_loss": 1.2, "update_ratio": 0.1},
+        {"decay_share": 0.1, "steps_at_zero": 3, "share_changed": 0.9},
+    ],
+)
+def test_no_mistake_is_named_by_half_of_its_traces(change: dict[str, object]) -> None:
+    assert judge(replace(SOUND, **change)).hints == ()  # type: ignore[arg-type]
 
 
 def test_what_is_frozen_on_purpose_is_a_fact_and_no_accusation() -> None:
@@ -273,7 +300,7 @@ def test_a_small_trained_part_beside_a_frozen_one_is_not_stalled() -> None:
         optimizer.zero_grad()
         thin = module["thin"](inputs[:, None]).squeeze(-1)
         loss = (module["base"](inputs) + thin - 2 * inputs).square().mean()
-        collector.add_leftover()
+        collector.add_backward()
         loss.backward()
         optimizer.step()
         collector.add_step()
@@ -290,10 +317,10 @@ def collect_leftovers(clear_first: bool) -> Evidence:
     optimizer = SGD(module.parameters(), lr=0.1)
     collector = EvidenceCollector(optimizer, {}, full_batch=True)
     for _ in range(8):
-        collector.add_leftover()  # the other network's backward finds this one's gradient
+        collector.add_backward()  # the other network's backward finds this one's gradient
         if clear_first:
             optimizer.zero_grad()
-        collector.add_leftover()
+        collector.add_backward()
         loss = module(torch.ones(4, 2)).square().mean()
         loss.backward()
         optimizer.step()

@@ -1,0 +1,241 @@
+"""A table that is larger than memory: its numbers in a temporary file, its rows shuffled inside a window."""
+
+import contextlib
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from downslope.gradients.least_squares import LeastSquares, least_squares_of
+from downslope.tables.batches import Batch, ShuffledOrder
+from downslope.tables.columns import Array, Column
+from downslope.tables.randomness import Stream, generator
+from downslope.tables.standardization import Rows, Units
+
+CHUNK = 2**22  # bytes that are read at once
+WINDOW = 16  # chunks whose rows are shuffled with each other
+
+
+class Store:
+    """Rows of numbers as they come: in memory, and where they would take more than a limit in a temporary file.
+
+    There each chunk of rows is put into an order drawn from (seed, chunk), so that any part of it is one by chance.
+
+    Args:
+        width: Numbers a row.
+        most_bytes: How many are kept in memory.
+        seed: Of the order.
+    """
+
+    def __init__(self, width: int, most_bytes: float, seed: int) -> None:
+        self.width, self.most_bytes, self.seed = width, most_bytes, seed
+        self.values, self.num_rows = np.empty((0, width)), 0
+        self.file: Any = None
+        self.chunk_rows = max(1, CHUNK // (8 * width))
+        self.digest = hashlib.sha256()
+        self._num_buffered = self._num_chunks = 0
+
+    def add(self, rows: Array) -> None:
+        """Takes some more rows."""
+        self.num_rows += len(rows)
+        if self.file is None and self.num_rows * self.width * 8 > self.most_bytes:
+            self.file = tempfile.TemporaryFile(prefix="downslope-")  # noqa: SIM115
+        if self._num_buffered + len(rows) > len(self.values):  # grown where it lies: no second copy
+            self.values.resize(
+                (max(self._num_buffered + len(rows), len(self.values) * 9 // 8), self.width), refcheck=False
+            )
+        self.values[self._num_buffered : self._num_buffered + len(rows)] = rows
+        self._num_buffered += len(rows)
+        if self.file and self._num_buffered >= self.chunk_rows:
+            self._write(self.chunk_rows)
+
+    def finish(self) -> None:
+        """Leaves in `values` all rows, or writes the last."""
+        if self.file:
+            self._write(1)
+            self.file.flush()
+        self.values.resize((self._num_buffered, self.width), refcheck=False)
+
+    def _write(self, least: int) -> None:
+        start = 0
+        while self._num_buffered - start >= least:
+            chunk = self.values[start : min(start + self.chunk_rows, self._num_buffered)]
+            order = generator(Stream.SPLIT, self.seed, self._num_chunks).permutation(len(chunk))
+            content = chunk[order].tobytes()
+            self.digest.update(content)
+            try:
+                self.file.write(content)
+            except OSError as error:
+                raise ValueError(
+                    f"`data.path` is larger than memory, and its numbers do not fit into {tempfile.gettempdir()}: "
+                    f"{error.strerror}. TMPDIR=… names another folder."
+                ) from error
+            start, self._num_chunks = start + len(chunk), self._num_chunks + 1
+        self.values = self.values[start : self._num_buffered].copy()
+        self._num_buffered = len(self.values)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredRows:
+    """Some rows of a stored table: pieces of it, (first row, rows) each."""
+
+    store: Store
+    num_features: int
+    num_targets: int
+    pieces: Sequence[tuple[int, int]]
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.pieces)
+
+    def read(self, pieces: Sequence[tuple[int, int]]) -> Rows:
+        """Returns features, target and weight of pieces."""
+        size, handle = self.store.width * 8, self.store.file.fileno()
+        content = b"".join(os.pread(handle, count * size, first * size) for first, count in pieces)
+        values = np.frombuffer(content).reshape(-1, self.store.width)
+        end = self.num_features + self.num_targets
+        weight = values[:, end] if self.store.width > end else None
+        return values[:, : self.num_features], values[:, self.num_features : end], weight
+
+    def chunks(self) -> Iterator[Rows]:
+        """Yields all rows, some at a time."""
+        for piece in self.pieces:
+            yield self.read([piece])
+
+    def share(self, rank: int, num_processes: int) -> "StoredRows":
+        """Returns an equal share for each process, one after the other."""
+        num_rows, first, pieces = len(self) // num_processes, 0, []
+        start, end = rank * num_rows, (rank + 1) * num_rows
+        for place, count in self.pieces:
+            skipped = max(0, start - first)
+            if (left := min(count, end - first) - skipped) > 0:
+                pieces.append((place + skipped, left))
+            first += count
+        return StoredRows(self.store, self.num_features, self.num_targets, pieces)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTable:
+    """As `Table`, of rows in a file."""
+
+    name: str
+    store: Store
+    feature_names: tuple[str, ...]
+    target_name: str
+    columns: tuple[Column, ...]
+    notes: tuple[str, ...]
+    num_targets: int
+
+    def __len__(self) -> int:
+        return self.store.num_rows
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of every cell, in the order of the file, which the seed decides."""
+        return f"{self.store.digest.hexdigest()[:12]} in a file"
+
+    def split(self, seed: int, fractions: tuple[float, float]) -> dict[str, StoredRows]:
+        """Returns the rows to train on, to validate and to test with: a share of each chunk."""
+        pieces: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
+        for first in range(0, len(self), self.store.chunk_rows):
+            num_rows = min(self.store.chunk_rows, len(self) - first)
+            counts = [round(num_rows * share) for share in fractions]
+            for part, count in zip(pieces, (num_rows - sum(counts), *counts), strict=True):
+                pieces[part].append((first, count))
+                first += count
+        sizes = (len(self.feature_names), self.num_targets)
+        return {
+            part: StoredRows(self.store, *sizes, [each for each in places if each[1]])
+            for part, places in pieces.items()
+        }
+
+    def chunks(self, rows: StoredRows) -> Iterator[Rows]:
+        """Yields rows, some at a time."""
+        return rows.chunks()
+
+    def part(self, rows: StoredRows, units: Units) -> "StoredPart":
+        """Returns rows in the units of a model."""
+        return StoredPart(rows, units)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredPart:
+    """Rows of a stored table in the units of the training rows."""
+
+    rows: StoredRows
+    units: Units
+
+    def chunks(self) -> Iterator[Batch]:
+        """Yields all rows as tensors, some at a time."""
+        for rows in self.rows.chunks():
+            yield self.units.apply(*rows)
+
+    def least_squares(self) -> LeastSquares:
+        """Returns the closed form of a line over them."""
+        return least_squares_of(self.chunks)
+
+    def batches(self, batch_size: int, seed: int | None, rank: int, num_processes: int) -> "StoredBatches":
+        """Returns them in batches, shuffled where there is a seed."""
+        return StoredBatches(self, batch_size, seed, rank, num_processes)
+
+
+class StoredBatches:
+    """Iterates over batches of a stored table as `Batches` does over one in memory.
+
+    The chunks come in an order drawn from (seed, epoch), and the rows of `WINDOW` of them are shuffled with each other.
+    """
+
+    batch_sampler = None  # Lightning looks for it wherever it finds a `sampler`
+
+    def __init__(self, part: StoredPart, batch_size: int, seed: int | None, rank: int, num_processes: int) -> None:
+        self.units, self.rows = part.units, part.rows.share(rank, num_processes)
+        self.batch_size, self.seed, self.start = batch_size, seed, 0
+        self.sampler = None if seed is None else ShuffledOrder(len(self.rows.pieces), seed)
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        skipped, self.start = self.start * self.batch_size, 0
+        order = range(len(self.rows.pieces)) if self.sampler is None else self.sampler.rows().tolist()
+        left: Batch = ()
+        for first in range(0, len(order), WINDOW):
+            pieces = [self.rows.pieces[place] for place in order[first : first + WINDOW]]
+            num_rows = sum(count for _, count in pieces)
+            if skipped >= num_rows:
+                skipped -= num_rows
+                continue
+            window = self.units.apply(*self.rows.read(pieces))
+            if self.sampler is not None and self.seed is not None:
+                key = (self.seed, self.sampler.epoch, first + 1)
+                shuffled = torch.from_numpy(generator(Stream.ORDER, *key).permutation(num_rows))
+                window = tuple(each[shuffled] for each in window)
+            window = tuple(each[skipped:] for each in window)
+            window = tuple(map(_joined, zip(left, window, strict=True))) if left else window
+            skipped, whole = 0, len(window[0]) // self.batch_size * self.batch_size
+            yield from zip(*(each[:whole].split(self.batch_size) for each in window), strict=True) if whole else ()
+            left = tuple(each[whole:] for each in window)
+        if left and len(left[0]):
+            yield left
+
+
+def _joined(parts: tuple[Tensor, Tensor]) -> Tensor:
+    return torch.cat(parts)
+
+
+def free_memory() -> float:
+    """Returns how many bytes this process may still take."""
+    free = [float("inf")]
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free.append(1024 * float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
+    with contextlib.suppress(OSError, ValueError):
+        group = Path("/sys/fs/cgroup")
+        free.append(float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
+    return min(free)

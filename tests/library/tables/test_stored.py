@@ -1,0 +1,107 @@
+"""A table in a file: the same rows, once an epoch, in an order of (seed, epoch), and from any batch on."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from downslope.tables import stored
+from downslope.tables.stored import StoredTable
+from template.regression.data import TableData
+
+NUM_ROWS = 1000
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(stored, "CHUNK", 50 * 4 * 8)  # 50 rows of two features, target and weight
+    monkeypatch.setattr(stored, "WINDOW", 3)
+    random = np.random.default_rng(0)
+    rows = np.column_stack([np.arange(NUM_ROWS), random.normal(size=(NUM_ROWS, 2)), random.uniform(1, 2, NUM_ROWS)])
+    np.savetxt(tmp_path / "t.csv", rows, delimiter=",", header="row,b,y,w", comments="")
+    return str(tmp_path / "t.csv")
+
+
+def data(path: str, in_memory: bool, batch_size: int = 32, seed: int = 0, standardize: bool = False) -> TableData:
+    settings = {"weight": "w", "seed": seed, "in_memory": in_memory, "standardize": standardize}
+    made = TableData(path, "y", batch_size=batch_size, **settings)  # type: ignore[arg-type]
+    made.setup("fit")
+    return made
+
+
+def served(loader: object, epoch: int = 0, start: int = 0) -> list[Tensor]:
+    loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+    loader.start = start  # type: ignore[attr-defined]
+    return [features[:, 0] for features, _, _ in loader]  # type: ignore[attr-defined]
+
+
+def test_every_row_is_in_one_part_and_served_once_an_epoch(path: str) -> None:
+    module = data(path, in_memory=False)
+    assert isinstance(module.table, StoredTable)
+    parts = {part: torch.cat([chunk[0][:, 0] for chunk in module.parts[part].chunks()]) for part in module.rows}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 800, "val": 100, "test": 100}
+    assert torch.equal(torch.cat(list(parts.values())).sort().values, torch.arange(1000.0))
+    batches = served(module.train_dataloader())
+    assert [len(batch) for batch in batches] == [32] * 25 == [32] * len(module.train_dataloader())
+    assert torch.equal(torch.cat(batches).sort().values, parts["train"].sort().values)
+
+
+def test_the_order_is_a_function_of_seed_and_epoch_and_goes_on_from_any_batch(path: str) -> None:
+    module = data(path, in_memory=False, batch_size=7)
+    first = served(module.train_dataloader(), epoch=1)
+    assert all(map(torch.equal, first, served(data(path, False, 7).train_dataloader(), epoch=1)))
+    for start in (1, 17, 60, len(first) - 1):
+        rest = served(module.train_dataloader(), epoch=1, start=start)
+        assert len(rest) == len(first) - start
+        assert all(map(torch.equal, rest, first[start:]))
+    assert not torch.equal(torch.cat(first), torch.cat(served(module.train_dataloader(), epoch=2)))
+    assert not torch.equal(
+        torch.cat(first), torch.cat(served(data(path, False, 7, seed=1).train_dataloader(), epoch=1))
+    )
+    steps = torch.cat(first).diff()
+    assert (steps > 0).float().mean() < 0.6  # rows of different chunks, in no order
+
+
+def test_processes_share_the_rows(path: str) -> None:
+    part = data(path, in_memory=False).parts["train"]
+    shares = [torch.cat(served(part.batches(32, 0, rank, 3))) for rank in range(3)]
+    assert [len(share) for share in shares] == [266] * 3
+    assert len(torch.cat(shares).unique()) == 3 * 266
+
+
+def test_units_and_closed_form_are_those_of_the_same_rows_in_memory(path: str) -> None:
+    module = data(path, in_memory=False, standardize=True)
+    features, target, weight = (
+        torch.cat(each).double().numpy() for each in zip(*module.parts["train"].chunks(), strict=True)
+    )
+    np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-6)
+    np.testing.assert_allclose(features.std(axis=0), 1, atol=1e-6)
+    root = np.sqrt(weight)
+    system = root[:, None] * np.column_stack([features, np.ones(len(features))])
+    solution, (loss,), *_ = np.linalg.lstsq(system, root * target, rcond=None)
+    line = module.least_squares
+    assert line is not None
+    assert line.loss == pytest.approx(loss / len(target), rel=1e-9)
+    np.testing.assert_allclose(line.parameters, solution, atol=1e-9)
+    assert weight.mean() == pytest.approx(1, abs=1e-6)
+
+
+def test_what_does_not_fit_into_memory_goes_into_a_file_by_itself(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not isinstance(TableData(path, "y", batch_size=8, seed=0).table, StoredTable)
+    monkeypatch.setattr("downslope.tables.table.free_memory", lambda: 50_000.0)
+    module = TableData(path, "y", batch_size=8, seed=1)
+    module.setup("fit")
+    assert isinstance(module.table, StoredTable)
+    assert "GB in a temporary file, shuffled in windows of" in module.description()
+    assert module.fingerprint().endswith(" in a file")
+
+
+def test_a_full_disk_is_said(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
+    monkeypatch.setattr(stored.tempfile, "TemporaryFile", lambda **_: full)
+    with pytest.raises(
+        ValueError, match=r"do not fit into .*: No space left on device\. TMPDIR=… names another folder"
+    ):
+        data(path, in_memory=False, seed=3)
