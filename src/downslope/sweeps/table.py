@@ -196,11 +196,8 @@ def read_curves(run: Path, tags: set[str]) -> Mapping[str, Curve]:
         DecodeError: It holds a record that is none.
     """
     curves: dict[str, Curve] = {}
-    names = [tag.encode() for tag in tags]
     for file in sorted(run.glob(EVENT_FILES)):
         for record in records(read_bytes(file, MOST_EVENT_BYTES) or b""):
-            if not any(name in record for name in names):
-                continue
             event = Event.FromString(record)
             for value in event.summary.value:
                 if value.tag in tags and value.HasField("simple_value"):
