@@ -13,7 +13,7 @@ BENCHMARKS = {
     "networks": "the same on real networks, and whether planted mistakes are named: an hour, kept in --folder",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
     "checkpoints": "what checkpoints add to a run, and one of their writes taken apart",
-    "sweep": "what a job of a sweep costs, one that is kept too, and what a thousand leave behind",
+    "sweep": "what a sweep of a thousand rates costs at once, and a job one by one",
 }
 EPILOG = """\
 Tables go to stdout as Markdown, progress to stderr. What is compared is measured in turn, A B A B …, and
@@ -57,8 +57,9 @@ def main(arguments: Sequence[str]) -> int:
 
         checkpoints(rounds=options.rounds or (1 if options.quick else 9), quick=options.quick)
     elif options.benchmark == "sweep":
-        from benchmarks.sweep import sweep
+        from benchmarks.sweep import at_once, sweep
 
+        at_once(*((16, 1, 4) if options.quick or options.rounds else (1024, 3, 64)))
         sweep(jobs=options.rounds or (10 if options.quick else 1000))
     else:
         from benchmarks.steps import steps

@@ -7,7 +7,18 @@ from hydra.core.override_parser.types import Override
 
 
 class MissingJobs(BasicSweeper):
-    """Every combination of the swept values whose job has not ended in the sweep's folder yet."""
+    """Every combination of the swept values whose job has not ended in the sweep's folder yet.
+
+    Args:
+        max_batch_size: Jobs that a launcher is given at once.
+        params: Overrides that are swept beside those of the command line.
+        points: How many values an interval has.
+    """
+
+    def __init__(
+        self, max_batch_size: int | None = None, params: dict[str, str] | None = None, points: int | None = None
+    ) -> None:
+        super().__init__(max_batch_size, params)
 
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None

@@ -158,3 +158,16 @@ def test_warmup_cosine_rises_to_the_rate_and_falls_to_zero() -> None:
         schedule.step()
     # A hundredth, half-way, the rate; then (1 + cos(π k/4)) / 2.
     assert rates == pytest.approx([0.01, 0.505, 1.0, 0.853553, 0.5, 0.146447, 0.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("num_targets", [1, 3])
+@pytest.mark.parametrize("has_weight", [False, True])
+def test_the_loss_of_many_lines_at_once_is_that_of_each(num_targets: int, has_weight: bool) -> None:
+    torch.manual_seed(0)
+    lines = [LinearRegression(4, optimizer=torch.optim.SGD, scheduler={}, num_targets=num_targets) for _ in range(3)]
+    target, weight = (torch.rand(7) if num_targets == 1 else torch.rand(7, num_targets)), torch.rand(7)
+    weight = weight if num_targets == 1 else weight[:, None]
+    batch = (torch.rand(7, 4), target, *([weight] if has_weight else []))
+    stacked = {name: torch.stack([line.state_dict()[name] for line in lines]) for name in lines[0].state_dict()}
+    together = lines[0].stacked_loss(stacked, batch)
+    torch.testing.assert_close(together, torch.stack([line.loss(batch) for line in lines]))

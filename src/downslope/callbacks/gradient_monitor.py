@@ -36,6 +36,7 @@ class GradientMonitor(Observer):
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
+        num_first_steps: So many steps at the beginning are all measured: what goes wrong goes wrong early.
         histogram_every_n_steps: The same for histograms, which are more expensive; a multiple of `every_n_steps`.
         parameters: Names, with * and ?, of those that get tags of their own; the total is always that of all.
         norm_type: 2, or infinity for the largest element; of complex ones both parts are elements.
@@ -52,12 +53,15 @@ class GradientMonitor(Observer):
         parameters: str = "*",
         norm_type: float = 2.0,
         max_scalar_elements: int = 16,
+        num_first_steps: int = 100,
     ) -> None:
         check_count("every_n_steps", every_n_steps)
         check_count("histogram_every_n_steps", histogram_every_n_steps)
+        check_count("num_first_steps", num_first_steps, least=0)
         if norm_type not in (2, inf):
             raise ValueError(f"`norm_type` must be 2 or inf, got {norm_type!r}.")
         self.every_n_steps = every_n_steps
+        self.num_first_steps = num_first_steps
         self.histogram_every_n_steps = histogram_every_n_steps
         self.parameters = parameters
         self.norm_type = float(norm_type)
@@ -72,7 +76,7 @@ class GradientMonitor(Observer):
         self._plans: dict[object, Plan] = {}
         self._held: list[Parameter] = []
         self._small: list[Parameter] = []
-        steps = self.follow(trainer, self._before, self._after, self.every_n_steps)
+        steps = self.follow(trainer, self._before, self._after, self.every_n_steps, num_first=self.num_first_steps)
         self._unclipped = unclipped = UnclippedGradients(trainer, module, steps, self.guarded)
         if unclipped.are_applied:
             return

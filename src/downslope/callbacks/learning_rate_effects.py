@@ -41,6 +41,7 @@ class LearningRateEffects(Observer):
 
     Args:
         every_n_steps: Optimizer steps between two measurements.
+        num_first_steps: So many steps at the beginning are all measured, less the descent ratio.
         descent_ratio_every_n_steps: The same for the descent ratio, which is more expensive; a multiple of
             `every_n_steps`, None for never.
         loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
@@ -51,13 +52,19 @@ class LearningRateEffects(Observer):
     """
 
     def __init__(
-        self, every_n_steps: int = 50, descent_ratio_every_n_steps: int | None = 50, loss: Loss | None = None
+        self,
+        every_n_steps: int = 50,
+        descent_ratio_every_n_steps: int | None = 50,
+        loss: Loss | None = None,
+        num_first_steps: int = 100,
     ) -> None:
         check_loss(loss)
         check_count("every_n_steps", every_n_steps)
         if descent_ratio_every_n_steps is not None:
             check_count("descent_ratio_every_n_steps", descent_ratio_every_n_steps)
         self.every_n_steps = every_n_steps
+        check_count("num_first_steps", num_first_steps, least=0)
+        self.num_first_steps = num_first_steps
         self.descent_ratio_every_n_steps = descent_ratio_every_n_steps
         self.loss = loss
         self._last: dict[str, tuple[list[str], Tensor]] = {}  # each optimizer's last gradient, and whose it was
@@ -89,8 +96,9 @@ class LearningRateEffects(Observer):
         self._before_step: Tensor | None = None
         self._taken: Taken | None = None
         self._is_watched = False
-        self._steps = self.follow(trainer, self._before, self._after, self.every_n_steps)
-        self.follow(trainer, after=self._keep_gradient, every_n_steps=self.every_n_steps, ahead=1)
+        first = self.num_first_steps
+        self._steps = self.follow(trainer, self._before, self._after, self.every_n_steps, num_first=first)
+        self.follow(trainer, None, self._keep_gradient, self.every_n_steps, ahead=1, num_first=first)
         self._has_loss = self.descent_ratio_every_n_steps is not None
         if not self._has_loss:
             return

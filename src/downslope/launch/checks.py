@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hydra.core.override_parser.types import Override
+from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,6 +27,25 @@ def check_values(config: DictConfig) -> None:
         raise ValueError(f"`lr` must be a finite number greater than 0, got {show(lr)}.")
     if type(seed) is not int or not 0 <= seed <= MAX_SEED:
         raise ValueError(f"`seed` must be a whole number from 0 to {MAX_SEED}, got {show(seed)}.")
+
+
+def check_settings(config: DictConfig) -> None:
+    """Raises for a number that the optimizer refuses, where everything else has been built and checked before."""
+    check_values(config)
+    node = config.get("optimizer")
+    if not (has_target(node) and node.get("_partial_")):
+        return
+    import torch
+
+    target, plain = str(node["_target_"]), OmegaConf.to_container(node, resolve=True)
+    settings = {str(name): value for name, value in dict(plain).items() if name not in RESERVED}  # type: ignore[arg-type]
+    for name, parameter in parameters_of(target, "optimizer").items():
+        if name in settings:
+            _check_type(f"optimizer.{name}", node, name, parameter.annotation)
+    try:
+        get_object(target)([torch.nn.Parameter(torch.zeros(1))], **settings)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`optimizer`: {error}") from error
 
 
 def check_additions(config: DictConfig, overrides: list[Override], groups: Callable[[str], bool]) -> None:

@@ -1,6 +1,5 @@
 """The gate before every run: a configuration that cannot run is refused before anything is written."""
 
-import contextlib
 import gc
 import os
 import re
@@ -14,15 +13,15 @@ from typing import Any
 from filelock import FileLock
 from hydra import compose
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
 from hydra.experimental.callback import Callback
 from hydra.utils import get_method
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
-from downslope.launch.checks import check_additions, check_nodes, check_values
+from downslope.launch.checks import check_additions, check_nodes, check_settings, check_values
 from downslope.runs.command_line import typed
+from downslope.runs.configuration import hydra_config
 from downslope.runs.console import explain, refusing, say
 from downslope.runs.folder import check_unused, is_main_process, lock
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
@@ -31,7 +30,7 @@ from downslope.runs.prepared import keep
 from downslope.runs.result import EXIT_CODES, read_result
 from downslope.runs.resuming import keep_changes, load_run_configuration
 from downslope.runs.trust import check_inside, names_in
-from downslope.sweeps.ending import BASIC, Ending
+from downslope.sweeps.ending import IN_THIS_PROCESS, VECTORIZED, Ending
 from downslope.sweeps.grid import MISSING, missing_jobs, typed_overrides, values
 from downslope.sweeps.job import ODD, job_name
 
@@ -96,6 +95,8 @@ class Gate(Callback):
                 else:
                     say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
+            if config.hydra.launcher._target_ == VECTORIZED:
+                raise ValueError("`hydra/launcher=vectorized` trains the jobs of a sweep at once, got one run: add -m.")
             folder = _writable(config.hydra.run.dir, "hydra.run.dir")
             writes, resumes = is_main_process(), bool(config.get("resume"))
             if writes and resumes:
@@ -131,13 +132,16 @@ class Gate(Callback):
                 self._check_sweep(config, config_name, folder)
         with open_dict(config), read_write(config):
             Gate.sweep = Ending(config)
-            if anything_to_run and config.hydra.launcher._target_ != BASIC:
+            if anything_to_run and config.hydra.launcher._target_ not in IN_THIS_PROCESS:
                 Gate.sweep.listen(config)
 
     def _check_sweep(self, config: DictConfig, config_name: str, folder: Path) -> None:
-        for variant, overrides in _variants(config, config_name):
+        for variant, overrides, must_be_built in _variants(config, config_name):
             try:
-                _check(variant, folder, self.build, in_sweep=True)
+                if must_be_built:
+                    _check(variant, folder, self.build, in_sweep=True)
+                else:
+                    check_settings(variant)
             except Exception as error:
                 hint = " Decimals are written with a point." if DECIMAL_COMMA.search(overrides) else ""
                 raise ValueError(f"{explain(error)} (in the sweep over {overrides}){hint}") from error
@@ -171,7 +175,7 @@ def _check(config: DictConfig, folder: Path, build: str, trusted: Sequence[str] 
     check_additions(config, overrides, groups=lambda name: bool(loader.get_group_options(name)))
     with read_write(config), open_dict(config):
         config.hydra.runtime.output_dir = str(folder)
-    with _hydra_config(config), early_log():
+    with hydra_config(config), early_log():
         is_first = "torch" not in sys.modules
         if is_first:  # nothing of what these imports make is garbage, and it would be searched again and again
             gc.disable()
@@ -198,17 +202,6 @@ def _check(config: DictConfig, folder: Path, build: str, trusted: Sequence[str] 
         keep(**({} if in_sweep else things))
 
 
-@contextlib.contextmanager
-def _hydra_config(config: DictConfig) -> Iterator[None]:
-    """Resolves `${hydra:…}` by a configuration, which Hydra itself does only inside a job."""
-    before = HydraConfig.instance().cfg
-    HydraConfig.instance().set_config(config)
-    try:
-        yield
-    finally:
-        HydraConfig.instance().cfg = before
-
-
 def _writable(path: str, key: str) -> Path:
     """The absolute folder; raises where it could not be made or written."""
     folder = Path(path).absolute()
@@ -219,22 +212,27 @@ def _writable(path: str, key: str) -> Path:
     return folder
 
 
-def _variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str]]:
-    """Configurations that show each value of a sweep once, not each combination, with what was typed."""
+def _variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str, bool]]:
+    """Configurations that show each value of a sweep once, not each combination: what was typed, and must it be built?
+
+    A number that the optimizer alone is set to builds nothing else: a thousand are checked while twenty are built.
+    """
     parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
     overrides = typed_overrides(config)
-    choices = [values(override) for override in overrides]
+    choices = [values(override, config.hydra.sweeper.get("points")) for override in overrides]
     first = [each[0] for each in choices]
     base = compose(config_name, first, return_hydra_config=True)
-    yield base.copy(), " ".join(override.input_line or "" for override in overrides)
+    yield base.copy(), " ".join(override.input_line or "" for override in overrides), True
     for index, override in enumerate(overrides):
-        is_group = len(choices[index]) > 1 and bool(loader.get_group_options(override.key_or_group))
+        key, variant = override.key_or_group, base.copy()
+        is_group = len(choices[index]) > 1 and bool(loader.get_group_options(key))
+        is_setting = key == "lr" or key.startswith("optimizer.")
         for choice in choices[index][1:]:
             if is_group:
                 others = [*first[:index], choice, *first[index + 1 :]]
                 variant = compose(config_name, others, return_hydra_config=True)
-            else:  # a thousand learning rates are checked in the time that a dozen are composed in
-                variant = base.copy()
+            else:
+                variant = variant if is_setting else base.copy()
                 value = parser.parse_override(choice).value()
-                OmegaConf.update(variant, override.key_or_group, value, merge=False, force_add=True)
-            yield variant, override.input_line or ""
+                OmegaConf.update(variant, key, value, merge=False, force_add=True)
+            yield variant, override.input_line or "", not is_setting

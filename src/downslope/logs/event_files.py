@@ -1,9 +1,12 @@
 """TensorBoard's event files, record by record, with a compiled checksum."""
 
 from collections.abc import Iterable, Iterator
+from functools import cache
+from struct import pack
 
 import google_crc32c
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 EVENT_FILES = "events.out.tfevents.*"
@@ -28,6 +31,25 @@ def records(content: bytes) -> Iterator[bytes]:
             return
         yield data
         start = end + 16
+
+
+@cache
+def _scalar(tag: str, step: int, wall_time: float) -> bytes:
+    """A scalar's event less the four bytes of its value, which end it."""
+    value = Summary.Value(tag=tag, simple_value=1.0)
+    data: bytes = Event(wall_time=wall_time, step=step, summary=Summary(value=[value])).SerializeToString()
+    return data[:-4]
+
+
+def encoded_scalars(scalars: Iterable[tuple[str, int, float]], wall_time: float) -> bytes:
+    """Returns events of one scalar each, quickly where many runs measured the same tags at the same steps."""
+    parts = []
+    for tag, step, value in scalars:
+        data = _scalar(tag, step, wall_time) + pack("<f", value)
+        length = len(data).to_bytes(8, "little")
+        parts += [length, masked_checksum(length).to_bytes(4, "little")]
+        parts += [data, masked_checksum(data).to_bytes(4, "little")]
+    return b"".join(parts)
 
 
 def encoded(events: Iterable[Event]) -> bytes:

@@ -51,19 +51,24 @@ class SafeCheckpointIO(TorchCheckpointIO):
 def write_checkpoint(checkpoint: dict[str, Any], file: Path) -> None:
     """Writes a checkpoint, whole or not at all.
 
-    Its SHA-256 stands in the comment that ends a zip file, which is what torch writes: `torch.load` reads it as it is.
-
     Raises:
         OSError: The disk is full, or something else is in the way; what was at `file` is still there.
+    """
+    with whole_file(file) as stream:
+        stream.write(as_bytes(checkpoint))
+
+
+def as_bytes(checkpoint: dict[str, Any]) -> bytes:
+    """Returns a checkpoint as it stands in its file.
+
+    Its SHA-256 stands in the comment that ends a zip file, which is what torch writes: `torch.load` reads it as it is.
     """
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     buffer.seek(-2, os.SEEK_END)
     buffer.write(COMMENT_LENGTH.to_bytes(2, "little"))
-    data = buffer.getbuffer()
-    with whole_file(file) as stream:
-        stream.write(data)
-        stream.write(CHECKSUM + hashlib.sha256(data).hexdigest().encode())
+    data = buffer.getvalue()
+    return data + CHECKSUM + hashlib.sha256(data).hexdigest().encode()
 
 
 def keep_previous(last: Path) -> None:

@@ -3,12 +3,14 @@
 import difflib
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
@@ -20,6 +22,17 @@ def own_folders() -> list[Path]:
     """Returns the folders that the running command is composed from: its own `conf/`, and every `--config-dir`."""
     sources = GlobalHydra.instance().config_loader().get_sources()
     return [Path(source.path) for source in sources if source.scheme() == "file"]
+
+
+@contextmanager
+def hydra_config(config: DictConfig) -> Iterator[None]:
+    """Resolves `${hydra:…}` by a configuration, which Hydra itself does only inside a job."""
+    before = HydraConfig.instance().cfg
+    HydraConfig.instance().set_config(config)
+    try:
+        yield
+    finally:
+        HydraConfig.instance().cfg = before
 
 
 def has_target(node: Any) -> TypeGuard[DictConfig]:
@@ -69,6 +82,7 @@ def _keys(config: Any, prefix: str = "") -> Iterator[str]:
                 yield from _keys(value, f"{prefix}{key}.")
 
 
+@cache
 def parameters_of(target: str, path: str) -> dict[str, inspect.Parameter]:
     """Returns by name what the class or function takes that the node at `path` names.
 

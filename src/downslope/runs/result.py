@@ -41,6 +41,10 @@ class Result:
     error: dict[str, str] | None = None  # type and message
     versions: dict[str, str] = field(default_factory=dict)  # of the packages that matter
 
+    def json(self) -> str:
+        """Returns the file's text."""
+        return json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
     def write(self, folder: Path) -> None:
         """Writes the file, whole or not at all.
 
@@ -48,10 +52,9 @@ class Result:
             OSError: It cannot be; the message names the file.
         """
         target = folder / FILE_NAME
-        text = json.dumps(_finite(asdict(self)), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             with whole_file(target) as stream:
-                stream.write(text.encode())
+                stream.write(self.json().encode())
         except OSError as error:
             raise OSError(f"The result cannot be written to {target}: {error.strerror or error}.") from error
 

@@ -50,6 +50,20 @@ class HasFindings(Protocol):
         ...
 
 
+def first_result(config: DictConfig, overrides: list[str]) -> Result:
+    """Returns what is known of a run before it begins."""
+    return Result(
+        status="failed",
+        learning_rate=config.get("lr"),
+        monitor=config.get("monitor"),
+        mode=config.get("mode", "min"),
+        overrides=overrides,
+        seed=config.get("seed"),
+        versions={"python": platform.python_version(), "torch": torch.__version__}
+        | {name: version(name) for name in PACKAGES},
+    )
+
+
 class Run:
     """Stands around a training: `with Run(config) as run`.
 
@@ -72,16 +86,7 @@ class Run:
         self.folder = Path(hydra.runtime.output_dir)
         self.checkpoint: Path | None = None
         self.has_test = False
-        self.result = Result(
-            status="failed",
-            learning_rate=config.get("lr"),
-            monitor=config.get("monitor"),
-            mode=config.get("mode", "min"),
-            overrides=typed(hydra.overrides.task),
-            seed=config.get("seed"),
-            versions={"python": platform.python_version(), "torch": torch.__version__}
-            | {name: version(name) for name in PACKAGES},
-        )
+        self.result = first_result(config, typed(hydra.overrides.task))
         self._trainer: Trainer | None = None
         self._outside = Outside(self)
 
@@ -175,16 +180,21 @@ class Run:
             text = "`monitor` names %s, which was not logged, so that there is no objective. Logged: %s."
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
-            choices = HydraConfig.get().runtime.choices
-            asked = {"lr": result.learning_rate, **{name: choices.get(name) for name in CHOICES}}
-            asked["verdict"] = result.verdict or result.status
-            came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
-            if result.excess_loss is not None:
-                came["excess_loss"] = result.excess_loss
-            write_hparams(self.folder, asked, came, result.num_optimizer_steps)
+            write_line(result, self.folder)
             result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
+
+
+def write_line(result: Result, folder: Path) -> None:
+    """Adds the run's line to TensorBoard's HPARAMS."""
+    choices = HydraConfig.get().runtime.choices
+    asked = {"lr": result.learning_rate, **{name: choices.get(name) for name in CHOICES}}
+    asked["verdict"] = result.verdict or result.status
+    came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
+    if result.excess_loss is not None:
+        came["excess_loss"] = result.excess_loss
+    write_hparams(folder, asked, came, result.num_optimizer_steps)
 
 
 class Outside(Callback):

@@ -14,6 +14,6 @@ def check_count(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
 
 
-def is_due(count: int, every_n_steps: int) -> bool:
-    """Tells whether a step that `count` others precede is one of every n: the first, and every n-th after it."""
-    return count % every_n_steps == 0
+def is_due(count: int, every_n_steps: int, num_first: int = 0) -> bool:
+    """Tells whether a step that `count` others precede is one of the first so many, or of every n, which 0 is too."""
+    return count < num_first or count % every_n_steps == 0

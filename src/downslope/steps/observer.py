@@ -72,10 +72,11 @@ class Observer(Callback):
         after: Callable[[OptimizerStep], None] | None = None,
         every_n_steps: int = 1,
         ahead: int = 0,
+        num_first: int = 0,
     ) -> OptimizerSteps:
         """Returns the steps of the trainer's optimizers, whose functions are guarded, and which end with the run."""
         steps = OptimizerSteps(
-            trainer, before and self.guarded(before), after and self.guarded(after), every_n_steps, ahead
+            trainer, before and self.guarded(before), after and self.guarded(after), every_n_steps, ahead, num_first
         )
         self._followed = (*self._followed, steps)
         return steps

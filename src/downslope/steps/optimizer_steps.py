@@ -119,6 +119,7 @@ class OptimizerSteps:
         after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
         every_n_steps: Both are called at an optimizer's steps 0, n, 2n, … alone.
         ahead: And so many steps before those instead.
+        num_first: The first so many steps are due too.
 
     Attributes:
         on_next: Called where a step that is due begins or stops to be the coming one.
@@ -133,11 +134,13 @@ class OptimizerSteps:
         after: Callable[[OptimizerStep], None] | None = None,
         every_n_steps: int = 1,
         ahead: int = 0,
+        num_first: int = 0,
     ) -> None:
         self.before = before
         self.after = after
         self.every_n_steps = every_n_steps
         self.ahead = ahead
+        self.num_first = num_first
         self.on_next: Callable[[], None] | None = None
         self.on_loss: Callable[[Tensor | None], None] | None = None
         hooks = _HOOKS.get(trainer)
@@ -153,7 +156,7 @@ class OptimizerSteps:
 
     def is_due(self, step: OptimizerStep) -> bool:
         """Tells whether an optimizer's coming or just taken step is one of every n."""
-        return is_due(step.count + self.ahead, self.every_n_steps)
+        return is_due(step.count + self.ahead, self.every_n_steps, self.num_first)
 
     def detach(self) -> None:
         """Leaves the optimizers as they were."""

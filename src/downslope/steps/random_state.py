@@ -35,8 +35,10 @@ class RandomState:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the process-wide states as plain tensors and plain data."""
-        numpy = self._numpy and (self._numpy[0], list(map(int, self._numpy[1])), *self._numpy[2:])
-        return {"python": self._python, "numpy": numpy, "cpu": self._cpu, "cuda": self._cuda, "mps": self._mps}
+        version, words, *rest = self._python
+        python = (version, torch.tensor(words), *rest)  # 625 numbers: one by one they take longer than all weights
+        numpy = self._numpy and (self._numpy[0], torch.from_numpy(self._numpy[1].astype("int64")), *self._numpy[2:])
+        return {"python": python, "numpy": numpy, "cpu": self._cpu, "cuda": self._cuda, "mps": self._mps}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "RandomState":
@@ -44,7 +46,7 @@ class RandomState:
         self = cls.__new__(cls)
         self._generators = []
         for name, value in state.items():
-            setattr(self, f"_{name}", value)
+            setattr(self, f"_{name}", tuple(map(_plain, value)) if name in ("python", "numpy") and value else value)
         return self
 
     def restore(self) -> None:
@@ -67,6 +69,10 @@ def own_generators(parts: Iterable[nn.Module]) -> list[Any]:
     if "numpy" in sys.modules:
         kinds.add(sys.modules["numpy"].random.Generator)
     return [value for part in parts for value in vars(part).values() if type(value) in kinds]
+
+
+def _plain(value: Any) -> Any:
+    return tuple(value.tolist()) if isinstance(value, Tensor) else value
 
 
 def _state(generator: Any) -> Any:

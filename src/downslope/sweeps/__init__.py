@@ -1,1 +1,1 @@
-"""Sweeps: which jobs are missing, each run once and as if alone, and what came of them. Nothing imports torch here."""
+"""Sweeps: which jobs are missing, each run once and as if alone, and what came of them."""

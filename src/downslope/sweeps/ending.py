@@ -20,7 +20,9 @@ from downslope.runs.signals import SIGNALS, STOP_FILE, Interrupted
 from downslope.sweeps.grid import sources_digest
 from downslope.sweeps.job import SOURCES, is_running, result_of
 
-BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"  # its jobs run in this very process
+BASIC = "hydra._internal.core_plugins.basic_launcher.BasicLauncher"
+VECTORIZED = "hydra_plugins.downslope_launcher.Vectorized"
+IN_THIS_PROCESS = (BASIC, VECTORIZED)  # where their jobs run
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 RAY_MEMORY = 75 * 2**20  # bytes: what the launcher asks for, where Ray would take a third of the machine's
 DIED = "its process died without a word: the same command with hydra.sweep.dir= of this sweep runs it again"
@@ -126,10 +128,11 @@ class Ending:
         """Lists the jobs that failed in this sweep, not in an earlier one over the same folder."""
         failed: dict[str, list[str]] = {}  # often many for one reason
         for folder, stamp in self._stamps().items():
-            if self._before.get(folder) == stamp or is_running(folder):  # by another process that shares the sweep
+            if self._before.get(folder) == stamp:
                 continue
             result = result_of(folder)
-            if result is None or result.status == "failed":
+            has_ended = result is not None and result.status != "failed"
+            if not has_ended and not is_running(folder):  # by another process that shares the sweep
                 message = (result.error or {}).get("message", "") if result else DIED
                 failed.setdefault(message, []).append(folder.name)
         if failed:

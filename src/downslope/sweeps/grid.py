@@ -52,18 +52,24 @@ def parsed(params: Mapping[str, str], task: Sequence[str], loader: ConfigLoader 
 
 def announced_jobs(sweeper: Mapping[str, Any], task: Sequence[str]) -> list[list[str]]:
     """Returns the jobs that `multirun.yaml` announces, none where its sweeper decides as it goes."""
-    return jobs(parsed(sweeper.get("params") or {}, task)) if sweeper.get("_target_") in SWEEPERS else []
+    if sweeper.get("_target_") not in SWEEPERS:
+        return []
+    return jobs(parsed(sweeper.get("params") or {}, task), sweeper.get("points"))
 
 
-def values(override: Override) -> list[str]:
-    """Returns each value of an override, as an override; of an interval, which a sweeper samples, its two ends.
+def values(override: Override, points: int | None = None) -> list[str]:
+    """Returns each value of an override, as an override.
+
+    Args:
+        override: As parsed.
+        points: Of an interval; without, its two ends, between which some sweepers sample.
 
     Raises:
         ValueError: There are more than `MOST_JOBS`.
     """
     key, value = override.get_key_element(), override.value()
     if override.is_interval_sweep():
-        return [f"{key}={end}" for end in (value.start, value.end)]  # type: ignore[union-attr]
+        return [f"{key}={each}" for each in points_of(override, points)]
     if not override.is_sweep_override():
         return [override.input_line or ""]
     if isinstance(value, RangeSweep) and not abs(value.stop - value.start) <= MOST_JOBS * abs(value.step):  # type: ignore[operator]
@@ -71,18 +77,55 @@ def values(override: Override) -> list[str]:
     return [f"{key}={each}" for each in override.sweep_string_iterator()]
 
 
-def jobs(overrides: Sequence[Override]) -> list[list[str]]:
-    """Returns every combination of the values; of a key that is typed twice the later ones count.
+def points_of(override: Override, points: int | None) -> list[str]:
+    """Returns so many values of an interval, evenly spaced, in as few digits as tell them apart, at least four.
 
     Raises:
-        ValueError: There are more than `MOST_JOBS`, or an interval, which has no end of values.
+        ValueError: It has no such points.
+    """
+    interval: Any = override.value()
+    ends = [interval.start, interval.end]
+    if points is None:
+        return [str(end) for end in ends]
+    if type(points) is not int or not 2 <= points <= MOST_JOBS:
+        raise ValueError(f"`hydra.sweeper.points` must be a whole number from 2 to {MOST_JOBS:,}, got {points!r}.")
+    is_log = "log" in interval.tags
+    if not (all(map(math.isfinite, ends)) and ends[0] < ends[1] and (ends[0] > 0 or not is_log)):
+        kind = "two numbers above 0" if is_log else "two numbers"
+        raise ValueError(
+            f"`{override.key_or_group}` must be an interval of {kind} that rise, got {override.input_line}."
+        )
+    low, high = map(math.log, ends) if is_log else ends
+    exact = [low + (high - low) * place / (points - 1) for place in range(points)]
+    exact = [math.exp(each) for each in exact] if is_log else exact
+    for digits in range(4, 17):
+        shown = [f"{each:.{digits}g}" for each in exact]
+        if len({*shown}) == points:
+            break
+    return shown
+
+
+def jobs(overrides: Sequence[Override], points: int | None = None) -> list[list[str]]:
+    """Returns every combination of the values; of a key that is typed twice the later ones count.
+
+    Args:
+        overrides: As parsed.
+        points: Of each interval.
+
+    Raises:
+        ValueError: There are more than `MOST_JOBS`, or an interval without points, which has no end of values.
     """
     for override in overrides:
-        if override.is_interval_sweep():
-            raise ValueError(f"`{override.key_or_group}` must be a list of values, got {override.input_line}.")
-    by_key = {override.get_key_element(): values(override) for override in overrides}
-    if (number := math.prod(map(len, by_key.values()))) > MOST_JOBS:
-        raise ValueError(f"A sweep must have at most {MOST_JOBS:,} jobs, got {number:,}.")
+        if override.is_interval_sweep() and points is None:
+            raise ValueError(
+                f"`{override.key_or_group}` must be a list of values, got {override.input_line}; with "
+                "hydra.sweeper.points=100 it is so many values of the interval."
+            )
+    by_key = {override.get_key_element(): values(override, points) for override in overrides}
+    sizes = [len(each) for each in by_key.values() if len(each) > 1]
+    if (number := math.prod(sizes)) > MOST_JOBS:
+        product = " × ".join(f"{size:,}" for size in sizes)
+        raise ValueError(f"A sweep must have at most {MOST_JOBS:,} jobs, got {product} = {number:,}.")
     return [list(job) for job in itertools.product(*by_key.values())]
 
 
@@ -95,7 +138,7 @@ def missing_jobs(config: DictConfig) -> list[list[str]]:
     Raises:
         ValueError: The folder holds one of the jobs with another configuration.
     """
-    grid = jobs(typed_overrides(config))
+    grid = jobs(typed_overrides(config), config.hydra.sweeper.get("points"))
     if OmegaConf.to_container(config.hydra.sweep)["subdir"] != NAME:  # type: ignore[call-overload,index]
         return grid  # named by the user: each is composed, and kept when its turn comes
     folder, sources = Path(config.hydra.sweep.dir), sources_digest(config)
@@ -104,7 +147,7 @@ def missing_jobs(config: DictConfig) -> list[list[str]]:
 
 def batches(config: DictConfig, most: int | None) -> list[list[list[str]]]:
     """Returns the missing jobs, in batches of `most` where that is given, and says how many are kept."""
-    missing, number = missing_jobs(config), len(jobs(typed_overrides(config)))
+    missing, number = missing_jobs(config), len(jobs(typed_overrides(config), config.hydra.sweeper.get("points")))
     if kept := number - len(missing):
         say(f"kept {kept:,} of {number:,} jobs, which have ended already")
     size = most or number

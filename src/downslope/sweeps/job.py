@@ -100,10 +100,11 @@ def result_of(folder: Path) -> Result | None:
     try:
         return read_result(folder)
     except (OSError, ValueError) as error:
-        return _failure(error)
+        return failure(error)
 
 
-def _failure(error: Exception, **known: Any) -> Result:
+def failure(error: Exception, **known: Any) -> Result:
+    """Returns the result of a job that an error has ended."""
     return Result(status="failed", error={"type": type(error).__name__, "message": explain(error)}, **known)
 
 
@@ -120,7 +121,7 @@ def _run(config: DictConfig, folder: Path, train: Callable[[DictConfig], float])
         result = result_of(folder)
         if result is None or result.status != "failed":
             overrides = typed(HydraConfig.get().overrides.task)
-            _failure(error, learning_rate=config.get("lr"), overrides=overrides, seed=config.get("seed")).write(folder)
+            failure(error, learning_rate=config.get("lr"), overrides=overrides, seed=config.get("seed")).write(folder)
         say(f"  failed    {one_line(explain(error))}")
     return result_of(folder)
 
@@ -178,6 +179,13 @@ def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
     if sources := hydra.job.env_set.get(SOURCES):
         (partial / Path(KEY).name).write_text(job_key(sources, overrides))
     partial.replace(target)
+
+
+def begun(folder: Path) -> bool:
+    """Tells whether a job has ended, or has something to be resumed from."""
+    result = result_of(folder)
+    stopped = result is None or result.status == "interrupted"
+    return _has_checkpoint(folder) if stopped else bool(result and result.status in ENDED)
 
 
 def _has_checkpoint(folder: Path) -> bool:

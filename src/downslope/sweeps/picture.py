@@ -1,7 +1,7 @@
 """A sweep's pictures: the loss against the learning rate, and the curves of its jobs."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from downslope.pictures.style import INK, LINES, PAPER, QUIET, new_figure, paint
@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 MOST_LINES = 7  # colours that the eye tells apart
 MOST_CURVES = 12
+MANY = 60  # points that are a curve, and not marks
+NEARLY = 1.05  # times the best objective, which is as good
 SYMBOLS = {"diverged": "X", "failed": "s", "interrupted": "D", "not run": "o"}
 
 
@@ -41,33 +43,49 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
     figure = new_figure(9.6, 5.4, layout="constrained")
     axes = figure.add_subplot()
     lines = lines_of(jobs)
-    if len(lines) <= MOST_LINES:
+    is_curve = len(lines) == 1 and len(jobs) > MANY
+    if grid := _grid(jobs):
+        _draw_map(axes, jobs, *grid)
+    elif len(lines) <= MOST_LINES:
         for index, (label, line) in enumerate(lines.items()):
             edge = 1.0 + 0.03 * index  # so that no line hides the next one's
-            _draw_lines(axes, [line], label, edge, color=LINES[index])
+            _draw_lines(axes, [line], label, edge, is_curve, color=LINES[index])
+            if is_curve:
+                _draw_regions(axes, line)
     else:
         others = ", ".join(key for key in varied_keys(jobs) if key != "lr")
         _draw_lines(axes, lines.values(), f"{len(lines)} lines: {others}", color=LINES[0], alpha=0.35)
     _draw_limits(axes, jobs)
-    _draw_best(axes, jobs[0], next_rate(jobs))
-    axes.set(xlabel="learning rate", ylabel=objective)
+    if not grid:
+        _draw_best(axes, jobs[0], next_rate(jobs))
+        axes.set_ylabel(objective)
+    axes.set_xlabel("learning rate")
     paint(axes)
-    values = [job.objective for line in lines.values() for job in line if math.isfinite(job.objective)]
+    values = [] if grid else [job.objective for line in lines.values() for job in line if math.isfinite(job.objective)]
     _scale(axes, "x", [job.learning_rate or 0.0 for line in lines.values() for job in line])
-    _scale(axes, "y", values)
+    if not grid:
+        _scale(axes, "y", values)
+    if is_curve:
+        _scale_of_most(axes, values)
     axes.set_title(_headline(jobs, objective), loc="left", pad=22, color=INK, fontsize=13, fontweight="bold")
-    _legend(axes, jobs, len(lines) > 1)
+    drawn = [] if grid else [job for job in jobs if not (is_curve and job.status == "diverged")]
+    _legend(axes, drawn, len(lines) > 1 and not grid)
     return figure
 
 
-def _draw_lines(axes: "Axes", lines: Iterable[Sequence[Job]], label: str, edge: float = 1.0, **look: Any) -> None:
+def _draw_lines(
+    axes: "Axes", lines: Collection[Sequence[Job]], label: str, edge: float = 1.0, is_curve: bool = False, **look: Any
+) -> None:
     """Draws lines of one colour: as one, with gaps, as a thousand single ones take many seconds."""
     points = [(math.nan, math.nan)]
     for line in lines:
         points += [(job.learning_rate or math.nan, job.objective) for job in line if math.isfinite(job.objective)]
         points.append((math.nan, math.nan))
-    axes.plot(*zip(*points[1:], strict=True), label=label, marker="o", markersize=6, linewidth=2, clip_on=False, **look)
+    size = {"linewidth": 1.4} if is_curve else {"marker": "o", "markersize": 6, "linewidth": 2}
+    axes.plot(*zip(*points[1:], strict=True), label=label, clip_on=False, **size, **look)
     for status, symbol in SYMBOLS.items():
+        if is_curve and status == "diverged":  # `_draw_regions` tells where
+            continue
         without = [job.learning_rate or math.nan for line in lines for job in line if job.status == status]
         fill = look["color"] if status == "diverged" else "none"
         if without:
@@ -75,17 +93,81 @@ def _draw_lines(axes: "Axes", lines: Iterable[Sequence[Job]], label: str, edge: 
                       zorder=4, markerfacecolor=fill, markeredgecolor=look["color"], clip_on=False, **look)  # fmt: skip
 
 
+def _draw_regions(axes: "Axes", line: Sequence[Job]) -> None:
+    """Of a dense line: where it is as good as the best, and where it diverges."""
+    finite = [job.objective for job in line if math.isfinite(job.objective)]
+    good = [job.learning_rate or 0.0 for job in line if finite and 0 < job.objective <= NEARLY * min(finite)]
+    bad = [job.learning_rate or 0.0 for job in line if job.status == "diverged"]
+    where: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "color": INK, "fontsize": 9}
+    if good and judged_by(line)[1] == "min":
+        axes.axvspan(good[0], good[-1], color=LINES[2], alpha=0.15, linewidth=0)
+        words = f"{NEARLY - 1:.0%} from the best:\n{good[0]:.3g} to {good[-1]:.3g}"
+        axes.annotate(words, (good[0], 0.98), (-6, 0), ha="right", va="top", **where)
+    if bad:
+        axes.axvspan(bad[0], bad[-1], color=LINES[1], alpha=0.15, linewidth=0)
+        axes.annotate(
+            f"{len(bad)} diverge,\nfrom {bad[0]:.3g} on", (bad[-1], 0.5), (0, 0), ha="right", va="top", **where
+        )
+
+
+def _grid(jobs: Sequence[Job]) -> tuple[str, list[float], list[float]] | None:
+    """What was varied beside the rate, both their values, where that is a dense grid of numbers; else None."""
+    others = [key for key in varied_keys(jobs) if key != "lr"]
+    if len(others) != 1:
+        return None
+    try:
+        rows = sorted({float(job.overrides[others[0]]) for job in jobs})
+    except (KeyError, ValueError):
+        return None
+    columns = sorted({job.learning_rate for job in jobs if job.learning_rate})
+    dense = min(len(rows), len(columns)) > MOST_LINES and len(rows) * len(columns) <= 2 * len(jobs)
+    return (others[0], columns, rows) if dense else None
+
+
+def _draw_map(axes: "Axes", jobs: Sequence[Job], key: str, columns: list[float], rows: list[float]) -> None:
+    """A colour for the objective at each rate and value: what diverged is grey, the best is ringed."""
+    import numpy as np
+    from matplotlib.colors import LogNorm, Normalize
+
+    at, up = ({value: place for place, value in enumerate(each)} for each in (columns, rows))
+    table, ended_badly = np.full((2, len(rows), len(columns)), np.nan)
+    for job in jobs:
+        if job.learning_rate:
+            place = up[float(job.overrides[key])], at[job.learning_rate]
+            table[place] = job.objective if math.isfinite(job.objective) else math.nan
+            ended_badly[place] = math.nan if job.status == "completed" else 1.0
+    seen = table[np.isfinite(table)]
+    low, high = (float(seen.min()), float(np.quantile(seen, 0.9))) if seen.size else (0.0, 1.0)
+    scale = (LogNorm if low > 0 else Normalize)(low, max(high, low * 1.001, low + 1e-12))
+    axes.pcolormesh(columns, rows, ended_badly, cmap="Greys", vmin=0.0, vmax=2.0, shading="nearest")
+    colours = axes.pcolormesh(columns, rows, table, cmap="viridis", norm=scale, shading="nearest")
+    axes.figure.colorbar(colours, ax=axes, label=f"{judged_by(jobs)[0]} (grey: not completed)", extend="max")
+    axes.set_ylabel(key)
+    best = jobs[0]
+    if best.learning_rate and math.isfinite(best.objective):
+        axes.plot(best.learning_rate, float(best.overrides[key]), "o", markersize=13, markerfacecolor="none",
+                  markeredgecolor=PAPER, markeredgewidth=2)  # fmt: skip
+    if rows[0] > 0 and rows[-1] > 16 * rows[0]:
+        axes.set_yscale("log")
+
+
 def _draw_limits(axes: "Axes", jobs: Sequence[Job]) -> None:
-    """2/λ of plain gradient descent: a line, or a band where the jobs' data differ."""
+    """2/λ of plain gradient descent: a line, or a band where the jobs' data differ; and the least η_c in the middle."""
     limits = sorted(job.limit for job in jobs if job.limit)
-    if not limits:
-        return
-    axes.axvspan(limits[0], limits[-1], color=QUIET, alpha=0.15, linewidth=0)
-    axes.axvline(limits[-1], color=QUIET, linestyle="--", linewidth=1.4)
+    critical = sorted(job.critical for job in jobs if job.critical)
+    if limits:
+        axes.axvspan(limits[0], limits[-1], color=QUIET, alpha=0.15, linewidth=0)
+        _draw_limit(axes, limits[-1], f"2/λ = {limits[-1]:.3g}", "--")
+    if critical:
+        middle = critical[len(critical) // 2]
+        _draw_limit(axes, middle, f"η_c = {middle:.3g}", ":")
+
+
+def _draw_limit(axes: "Axes", rate: float, words: str, style: str) -> None:
+    axes.axvline(rate, color=QUIET, linestyle=style, linewidth=1.4)
     axes.annotate(
-        f"2/λ = {limits[-1]:.3g}", (limits[-1], 0.96), (-5, 0), xycoords=axes.get_xaxis_transform(),
-        textcoords="offset points", rotation=90, ha="right", va="top", color=QUIET,
-        bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+        words, (rate, 0.96), (-5, 0), xycoords=axes.get_xaxis_transform(), textcoords="offset points", rotation=90,
+        ha="right", va="top", color=QUIET, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
     )  # fmt: skip
 
 

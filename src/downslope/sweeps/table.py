@@ -69,6 +69,11 @@ class Job:
         return self.result.largest_stable_learning_rate if self.result else None
 
     @property
+    def critical(self) -> float | None:
+        """The least η_c that was seen: above it a step goes uphill."""
+        return self.result.critical_learning_rate if self.result else None
+
+    @property
     def objective(self) -> float:
         """Of the last weights, what the table is sorted by; infinity on the bad side where there is none."""
         return objective_of(self.result, self.result.mode if self.result else "min")
@@ -285,7 +290,8 @@ def rows(jobs: Sequence[Job], keys: Sequence[str] | None = None) -> list[dict[st
     """
     monitor, _ = judged_by(jobs)
     metrics = _metrics(jobs, monitor)
-    table = [_row(job, _keys(jobs) if keys is None else keys, metrics, monitor) for job in jobs]
+    shown = _keys(jobs) if keys is None else keys
+    table = [_row(job, shown, metrics, monitor) for job in jobs]
     absent = [name for name in OPTIONAL if all(row[name] is None for row in table)]
     return [{name: value for name, value in row.items() if name not in absent} for row in table]
 

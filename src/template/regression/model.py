@@ -1,7 +1,7 @@
 """Linear regression y = Wx + b under the mean squared error, trained by Lightning."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning import LightningModule
@@ -56,6 +56,15 @@ class LinearRegression(LightningModule):
         if weight:
             return (weight[0] * (prediction - target).square()).mean()
         return nn.functional.mse_loss(prediction, target)
+
+    def stacked_loss(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
+        """Returns the loss of many lines at once: parameters and result have a leading axis of lines."""
+        features, target, *weight = batch
+        slopes, offsets = parameters["linear.weight"], parameters["linear.bias"]  # (lines, targets, …)
+        predictions = features @ slopes.flatten(0, 1).T + offsets.flatten()
+        errors = (predictions.unflatten(1, offsets.shape) - target.reshape(len(target), 1, -1)).square()
+        rows: Tensor = errors.mean(dim=2)
+        return (weight[0].reshape(-1, 1) * rows if weight else rows).mean(dim=0)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Returns the loss, which Lightning takes through zero_grad, backward, clip, step and scheduler."""

@@ -100,9 +100,10 @@ def test_watching_changes_no_bit(tmp_path: Path, kind: type[LinearRegression]) -
     assert all(torch.equal(*pair) for pair in zip(watched.parameters(), alone.parameters(), strict=True))
 
 
-def test_it_looks_only_every_so_many_steps(tmp_path: Path) -> None:
-    fit(tmp_path, LinearRegression, GradientMonitor(every_n_steps=5, histogram_every_n_steps=10))
-    assert [step for step, _ in scalars(tmp_path, "gradient_norm/total")] == [0, 5, 10]
+def test_it_looks_at_the_first_steps_and_then_only_every_so_many(tmp_path: Path) -> None:
+    monitor = GradientMonitor(every_n_steps=5, histogram_every_n_steps=10, num_first_steps=3)
+    fit(tmp_path, LinearRegression, monitor)
+    assert [step for step, _ in scalars(tmp_path, "gradient_norm/total")] == [0, 1, 2, 5, 10]
     assert [event.step for event in read_events(tmp_path).Histograms("gradient/linear.weight")] == [0, 10]
 
 

@@ -80,7 +80,7 @@ def test_without_it_lightning_enters_all(tmp_path: Path) -> None:
     ("callback", "settings", "hooks"),
     [
         (GradientMonitor(4, 4), {}, {}),
-        (GradientMonitor(4, 4), {"gradient_clip_val": 1.0}, {"on_before_optimizer_step": 3}),
+        (GradientMonitor(4, 4, num_first_steps=0), {"gradient_clip_val": 1.0}, {"on_before_optimizer_step": 3}),
         (LearningRateEffects(4, 4), {}, {"on_train_batch_start": 3, "on_train_batch_end": 3}),
         (LearningRateEffects(1, 4), {}, {"on_train_batch_start": 3, "on_train_batch_end": 3}),
         (LearningRateEffects(4, None), {}, {}),

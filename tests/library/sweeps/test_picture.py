@@ -1,5 +1,6 @@
 """The pictures are read back from what matplotlib was told to draw, and drawn."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -157,3 +158,38 @@ def test_the_curves_stay_few_and_keep_the_best(make_job: MakeJob, sweep: Path) -
 def test_without_curves_no_curves_are_drawn(make_job: MakeJob, sweep: Path) -> None:
     make_job("lr=0.1", status="failed")
     assert draw_curves(read_jobs(sweep)) is None
+
+
+def test_a_dense_line_is_a_curve_with_its_best_region_and_where_it_diverges(make_job: MakeJob, sweep: Path) -> None:
+    """By hand: (1 + (ln 10·lr)²) is within 5 % of its least up to |ln 10·lr| = √0.05."""
+    for index in range(100):
+        rate = 10 ** (index / 25 - 3)
+        loss = 1 + math.log(10 * rate) ** 2
+        status = "diverged" if rate > 2 else "completed"
+        make_job(f"lr={rate}", lr=rate, status=status, loss=loss, critical_learning_rate=1.5)
+    axes = drawn(sweep)
+    assert marked(axes, "X") == []
+    diverging, good = sorted(text.get_text() for text in axes.texts if "\n" in text.get_text())
+    assert diverging == "17 diverge,\nfrom 2.09 on"
+    assert good == "5% from the best:\n0.0832 to 0.12"
+    assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [1.5]  # type: ignore[index]
+
+
+def test_a_dense_grid_of_two_numbers_is_a_map(make_job: MakeJob, sweep: Path) -> None:
+    for row in range(9):
+        for column in range(9):
+            status = "diverged" if column + row > 14 else "completed"
+            momentum, rate = row / 10, 2.0**column
+            make_job(f"lr={rate}", f"m={momentum}", lr=rate, status=status, loss=1.0 + abs(column - 4) + row)
+    figure = draw_learning_rate(read_jobs(sweep))
+    assert png(figure).startswith(b"\x89PNG")
+    axes, colours = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), colours.get_ylabel()) == (
+        "learning rate",
+        "m",
+        "val/loss (grey: not completed)",
+    )
+    ended_badly, table = (mesh.get_array() for mesh in axes.collections[:2])
+    assert ended_badly.count() == 3  # of 81 those with column + row of 15 and 16
+    assert table.count() == 78
+    assert marked(axes, "o") == [(16.0, 0.0)]

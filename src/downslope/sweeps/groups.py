@@ -1,0 +1,209 @@
+"""Which jobs of a sweep differ only in numbers of the optimizer; each such group is composed once."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.global_hydra import GlobalHydra
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
+
+from downslope.runs.configuration import hydra_config
+from downslope.sweeps.grid import NAME
+from downslope.sweeps.job import begun, job_name
+from downslope.sweeps.stacked import CannotStackError
+
+Jobs = dict[int, list[str]]  # the overrides of each, by its number in the sweep
+
+NUMBER = r"[+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+VALUE = re.compile(rf"{NUMBER}|\[{NUMBER}(?:,\s*{NUMBER})*\]")
+CLIP = "trainer.gradient_clip_val"
+TRAINER = ("_target_", "max_epochs", "max_steps", "accelerator", "devices", "deterministic", "gradient_clip_val",
+           "gradient_clip_algorithm", "num_sanity_val_steps", "log_every_n_steps", "enable_model_summary",
+           "enable_progress_bar")  # fmt: skip
+OBSERVERS = ("GradientMonitor", "LearningRateEffects", "CriticalLearningRate", "SharpnessMonitor", "FlightRecorder",
+             "Pictures", "VerdictMonitor", "Checkpoints", "Progress")  # fmt: skip
+LOGGERS = ("downslope.logs.tensorboard.TensorBoard",)
+JOB, FOLDER = 987654321, "/OUTPUT/FOLDER/HERE"  # stand for a job's number and folder
+
+
+@dataclass
+class Group:
+    """Jobs that are composed alike but for a few numbers of the optimizer.
+
+    Attributes:
+        jobs: At least two.
+        keys: What differs.
+        config: Of the first job, with Hydra's own node.
+        texts: The files in `.hydra`, with a marker for each key.
+        arguments: Of the optimizer: which key each comes from.
+    """
+
+    jobs: Jobs
+    keys: list[str]
+    config: DictConfig
+    texts: dict[str, str]
+    arguments: dict[str, str]
+
+    def members(self) -> dict[str, Any]:
+        """Returns what `Members` takes beside the module."""
+        values = [by_key(job) for job in self.jobs.values()]
+        settings = [{name: number(each[key]) for name, key in self.arguments.items()} for each in values]
+        clips = [number(each[CLIP]) for each in values] if CLIP in self.keys else None
+        clip = self.config.trainer.get("gradient_clip_val")
+        if clips is None and clip is not None:
+            clips = [clip] * len(values)
+        monitor = OmegaConf.select(self.config, "callbacks.gradient_monitor") or {}
+        due = {name: monitor.get(name, usual) for name, usual in (("every_n_steps", 50), ("num_first_steps", 100))}
+        by_value = self.config.trainer.get("gradient_clip_algorithm") == "value"
+        return {"settings": settings, "clips": clips, "clips_values": by_value, **due}
+
+    def folder(self, place: int) -> str:
+        """Returns the name of a job's folder."""
+        return job_name(",".join(sorted(self.jobs[place])))
+
+    def files(self, place: int, folder: Path) -> dict[str, str]:
+        """Returns the files in `.hydra` of the job with this number."""
+        job = by_key(self.jobs[place])
+        found = {}
+        for name, text in self.texts.items():
+            for index, key in enumerate(self.keys):
+                value = number(job[key])
+                shown = f"{value}" if isinstance(value, int) else yaml.safe_dump(value, default_flow_style=True)
+                text = text.replace(f"={marker(index)}", f"={job[key]}")
+                text = text.replace(marker(index), shown.removesuffix("\n").removesuffix("\n..."))
+            found[name] = text.replace(str(JOB), str(place)).replace(FOLDER, str(folder))
+        return found
+
+
+def marker(index: int) -> str:
+    """Stands in a composed configuration for a value that differs from job to job."""
+    return f"DIFFERS{index}HERE"
+
+
+def number(text: str) -> Any:
+    """Reads a number, or a list of them, as Hydra does.
+
+    Example:
+        >>> number("1e-3"), number("2"), number("[0.9,0.99]")
+        (0.001, 2, [0.9, 0.99])
+    """
+    if text.startswith("["):
+        return [number(each.strip()) for each in text[1:-1].split(",")]
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def by_key(job: Sequence[str]) -> dict[str, str]:
+    """Splits overrides into key and value; `+` says only that the key is new."""
+    pairs = (override.partition("=") for override in job)
+    return {key.lstrip("+"): value for key, _, value in pairs}
+
+
+def groups(config: DictConfig, sweep: Path, jobs: Jobs, rest: dict[str, Jobs]) -> Iterator[Group]:
+    """Yields jobs that can be trained at once, and puts all others into `rest`, by the reason."""
+    reason = "they have begun already"
+    if OmegaConf.to_container(config.hydra.sweep)["subdir"] != NAME:  # type: ignore[call-overload,index]
+        reason, started = "their folders have names of your own: hydra.sweep.subdir", jobs
+    else:
+        started = {place: job for place, job in jobs.items() if begun(sweep / job_name(",".join(sorted(job))))}
+    if started:
+        rest[reason] = started
+    fresh = {place: job for place, job in jobs.items() if place not in started}
+    told = {place: by_key(job) for place, job in fresh.items()}
+    keys = list(dict.fromkeys(key for job in told.values() for key in job))
+    varied = [key for key in keys if len({job.get(key) for job in told.values()}) > 1]
+    numeric = [key for key in varied if all(VALUE.fullmatch(job.get(key, "")) for job in told.values())]
+    yield from _split(config, fresh, [key for key in keys if key not in numeric], numeric, rest)
+
+
+def _split(
+    config: DictConfig, jobs: Jobs, same: Sequence[str], differ: Sequence[str], rest: dict[str, Jobs]
+) -> Iterator[Group]:
+    """Groups jobs by their values of some keys; a key that cannot differ within a group becomes one of these."""
+    alike: dict[tuple[str | None, ...], Jobs] = {}
+    for place, job in jobs.items():
+        alike.setdefault(tuple(by_key(job).get(key) for key in same), {})[place] = job
+    for group in alike.values():
+        varied = [key for key in differ if len({by_key(job)[key] for job in group.values()}) > 1]
+        if len(group) == 1 or not varied:
+            reason = "no other job differs from them in numbers of the optimizer alone"
+            rest.setdefault(reason, {}).update(group)
+            continue
+        try:
+            composed, stuck = _compose(config, group, varied)
+        except CannotStackError as error:
+            rest.setdefault(str(error), {}).update(group)
+            continue
+        if composed:
+            yield composed
+        else:
+            yield from _split(config, group, [*same, *stuck], [key for key in varied if key not in stuck], rest)
+
+
+def _compose(config: DictConfig, jobs: Jobs, keys: list[str]) -> tuple[Group | None, list[str]]:
+    """Composes once for all, with a marker for each key; or returns the keys that not only the optimizer depends on."""
+    loader = GlobalHydra.instance().config_loader()
+    first = next(iter(jobs.values()))
+    marks = {key: marker(index) for index, key in enumerate(keys)}
+    marked = [
+        f"{each.partition('=')[0]}={marks.get(by_key([each]).popitem()[0], each.partition('=')[2])}" for each in first
+    ]
+    both = [loader.load_sweep_config(config, overrides) for overrides in (marked, first)]
+    for each in both:
+        with open_dict(each), read_write(each):
+            each.hydra.job.id, each.hydra.job.num, each.hydra.runtime.output_dir = str(JOB), JOB, FOLDER
+    template, own = both
+    with hydra_config(template):
+        leaves = dict(_leaves(OmegaConf.to_container(without_hydra(template), resolve=True)))
+    arguments: dict[str, str] = {}
+    stuck = []
+    for key, mark in marks.items():
+        paths = [path for path, value in leaves.items() if mark in str(value)]
+        used = [path for path in paths if path.split(".")[-2:-1] == ["optimizer"] and leaves[path] == mark]
+        if set(paths) - {*used, key} or not (key in ("lr", *used) or key == CLIP) or not (used or key == CLIP):
+            stuck.append(key)
+        arguments |= {path.rpartition(".")[2]: key for path in used}
+    if stuck:
+        return None, stuck
+    _check(own)
+    hydra = OmegaConf.create({"hydra": template.hydra})
+    contents = {"config": without_hydra(template), "hydra": hydra, "overrides": OmegaConf.create(marked)}
+    texts = {f"{name}.yaml": OmegaConf.to_yaml(content) for name, content in contents.items()}
+    group = Group(jobs, keys, own, texts, arguments)
+    if yaml.safe_load(group.files(next(iter(jobs)), Path())["config.yaml"]) != yaml.safe_load(
+        OmegaConf.to_yaml(without_hydra(own))
+    ):
+        return None, keys
+    return group, []
+
+
+def without_hydra(config: DictConfig) -> DictConfig:
+    """Returns what is the run's own of a configuration."""
+    return OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
+
+
+def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{path}.{key}" if path else str(key))
+    else:
+        yield path, node
+
+
+def _check(config: DictConfig) -> None:
+    """Raises for a configuration that does more than a stacked fit can."""
+    observers = [f"downslope.callbacks.{name}" for name in OBSERVERS]
+    odd = [f"trainer.{key}" for key in config.trainer if key not in TRAINER]
+    odd += [f"callbacks.{key}" for key, node in config.callbacks.items() if node._target_ not in observers]
+    odd += [f"logger.{key}" for key, node in config.logger.items() if node._target_ not in LOGGERS]
+    if config.trainer.devices not in (1, "auto"):
+        odd.append("trainer.devices")
+    if odd:
+        raise CannotStackError(f"the vectorized launcher does not know {', '.join(odd)}")
+    if (config.monitor, config.mode) != ("val/loss", "min"):
+        raise CannotStackError(f"it judges jobs by the least val/loss, not by monitor={config.monitor}")
