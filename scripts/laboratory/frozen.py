@@ -17,12 +17,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[2]
-SHORT = [
-    "trainer.max_epochs=12",
-    "device=cpu",
-    "callbacks.gradient_monitor.every_n_steps=1",
-    "callbacks.critical_learning_rate.max_share=0",  # by the clock, after the first steps
-]
+SHORT = ["trainer.max_epochs=12", "device=cpu", "callbacks.gradient_monitor.every_n_steps=1"]
 COMMANDS = {
     "automatic": [SHORT],
     "manual": [["model=manual", *SHORT]],

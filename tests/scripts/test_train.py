@@ -160,7 +160,9 @@ def test_an_overfitted_batch_is_the_same_batch_each_time(script: Script, tmp_pat
     with (tmp_path / "run/csv/version_0/metrics.csv").open() as stream:
         losses = [float(row["train/loss"]) for row in csv.DictReader(stream) if row["train/loss"]]
     assert len(losses) == 150
-    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses))  # full batches of these eight rows
+    assert all(
+        later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(losses)
+    )  # full batches of these eight rows
 
 
 @pytest.mark.parametrize(

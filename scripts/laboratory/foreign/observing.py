@@ -199,7 +199,7 @@ def observers(
     return [
         GradientMonitor(every_n_steps=1, histogram_every_n_steps=2),
         LearningRateEffects(every_n_steps=1, descent_ratio_every_n_steps=2, loss=loss),
-        CriticalLearningRate(steps=(0, 3, 6), max_share=0.99, loss=loss),
+        CriticalLearningRate(steps=(0, 3, 6), every_n_steps=2, loss=loss),
         SharpnessMonitor(every_n_steps=3, loss=loss),
         VerdictMonitor(every_n_steps=4, window=3),
         Pictures(str(folder / "pictures"), every_n_steps=5, loss=loss),

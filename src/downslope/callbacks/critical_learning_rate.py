@@ -2,7 +2,6 @@
 
 import logging
 import math
-import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -35,7 +34,8 @@ class CriticalLearningRate(Observer):
 
     Args:
         steps: Optimizer steps, counted from 0, that are measured in the beginning.
-        max_share: Of the time from the last of them on so much at most goes into measuring; 0 for none.
+        every_n_steps: After the last of them; a measurement of 8 forwards is then a three-hundredth of the time. Not by
+            the clock: what was measured decides the verdict, and the same seed is to have the same one.
         loss: Maps module and batch to the loss, or `"training_step"` where calling that again has no consequences.
 
     Attributes:
@@ -44,15 +44,14 @@ class CriticalLearningRate(Observer):
     """
 
     def __init__(
-        self, steps: Sequence[int] = (0, 8, 32, 128), max_share: float = 0.01, loss: Loss | None = None
+        self, steps: Sequence[int] = (0, 8, 32, 128, 512), every_n_steps: int = 1024, loss: Loss | None = None
     ) -> None:
         check_loss(loss)
         for step in steps:
             check_count("steps", step, least=0)
-        if not 0 <= max_share < 1:
-            raise ValueError(f"`max_share` must be a number from 0 to below 1, got {max_share!r}.")
+        check_count("every_n_steps", every_n_steps)
         self.steps = tuple(sorted(steps))
-        self.max_share = max_share
+        self.every_n_steps = every_n_steps
         self.loss = loss
         self.least: float | None = None
         self.measured: list[tuple[int, float, float]] = []
@@ -79,9 +78,7 @@ class CriticalLearningRate(Observer):
             say_no_loss(trainer, TAGS[0], reason)
             return
         self._writer = step_writer(trainer)
-        self._first, self._began, self._spent = trainer.global_step, time.perf_counter(), 0.0
-        self._next: float = next((step for step in self.steps if step >= self._first), self._first)
-        enable(self, "on_train_batch_start", when=self._next == self._first)
+        enable(self, "on_train_batch_start", when=self._is_due(trainer.global_step))
         self.follow(trainer, self._before, self._after)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -94,19 +91,12 @@ class CriticalLearningRate(Observer):
     def _after(self, step: OptimizerStep) -> None:
         loss, self._batch_loss = self._batch_loss, None
         if loss:
-            began = time.perf_counter()
             self._measure(step, loss)
-            took = time.perf_counter() - began
-            self._spent += took
-            self._next = self._step_after(step.step, took)
-        enable(self, "on_train_batch_start", when=step.step + 1 == self._next)
+        enable(self, "on_train_batch_start", when=self._is_due(step.step + 1))
 
-    def _step_after(self, step: int, took: float) -> float:
-        """The next one of the list; then as many steps away as make a measurement take its small share of the time."""
-        if later := [each for each in self.steps if each > step]:
-            return later[0]
-        a_step = (time.perf_counter() - self._began - self._spent) / (step + 1 - self._first)
-        return step + math.ceil(took / (self.max_share * a_step)) if self.max_share and a_step else math.inf
+    def _is_due(self, step: int) -> bool:
+        is_late = step > max(self.steps, default=-1)
+        return step in self.steps or (is_late and step % self.every_n_steps == 0)
 
     def _measure(self, step: OptimizerStep, loss: BatchLoss) -> None:
         rate = float(step.optimizer.param_groups[0].get("lr") or 0.0)

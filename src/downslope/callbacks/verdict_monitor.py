@@ -166,7 +166,7 @@ class VerdictMonitor(Observer):
         self._taken = collector.step
         self._add_loss(collector)
         if collector.is_due:
-            if self.verdict is None:
+            if not collector.knows("input_size"):  # of this run, or of that which is resumed
                 collector.add_traces(input_size=input_size(batch), **traces_of_modules(pl_module))
             self._judge(trainer, self._seen(trainer, collector))
 

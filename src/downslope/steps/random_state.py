@@ -35,9 +35,7 @@ class RandomState:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the process-wide states as plain tensors and plain data."""
-        version, words, *rest = self._python
-        python = (version, torch.tensor(words), *rest)  # 625 numbers: one by one they take longer than all weights
-        numpy = self._numpy and (self._numpy[0], torch.from_numpy(self._numpy[1].astype("int64")), *self._numpy[2:])
+        python, numpy = (state and (state[0], _packed(state[1]), *state[2:]) for state in (self._python, self._numpy))
         return {"python": python, "numpy": numpy, "cpu": self._cpu, "cuda": self._cuda, "mps": self._mps}
 
     @classmethod
@@ -69,6 +67,11 @@ def own_generators(parts: Iterable[nn.Module]) -> list[Any]:
     if "numpy" in sys.modules:
         kinds.add(sys.modules["numpy"].random.Generator)
     return [value for part in parts for value in vars(part).values() if type(value) in kinds]
+
+
+def _packed(words: Sequence[int]) -> Tensor:
+    """Some 600 numbers, which take longer one by one than all weights."""
+    return torch.tensor(list(map(int, words)))
 
 
 def _plain(value: Any) -> Any:

@@ -395,7 +395,7 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
         part, start = np.empty((len(block[0]), plan.width)), 0
         for column, place, cells in zip(columns, places, block, strict=True):
             stop = start + len(column.feature_names)
-            if place in fast:
+            if place in fast or isinstance(cells, np.ndarray):  # numbers already, as the shipped table's are
                 part[:, start] = cells
             else:
                 try:

@@ -101,6 +101,9 @@ class EvidenceCollector:
             "recent": self._recent,
             "window": self._window.state_dict(self._held),
             "leftover": [self._leftover, self._least_found],
+            "differentiated": self._differentiated,
+            "traces": self._traces.state(),
+            "judged_at": self._judged_at,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -111,6 +114,8 @@ class EvidenceCollector:
         self._recent = [loss.to(self._held[0].device) for loss in state["recent"]]
         self._window.load_state_dict(state["window"], self._held)
         self._leftover, self._least_found = state["leftover"]
+        self._differentiated = [loss.to(self._held[0].device) for loss in state["differentiated"]]
+        self._traces, self._judged_at = LossTraces.from_state(state["traces"]), state["judged_at"]
 
     def set_line(
         self, line: LeastSquares, parameters: Sequence[Tensor], tolerance: float, names: Sequence[str] = ()
@@ -178,6 +183,10 @@ class EvidenceCollector:
         peak = self._lasting["peak_learning_rate"] = max(self._rate, self._lasting.get("peak_learning_rate", 0.0))
         self._lasting["steps_at_zero"] = self._lasting.get("steps_at_zero", 0) + (self._rate < ZERO * peak)
         self._leftover, self._least_found = self._least_found, None
+
+    def knows(self, name: str) -> bool:
+        """Tells whether a trace of this name has been taken."""
+        return name in self._lasting
 
     def add_traces(self, **traces: Any) -> None:
         """Takes what was seen beside steps and losses, by its name in `Evidence`."""

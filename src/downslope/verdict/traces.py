@@ -26,6 +26,16 @@ class LossTraces(NamedTuple):
     is_whole: bool = False  # nothing was done to it before it is differentiated
     level: Callable[[], float] | None = None  # this loss of the best output that ignores the inputs
 
+    def state(self) -> list[Any]:
+        """Returns it as plain data, for a checkpoint."""
+        return [*self[:-1], self.level and self.level()]
+
+    @classmethod
+    def from_state(cls, state: list[Any]) -> "LossTraces":
+        """Returns what `state` made plain data of."""
+        *others, level = state
+        return cls(*others, None if level is None else lambda: level)
+
 
 def traces_of_loss(loss: Tensor) -> LossTraces:
     """Returns what the graph behind a loss tells, before `backward` frees it. Nothing is computed.

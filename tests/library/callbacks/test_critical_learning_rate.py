@@ -1,4 +1,3 @@
-import math
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +80,7 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_on_a_line_it_is_the_closed_form_along_the_step_that_was_taken(tmp_path: Path, name: str) -> None:
     optimizer, rate = OPTIMIZERS[name]
-    critical, module = CriticalLearningRate(steps=(0, 2, 5), max_share=0), Line(optimizer)
+    critical, module = CriticalLearningRate(steps=(0, 2, 5), every_n_steps=1000), Line(optimizer)
     fit(tmp_path, module, critical)
     assert [step for step, *_ in critical.measured] == [0, 2, 5]
     for step, value, used in critical.measured:
@@ -130,8 +129,8 @@ def test_a_step_uphill_has_a_ratio_above_one_and_the_verdict_hears_of_it(tmp_pat
     ("settings", "message"),
     [
         ({"steps": (0, 1.5)}, "`steps` must be a whole number of at least 0, got 1.5"),
-        ({"max_share": 1}, "`max_share` must be a number from 0 to below 1, got 1"),
-        ({"max_share": math.nan}, "`max_share` must be a number"),
+        ({"every_n_steps": 0}, "`every_n_steps` must be"),
+        ({"every_n_steps": 1.5}, "`every_n_steps` must be"),
         ({"loss": "forward"}, "`loss` must be a function of module and batch"),
     ],
 )

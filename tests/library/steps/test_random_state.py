@@ -63,3 +63,11 @@ def test_a_state_is_read_anew_after_any_draw() -> None:
         first = np.random.rand()
         state.restore()
         assert np.random.rand() == first
+
+
+def test_a_state_that_came_out_of_a_checkpoint_can_be_saved_again() -> None:
+    state = RandomState()
+    again = RandomState.from_state_dict(RandomState.from_state_dict(state.state_dict()).state_dict())
+    drawn = random.random(), np.random.rand(), torch.rand(1).item()
+    again.restore()
+    assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
