@@ -16,13 +16,14 @@ def main(config: DictConfig) -> None:
     import csv
 
     with refusing("predict"):
+        from downslope.runs.plain_files import csv_cell
         from template.predict import predict
 
         columns = predict(config)
         with Path(config.output).open("w", newline="") if config.output else nullcontext(sys.stdout) as file:
             writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows(zip(*columns.values(), strict=True))
+            writer.writerow(map(csv_cell, columns))
+            writer.writerows(map(csv_cell, row) for row in zip(*columns.values(), strict=True))
             file.flush()
 
 

@@ -1,5 +1,6 @@
 """Files of a folder that may be a stranger's: regular files alone are opened, of a size, and read as plain values."""
 
+import math
 import os
 import stat
 from pathlib import Path
@@ -66,6 +67,27 @@ def printable(value: Any) -> Any:
     if isinstance(value, dict):
         return {printable(key): printable(each) for key, each in value.items()}
     return [printable(each) for each in value] if isinstance(value, list) else value
+
+
+def csv_cell(value: Any) -> Any:
+    """Returns a value as a table program shows it: a text that it would take for a formula gets an apostrophe.
+
+    Example:
+        >>> csv_cell("=HYPERLINK(1)"), csv_cell("-0.5"), csv_cell(-0.5)
+        ("'=HYPERLINK(1)", '-0.5', -0.5)
+    """
+    if not isinstance(value, str):
+        return value
+    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(value)
+    return printable(f"'{value}" if formula else value)
+
+
+def is_number(text: str) -> bool:
+    """Tells whether a text spells a finite number."""
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def check_regular(folder: Path) -> None:

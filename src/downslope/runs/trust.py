@@ -53,6 +53,8 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
         plain = _selected(file, plain, only)
     elif "hydra" in plain:
         raise ValueError(f"{file} must describe a run, got `hydra`, which says how commands are to behave.")
+    else:
+        _check_parts(file, plain)
     allowed = {*_in_own_files(TARGET), *trusted}
     for key, value in _values(plain):
         place = f"{file}: `{key}`"
@@ -70,6 +72,16 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
         return config
     except OmegaConfBaseException as error:
         raise ValueError(f"{file} cannot be read as a configuration: {' '.join(str(error).split())}") from error
+
+
+def _check_parts(file: Path, plain: dict[str, Any]) -> None:
+    """Raises where a part of a run is not what is made, or settings by name."""
+    for name in ("data", "model", "trainer"):
+        if not (isinstance(plain.get(name), dict) and "_target_" in plain[name]):
+            raise ValueError(f"{file}: `{name}` must say by a `_target_` what is made, got {plain.get(name)!r}.")
+    for name in ("device", "callbacks", "logger"):
+        if not isinstance(plain.get(name, {}), dict):
+            raise ValueError(f"{file}: `{name}` must be settings by name, got {plain[name]!r}.")
 
 
 def check_inside(config: DictConfig, folder: Path, trusted: Sequence[str] = ()) -> None:

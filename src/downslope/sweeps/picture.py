@@ -185,7 +185,7 @@ def _headline(jobs: Sequence[Job], objective: str) -> str:
     best = jobs[0]
     if not math.isfinite(best.objective):
         return f"No job has a {objective}"
-    what = ", ".join(f"{key}={_short(value)}" for key, value in best.overrides.items() if key in varied_keys(jobs))
+    what = ", ".join(f"{key}={_short(best.overrides[key])}" for key in varied_keys(jobs) if key in best.overrides)
     return f"Best {objective} {best.objective:.4g}" + (f" at {what}" if what else "")
 
 

@@ -15,7 +15,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from downslope.logs.event_files import EVENT_FILES, records
 from downslope.runs.command_line import COMMAND
 from downslope.runs.console import explain, one_line
-from downslope.runs.plain_files import printable, read_bytes, read_yaml
+from downslope.runs.plain_files import csv_cell, printable, read_bytes, read_yaml
 from downslope.runs.result import FILE_NAME, Result, objective_of, read_result
 from downslope.sweeps.grid import announced_jobs
 
@@ -105,11 +105,12 @@ def next_rate(jobs: Sequence[Job]) -> float | None:
     """Returns the rate that the best job suggests, unless one that did worse is as large, or lies on the way there."""
     best = jobs[0]
     rate = best.result.suggested_learning_rate if best.result else None
-    if not rate or not best.learning_rate:
-        return rate
+    if not rate or not best.learning_rate or min(rate, best.learning_rate) <= 0:  # a folder may say anything
+        return None if rate is None or rate <= 0 else rate
     others = [job.learning_rate for job in jobs[1:] if job.result and _but_for_the_rate(job) == _but_for_the_rate(best)]
-    way = math.log(rate / best.learning_rate)
-    gone = [math.log(tried / best.learning_rate) / way for tried in others if tried and way]
+    begin = math.log(best.learning_rate)
+    way = math.log(rate) - begin
+    gone = [(math.log(tried) - begin) / way for tried in others if tried and tried > 0 and way]
     return None if any(0 < share < 1 + SAME / abs(way) for share in gone) else rate
 
 
@@ -323,14 +324,3 @@ def csv_of(jobs: Sequence[Job]) -> str:
     for line in (lines[0], *(line.values() for line in lines)):
         csv.writer(table).writerow(map(csv_cell, line))
     return table.getvalue()
-
-
-def csv_cell(value: Any) -> Any:
-    """Returns a value as a table program shows it: a text that it would take for a formula gets an apostrophe.
-
-    Example:
-        >>> csv_cell("=HYPERLINK(1)"), csv_cell("-0.5"), csv_cell(-0.5)
-        ("'=HYPERLINK(1)", '-0.5', -0.5)
-    """
-    formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) and _number(value) is None
-    return f"'{value}" if formula else value

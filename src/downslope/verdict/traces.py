@@ -33,8 +33,8 @@ class LossTraces(NamedTuple):
     @classmethod
     def from_state(cls, state: list[Any]) -> "LossTraces":
         """Returns what `state` made plain data of."""
-        *others, level = state
-        return cls(*others, None if level is None else lambda: level)
+        squashed, broadcast, is_maximised, is_whole, level = state
+        return cls(squashed, broadcast, is_maximised, is_whole, None if level is None else lambda: level)
 
 
 def traces_of_loss(loss: Tensor) -> LossTraces:

@@ -130,7 +130,7 @@ class TableData(LightningDataModule):
 
     def train_dataloader(self) -> Iterable[Batch]:
         """Shuffled anew each epoch; with the Trainer's `overfit_batches` as they stand: the same rows each time."""
-        is_fixed = self.trainer is not None and self.trainer.overfit_batches
+        is_fixed = self.trainer is not None and self.trainer.overfit_batches  # type: ignore[attr-defined]
         return self._batches("train", None if is_fixed else self.seed)
 
     def val_dataloader(self) -> Iterable[Batch]:
