@@ -1,4 +1,4 @@
-"""`last.ckpt` is the newest state, which a run goes on from; `best.ckpt` has the weights of least validation loss."""
+"""`last.ckpt` is the newest state, which a run resumes from; `best.ckpt` has the weights of least validation loss."""
 
 import copy
 import logging
@@ -191,7 +191,7 @@ class Checkpoints(Checkpoint):
             wishes = torch.tensor([float(due), float(signal)], device=trainer.strategy.root_device)
             due, signal = (int(each) for each in trainer.strategy.all_gather(wishes).amax(dim=0))
         if due or signal:
-            if _has_diverged(trainer):  # it ends by itself, with weights of before: no place to go on from
+            if _has_diverged(trainer):  # it ends by itself, with weights of before: nothing to resume from
                 return
             started = time.monotonic()
             error = self._save(trainer, module, batch)
@@ -228,7 +228,7 @@ class Checkpoints(Checkpoint):
 
     def _warn(self, name: str) -> OSError | None:
         if self._io.error:
-            log.warning("Cannot write %s, training goes on: %s", self.folder / name, self._io.error)
+            log.warning("Cannot write %s, training continues: %s", self.folder / name, self._io.error)
         return self._io.error
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

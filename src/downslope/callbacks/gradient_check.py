@@ -26,7 +26,7 @@ class GradientCheck(Observer):
     parameter tensor. Where the loss cannot be had again, one warning says why, and nothing is checked.
 
     Args:
-        on_disagreement: `raise` ends the training before its first step; `warn` says it and goes on.
+        on_disagreement: `raise` ends the training before its first step; `warn` says it and continues.
         num_directions: Random directions a parameter.
         seed: Of the directions.
         loss: A function of module and batch, or "training_step" where calling that again has no consequences; the

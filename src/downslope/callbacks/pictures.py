@@ -46,7 +46,7 @@ class Pictures(Observer):
 
     Of any other module the step is drawn alone, on the loss of its batch, by some thirty forwards at each drawing; only
     the steps to be drawn, and the last of each epoch, are copied. Where that loss cannot be had the log says why.
-    A picture that fails is warned of, and training goes on.
+    A picture that fails is warned of, and training continues.
 
     Args:
         folder: Where the PNG files go; a later one replaces the one before.

@@ -42,7 +42,7 @@ class SharpnessMonitor(Observer):
     its λ is that of all training rows.
 
     The loss is computed on copies of parameters and buffers before the step's own batch; training is the same to the
-    bit. Where it cannot be had again, one warning says why, and training goes on without.
+    bit. Where it cannot be had again, one warning says why, and training continues without.
 
     Args:
         every_n_steps: Optimizer steps between two measurements. One costs 3 to 6 training steps of a small network,

@@ -89,7 +89,7 @@ class Gate(Callback):
             ended = load_run_configuration(config, trusted) if config.get("resume") else None
             if ended:
                 step = f"{ended.num_optimizer_steps:,}, {ended.status}"
-                say(f"{config.resume} has ended at step {step}: there is nothing to go on with.")
+                say(f"{config.resume} has ended at step {step}: there is nothing left to do.")
                 if ended.status == "diverged":
                     say("A smaller lr wants a run of its own: the same command without resume=.")
                 else:
@@ -120,9 +120,7 @@ class Gate(Callback):
         """Refuses a sweep if one of its values is impossible, whatever the others are."""
         with refusing(config_name):
             if config.get("resume"):
-                raise ValueError(
-                    "`resume` goes on with one run, got it with -m. A sweep: hydra.sweep.dir=<its folder>."
-                )
+                raise ValueError("`resume` continues one run, got it with -m. A sweep: hydra.sweep.dir=<its folder>.")
             folder = _writable(config.hydra.sweep.dir, "hydra.sweep.dir")
             for each in folder.iterdir() if folder.is_dir() else ():
                 if each.is_symlink() or not each.is_dir():  # a job's folder is checked in its turn

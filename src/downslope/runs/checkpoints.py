@@ -124,7 +124,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
             continue
         if "progress" in checkpoint:
             for reason in bad:
-                log.warning("Passed over: %s Going on from %s, step %d.", reason, file.name, checkpoint["global_step"])
+                log.warning("Passed over: %s Resuming from %s, step %d.", reason, file.name, checkpoint["global_step"])
             return file, checkpoint
         bad.append(f"{file} holds weights that can be used, but not resumed from.")
     reasons = "; ".join(bad) or "it has no checkpoint"
@@ -162,7 +162,7 @@ def check_same(file: Path, what: str, saved: Any, here: Any) -> None:
     if saved != here:
         there, now = (", ".join(each) if isinstance(each, list) else each for each in (saved, here))
         raise ValueError(
-            f"Cannot go on from {file}. This is because it was made with another {what}: {there} there, {now} here."
+            f"Cannot resume from {file}. This is because it was made with another {what}: {there} there, {now} here."
         )
 
 

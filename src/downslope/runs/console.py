@@ -103,7 +103,7 @@ def unheard() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logging.getLogger(__name__).warning("Cannot print any more, the run goes on: %s", error)
+        logging.getLogger(__name__).warning("Cannot print any more, the run continues: %s", error)
         _hush()
 
 
@@ -210,7 +210,7 @@ def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
     if any((folder / "checkpoints").glob("*.ckpt")):
         what = "saved" if saved else "not saved: what came after the last checkpoint is lost, and comes again"
         say(f"  stopped   at step {result.num_optimizer_steps:,}, {what}")
-        say(f"  go on     python scripts/train.py resume={_shortest(folder)}")
+        say(f"  resume    python scripts/train.py resume={_shortest(folder)}")
     else:
         say("  stopped   before anything was saved")
 

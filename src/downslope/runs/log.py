@@ -17,7 +17,7 @@ _early = MemoryHandler(capacity=sys.maxsize, flushLevel=sys.maxsize)
 
 
 class LogFile(logging.FileHandler):
-    """The log of a run: where it cannot be written, training goes on."""
+    """The log of a run: where it cannot be written, training continues."""
 
     def _open(self) -> TextIOWrapper:
         """Follows no link: the file may have been there before."""

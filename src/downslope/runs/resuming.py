@@ -100,7 +100,7 @@ def _change(override: Override, config: DictConfig, saved: DictConfig, hydra: Di
         )
     if key not in allowed:
         raise ValueError(
-            f"`resume` goes on with the run's own configuration: {values}. To change it from here on: "
+            f"`resume` continues with the run's own configuration: {values}. To change it from here on: "
             f"resume_override=[{key}] {override.input_line}."
         )
     OmegaConf.update(saved, key, config[key] if is_group else new, merge=False, force_add=True)

@@ -76,7 +76,7 @@ class Run:
     Attributes:
         folder: The run's.
         result: What is known so far.
-        checkpoint: Where training goes on from; None for a new run.
+        checkpoint: Where training continues from; None for a new run.
         has_test: Whether there is a test pass to be made.
     """
 

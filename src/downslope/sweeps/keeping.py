@@ -168,7 +168,7 @@ def _curves(fit: Fit) -> list[bytes]:
 
 
 def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
-    """The newest weights, from which the run goes on, and the best ones."""
+    """The newest weights, from which the run continues, and the best ones."""
     members, whole = fit.members, fit.checkpoint
     assert whole
     common = {key: value for key, value in whole.items() if key not in RUN_KEYS}

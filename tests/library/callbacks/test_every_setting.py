@@ -747,7 +747,7 @@ def test_a_full_disk_is_warned_of_once_and_training_goes_on(
     monkeypatch.setattr(logger.experiment.file_writer.event_writer._general_file_writer, "write", full)
     watched = fit(Net, observers(), logger)
     alone = fit(Net, [], False)
-    said = [message for message in caplog.messages if "training goes on" in message]
+    said = [message for message in caplog.messages if "training continues" in message]
     assert len(said) == 1
     assert "No space left on device" in said[0]
     assert all(torch.equal(*pair) for pair in zip(watched.parameters(), alone.parameters(), strict=True))
@@ -769,8 +769,8 @@ def test_gradients_that_are_no_numbers_are_warned_of_once_and_training_goes_on(
 ) -> None:
     watched = fit(spoiled(kind), observers(), TensorBoardLogger(tmp_path, name="", version=""))
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
-    assert [message for message in said if "training goes on" in message] == [
-        "gradient/first.weight is not finite at step 2: histograms are of the rest, training goes on."
+    assert [message for message in said if "training continues" in message] == [
+        "gradient/first.weight is not finite at step 2: histograms are of the rest, training continues."
     ]
     alone = fit(spoiled(kind), [], False)
     for pair in zip(watched.parameters(), alone.parameters(), strict=True):

@@ -176,7 +176,7 @@ def test_a_signal_stops_a_run_that_can_be_gone_on_with(tmp_path: Path, number: s
     process.send_signal(number)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code
-    assert "go on     python scripts/train.py resume=run" in out
+    assert "resume    python scripts/train.py resume=run" in out
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     saved = torch.load(tmp_path / "run" / LAST, weights_only=True)
     assert result["status"] == "interrupted"

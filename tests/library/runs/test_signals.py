@@ -98,7 +98,7 @@ def test_killed_in_a_write_with_the_temporary_folder_on_another_disk_a_run_goes_
     line = ended.err.strip()
     assert re.fullmatch(
         r"WARNING: Passed over: .*last\.ckpt\.\w{8}\.partial was being written when the run was killed\. "
-        r"Going on from last\.ckpt, step 4\.",
+        r"Resuming from last\.ckpt, step 4\.",
         line,
     )
     assert script("train", "hydra.run.dir=reference", "device=cpu", *settings).code == 0

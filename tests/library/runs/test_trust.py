@@ -165,7 +165,7 @@ def test_what_the_command_line_names_is_vouched_for(script: Script, run: Path, m
     assert "If you trust it: 'trust=[mine.Model]'" in script("train", f"resume={run}").err
     ended = script("train", f"resume={run}", "model._target_=mine.Model")
     assert ended.code == 0, ended.err
-    assert "there is nothing to go on with" in ended.out
+    assert "there is nothing left to do" in ended.out
 
 
 def test_what_the_user_vouches_for_is_used(script: Script, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
