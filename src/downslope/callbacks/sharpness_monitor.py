@@ -1,6 +1,6 @@
 """How sharply the loss curves, and how near the learning rate is to where plain gradient descent diverges."""
 
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal
 
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
@@ -8,6 +8,7 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from torch import Tensor
 
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
+from downslope.gradients.least_squares import HasLeastSquares
 from downslope.logs.tensorboard import write_scalars
 from downslope.steps.due import check_count, is_due
 from downslope.steps.hooks import STEP_HOOKS, disable, enable
@@ -16,15 +17,6 @@ from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
 COLD_PRODUCTS = 10  # from a random vector: a relative error of 1e-6 and less on MLPs
-
-
-@runtime_checkable
-class HasExactSharpness(Protocol):
-    """A module that knows its sharpness without a measurement."""
-
-    def exact_sharpness(self) -> float | None:
-        """Returns λ of the loss over all training rows, whatever the parameters; None where it is not known."""
-        ...
 
 
 class SharpnessMonitor(Observer):
@@ -38,7 +30,7 @@ class SharpnessMonitor(Observer):
     default it is the first batch that was measured, kept: as a probe it makes a curve that moves because the parameters
     do. From one training batch of 64 rows to the next λ jumped by ± 10 % where the probe's ran 6 to 8 % above that of
     all rows; three products left an error of 1e-5 on the probe and of 3e-3 on the training batch. Below about 16 rows
-    neither is the full data's limit. A module with `exact_sharpness`, such as our linear regression, is asked once, and
+    neither is the full data's limit. A module with `least_squares`, such as our linear regression, is asked once, and
     its λ is that of all training rows.
 
     The loss is computed on copies of parameters and buffers before the step's own batch; training is the same to the
@@ -99,7 +91,8 @@ class SharpnessMonitor(Observer):
         self._measured_on, self._eigenvector = move_data_to_device(
             (self._measured_on, self._eigenvector), module.device
         )
-        self._exact = module.exact_sharpness() if isinstance(module, HasExactSharpness) else None
+        line = module.least_squares() if isinstance(module, HasLeastSquares) else None
+        self._exact = None if line is None else line.sharpness
         if self._exact is None and (reason := _why_not(trainer, module, self.loss)):
             say_no_loss(trainer, "curvature/sharpness", reason)
             disable(self, *STEP_HOOKS)

@@ -101,6 +101,28 @@ class HasLeastSquares(Protocol):
         ...
 
 
+def loss_of_lines(
+    weights: Tensor, biases: Tensor, features: Tensor, target: Tensor, weight: Tensor | None = None
+) -> Tensor:
+    """Returns the mean squared error of many lines at once, (1/N) Σ w (prediction − target)² for each.
+
+    Args:
+        weights: One line after the other (lines, targets, features).
+        biases: Theirs (lines, targets).
+        features: One row a sample.
+        target: One value a row, or a column for each target.
+        weight: What a row counts; 1 when None.
+
+    Example:
+        >>> two = torch.tensor([[[1.0]], [[2.0]]]), torch.zeros(2, 1)
+        >>> loss_of_lines(*two, torch.tensor([[1.0], [2.0]]), torch.tensor([1.0, 2.0]))
+        tensor([0.0000, 2.5000])
+    """
+    predictions = (features @ weights.flatten(0, 1).T + biases.flatten()).unflatten(1, biases.shape)
+    errors: Tensor = (predictions - target.reshape(len(target), 1, -1)).square().mean(dim=2)
+    return (errors if weight is None else weight.reshape(-1, 1) * errors).mean(dim=0)
+
+
 def least_squares(
     features: Float[Tensor, "num_rows num_features"],
     target: Float[Tensor, " num_rows"],

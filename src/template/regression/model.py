@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection, R2Score
 
-from downslope.gradients.least_squares import LeastSquares
+from downslope.gradients.least_squares import LeastSquares, loss_of_lines
 from downslope.logs.tensorboard import write_scalars
 from downslope.tables.batches import Batch
 from template.schedules import schedulers
@@ -59,12 +59,7 @@ class LinearRegression(LightningModule):
 
     def stacked_loss(self, parameters: Mapping[str, Tensor], batch: Batch) -> Tensor:
         """Returns the loss of many lines at once: parameters and result have a leading axis of lines."""
-        features, target, *weight = batch
-        slopes, offsets = parameters["linear.weight"], parameters["linear.bias"]  # (lines, targets, …)
-        predictions = features @ slopes.flatten(0, 1).T + offsets.flatten()
-        errors = (predictions.unflatten(1, offsets.shape) - target.reshape(len(target), 1, -1)).square()
-        rows: Tensor = errors.mean(dim=2)
-        return (weight[0].reshape(-1, 1) * rows if weight else rows).mean(dim=0)
+        return loss_of_lines(parameters["linear.weight"], parameters["linear.bias"], *batch)
 
     def training_step(self, batch: Batch) -> Tensor:
         """Returns the loss, which Lightning takes through zero_grad, backward, clip, step and scheduler."""
@@ -75,11 +70,6 @@ class LinearRegression(LightningModule):
     def least_squares(self) -> LeastSquares | None:
         """Returns the loss over all training rows in closed form; None for data that do not offer it."""
         return getattr(getattr(self.trainer, "datamodule", None), "least_squares", None)
-
-    def exact_sharpness(self) -> float | None:
-        """Returns λ of the loss over all training rows, which their features alone decide; None for other data."""
-        line = self.least_squares()
-        return None if line is None else line.sharpness
 
     def configure_optimizers(self) -> tuple[list[Optimizer], list[Any]]:
         """Makes the optimizer, and the scheduler if there is one."""

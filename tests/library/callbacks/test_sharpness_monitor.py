@@ -190,7 +190,7 @@ def test_our_line_knows_the_sharpness_of_all_training_rows(tmp_path: Path, kind:
 
 def test_a_line_on_others_data_is_measured(tmp_path: Path) -> None:
     class Others(Automatic):
-        def exact_sharpness(self) -> None:
+        def least_squares(self) -> None:
             return None
 
     witness = Witness()
