@@ -29,12 +29,6 @@ def test_a_whole_siege_has_more_than_150_folders() -> None:
     assert len(names) == len(set(names)) > 150
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["names", "resolvers", "paths", "links", "special", "addresses", "tags", "pickles"])
-def test_a_siege_of_each_kind_comes_to_nothing(kind: str) -> None:
-    assert outcome(f"{kind}: ") == {}
-
-
 @pytest.mark.slow  # by a name that is not on Hydra's own list of those that it never calls, as os.system is
 def test_a_trust_check_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trust, "_check_target", lambda *_: None)

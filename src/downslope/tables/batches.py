@@ -77,7 +77,9 @@ class Batches:
     ) -> None:
         self.tensors = (features, target) if weight is None else (features, target, weight)
         self.batch_size = batch_size
-        self.sampler = sampler
+        self._order = sampler
+        if sampler is not None:  # Lightning takes whoever has the attribute for one that shuffles
+            self.sampler = sampler
         self.rank = rank
         self.num_processes = num_processes
         self.start = 0
@@ -92,10 +94,10 @@ class Batches:
 
     def __iter__(self) -> Iterator[Batch]:
         start, self.start = self.start * self.batch_size, 0
-        if self.sampler is None and self.num_processes == 1:
+        if self._order is None and self.num_processes == 1:
             yield from zip(*(each[start:].split(self.batch_size) for each in self.tensors), strict=True)
             return
-        order = self.sampler.rows() if self.sampler else torch.arange(len(self.tensors[0]))
+        order = self._order.rows() if self._order else torch.arange(len(self.tensors[0]))
         mine = order[self.rank : self.num_rows * self.num_processes : self.num_processes]
         for rows in mine[start:].split(self.batch_size):
             yield tuple(each[rows] for each in self.tensors)

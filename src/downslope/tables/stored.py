@@ -196,14 +196,16 @@ class StoredBatches:
     def __init__(self, part: StoredPart, batch_size: int, seed: int | None, rank: int, num_processes: int) -> None:
         self.units, self.rows = part.units, part.rows.share(rank, num_processes)
         self.batch_size, self.seed, self.start = batch_size, seed, 0
-        self.sampler = None if seed is None else ShuffledOrder(len(self.rows.pieces), seed)
+        self._order = None if seed is None else ShuffledOrder(len(self.rows.pieces), seed)
+        if self._order is not None:  # Lightning takes whoever has the attribute for one that shuffles
+            self.sampler = self._order
 
     def __len__(self) -> int:
         return -(-len(self.rows) // self.batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
         skipped, self.start = self.start * self.batch_size, 0
-        order = range(len(self.rows.pieces)) if self.sampler is None else self.sampler.rows().tolist()
+        order = range(len(self.rows.pieces)) if self._order is None else self._order.rows().tolist()
         left: Batch = ()
         for first in range(0, len(order), WINDOW):
             pieces = [self.rows.pieces[place] for place in order[first : first + WINDOW]]
@@ -212,8 +214,8 @@ class StoredBatches:
                 skipped -= num_rows
                 continue
             window = self.units.apply(*self.rows.read(pieces))
-            if self.sampler is not None and self.seed is not None:
-                key = (self.seed, self.sampler.epoch, first + 1)
+            if self._order is not None and self.seed is not None:
+                key = (self.seed, self._order.epoch, first + 1)
                 shuffled = torch.from_numpy(generator(Stream.ORDER, *key).permutation(num_rows))
                 window = tuple(each[shuffled] for each in window)
             window = tuple(each[skipped:] for each in window)

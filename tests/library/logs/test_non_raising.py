@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 
 from downslope.logs.non_raising import non_raising_logger
 from downslope.logs.tensorboard import TensorBoard, write_scalars
+from downslope.runs.run import Run
 from tests.conftest import ROOT, Outcome, read_json, scalars
 
 TRAIN = [sys.executable, str(ROOT / "scripts" / "train.py")]
@@ -160,8 +161,16 @@ def test_a_disk_that_is_really_full_is_one_warning_and_the_same_bits(tmp_path: P
     assert torch.equal(weights(tmp_path, "checkpoints"), undisturbed)
 
 
-def test_a_result_that_cannot_be_written_is_an_error(script: Callable[..., Outcome]) -> None:
-    Path("run/result.json").mkdir(parents=True)
+def test_a_result_that_cannot_be_written_is_an_error(
+    script: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collect = Run.collect
+
+    def collect_in_the_way(self: Run, trainer: Any) -> None:
+        (self.folder / "result.json").mkdir(exist_ok=True)
+        collect(self, trainer)
+
+    monkeypatch.setattr(Run, "collect", collect_in_the_way)
     ended = script("train", *SHORT, "~callbacks.progress")
     assert ended.code == 1
     assert len(ended.err.splitlines()) == 1
