@@ -1,6 +1,7 @@
 """The observers of two processes that share each batch, against one process that has it whole."""
 
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -149,11 +150,7 @@ def test_two_processes_stop_together_where_one_has_a_broken_row(folders: tuple[P
     assert all(bool(torch.isfinite(value).all()) for value in weights[0].values())
 
 
-@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
-@pytest.mark.filterwarnings("ignore")
-def test_processes_that_are_spawned_or_forked_train_to_the_same_bits_and_are_watched(
-    tmp_path: Path, strategy: str, capfd: pytest.CaptureFixture[str]
-) -> None:
+def with_and_without_observers(folder: Path, strategy: str) -> None:
     states = []
     for observers in ([], [GradientMonitor(1), LearningRateEffects(1), VerdictMonitor(3, 3), FlightRecorder()]):
         seed_everything(0, verbose=False)
@@ -163,8 +160,8 @@ def test_processes_that_are_spawned_or_forked_train_to_the_same_bits_and_are_wat
             devices=2,
             strategy=strategy,
             max_epochs=2,
-            default_root_dir=tmp_path,
-            logger=TensorBoardLogger(tmp_path, name="", version=""),
+            default_root_dir=folder,
+            logger=TensorBoardLogger(folder, name="", version=""),
             callbacks=observers,  # type: ignore[arg-type]
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -175,8 +172,26 @@ def test_processes_that_are_spawned_or_forked_train_to_the_same_bits_and_are_wat
         states.append(module.state_dict())
         pickle.dumps(observers)
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("strategy", ["ddp_spawn", "ddp_fork"])
+def test_processes_that_are_spawned_or_forked_train_to_the_same_bits_and_are_watched(
+    tmp_path: Path, strategy: str
+) -> None:
+    # In a process of its own: one that forks must not have the threads of the tests before.
+    call = f"{with_and_without_observers.__name__}(Path({str(tmp_path)!r}), {strategy!r})"
+    code = f"from pathlib import Path; from {__name__} import *; {call}"
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    ended = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert ended.returncode == 0, ended.stderr
     assert "gradient_norm/total" in values(tmp_path)
-    assert "Verdict: " in capfd.readouterr().out  # by the first process: it does not come back from there
+    assert "Verdict: " in ended.stdout  # by the first process: it does not come back from there
 
 
 if __name__ == "__main__":
