@@ -55,13 +55,14 @@ def read_untrusted(file: Path, trusted: Sequence[str] = (), only: Sequence[str] 
         raise ValueError(f"{file} must describe a run, got `hydra`, which says how commands are to behave.")
     else:
         _check_parts(file, plain)
-    allowed = {*_in_own_files(TARGET), *trusted}
+    allowed, own = {*_in_own_files(TARGET), *trusted}, {*_in_own_files(FOLDER), *trusted}
     for key, value in _values(plain):
         place = f"{file}: `{key}`"
         if _is_target(key):
             _check_target(place, value, allowed)
         elif isinstance(value, str):
-            check_local(value, f"{file}: {key}")
+            if value not in own:  # a logger's database, as your own conf/ names it
+                check_local(value, f"{file}: {key}")
             for resolver in _resolvers(place, value):
                 if resolver not in ("hydra", *trusted):
                     raise ValueError(f"{place} calls the resolver {resolver!r}: {_way_out(resolver)}")

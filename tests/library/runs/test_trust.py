@@ -252,3 +252,14 @@ def test_nothing_is_fetched(script: Script, address: str) -> None:
     for key in ("data.path", "resume"):
         assert "nothing is fetched from an address" in script("train", f"{key}={address}").err
     assert not list(Path.cwd().iterdir())
+
+
+def test_a_database_that_your_own_configuration_names_is_no_strangers_address(tmp_path: Path) -> None:
+    file = tmp_path / "config.yaml"
+    names = {"data": "template.digits.data.DigitsData", "model": "template.digits.model.DigitClassifier"}
+    parts = {name: {"_target_": target} for name, target in {**names, "trainer": "lightning.Trainer"}.items()}
+    with HYDRA():
+        for uri, is_own in (("sqlite:///outputs/mlflow.db", True), ("sqlite:///elsewhere/mlflow.db", False)):
+            file.write_text(yaml.safe_dump({**parts, "logger": {"mlflow": {"tracking_uri": uri}}}))
+            with contextlib.nullcontext() if is_own else pytest.raises(ValueError, match="must be on this machine"):
+                read_untrusted(file)
