@@ -148,6 +148,7 @@ def test_a_checkpoint_that_is_none_is_refused(script: Script, run: Path) -> None
     assert "it has no checkpoints/best.ckpt" in script("evaluate", f"run={run}").err
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
     assert run_process(tmp_path, "train", "trainer.max_epochs=1").returncode == 0
     command = f"{sys.executable} {ROOT}/scripts/predict.py run={only_run(tmp_path)} data.path={DIABETES} | head -1"

@@ -27,6 +27,7 @@ def runs() -> list[tuple[Run, str, str, str]]:
     ]
 
 
+@pytest.mark.slow
 def test_no_diverging_run_is_missed_and_no_sound_one_accused(runs) -> None:
     for run, word, *said in runs:
         for each in said:

@@ -12,6 +12,7 @@ import pytest
 from tests.conftest import ROOT, Outcome
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_one_bar_with_loss_and_gradient_norm(tmp_path: Path) -> None:
     master, slave = pty.openpty()
     process = subprocess.Popen(

@@ -105,6 +105,7 @@ def test_bad_input_is_refused_in_one_line_and_leaves_nothing(
     assert {file.name for file in tmp_path.iterdir()} == set(FILES)
 
 
+@pytest.mark.slow
 def test_the_same_holds_for_a_process_of_its_own(tmp_path: Path) -> None:
     for command, message in (
         ("device=gpu", "device=auto"),

@@ -178,6 +178,7 @@ def test_a_result_that_cannot_be_written_is_an_error(
     assert "  loss      train " in ended.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "streams"),
     [("pipe", ["stdout"]), *((kind, ["stdout", "stderr"]) for kind in ("pipe", "terminal", "closed", "full"))],

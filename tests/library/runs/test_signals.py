@@ -77,6 +77,7 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_good_checkpoint(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
 
 
+@pytest.mark.slow
 def test_killed_in_a_write_with_the_temporary_folder_on_another_disk_a_run_goes_on_from_the_last_good_checkpoint(
     tmp_path: Path, start: Start, script: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:

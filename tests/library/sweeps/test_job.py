@@ -37,6 +37,7 @@ def wait_for(happened: Callable[[], object]) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Diverged")
 def test_a_failing_and_a_diverging_job_leave_the_others_alone(script: Callable[..., Outcome], tmp_path: Path) -> None:
     outcome = script("train", "-m", "lr=5,0.01", "device=gpu,cpu", *TINY)
@@ -56,6 +57,7 @@ def test_a_failing_and_a_diverging_job_leave_the_others_alone(script: Callable[.
     assert script("train", "-m", "lr=0.01,5", "device=cpu", *TINY).code == 0  # a smaller grid without the failed ones
 
 
+@pytest.mark.slow
 def test_what_has_ended_is_kept_and_another_base_configuration_refused(
     script: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -81,6 +83,7 @@ def test_what_has_ended_is_kept_and_another_base_configuration_refused(
     assert len(results(tmp_path / "sweep")) == 3  # lr=0.07 stands before the one that is refused, and has not run
 
 
+@pytest.mark.slow
 def test_a_sweep_of_which_nothing_is_missing_does_not_import_torch(tmp_path: Path) -> None:
     code = (
         "import runpy, sys\n"

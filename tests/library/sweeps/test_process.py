@@ -71,6 +71,7 @@ PROJECT = {
 }
 
 
+@pytest.mark.slow
 def test_a_childs_configuration_comes_from_its_parent_in_a_private_file_whatever_the_project(tmp_path: Path) -> None:
     (tmp_path / "settings").mkdir()
     for name, content in PROJECT.items():
