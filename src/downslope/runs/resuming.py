@@ -1,5 +1,6 @@
 """A run is resumed in its own folder, with its own configuration."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def load_run_configuration(config: DictConfig, trusted: Sequence[str]) -> Result
     Raises:
         ValueError: The folder is not a run's, or a value differs from the run's own.
     """
-    run = Path(str(config.resume)).absolute()
+    run = Path(os.path.abspath(str(config.resume)))  # without the .. of what was typed
     check_local(config.resume, "resume")
     check_regular(run)
     saved = read_untrusted(_file(run, "config.yaml"), trusted)
