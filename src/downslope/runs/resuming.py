@@ -35,7 +35,7 @@ def load_run_configuration(config: DictConfig, trusted: Sequence[str]) -> Result
     Raises:
         ValueError: The folder is not a run's, or a value differs from the run's own.
     """
-    run = Path(os.path.abspath(str(config.resume)))  # without the .. of what was typed
+    run = Path(os.path.abspath(config.resume))  # noqa: PTH100  # resolve() would follow the links that are refused
     check_local(config.resume, "resume")
     check_regular(run)
     saved = read_untrusted(_file(run, "config.yaml"), trusted)
