@@ -35,8 +35,8 @@ def load_run_configuration(config: DictConfig, trusted: Sequence[str]) -> Result
     Raises:
         ValueError: The folder is not a run's, or a value differs from the run's own.
     """
-    run = Path(os.path.abspath(config.resume))  # noqa: PTH100  # resolve() would follow the links that are refused
     check_local(config.resume, "resume")
+    run = Path(os.path.abspath(str(config.resume)))  # noqa: PTH100  # resolve() would follow the links that are refused
     check_regular(run)
     saved = read_untrusted(_file(run, "config.yaml"), trusted)
     hydra = read_untrusted(_file(run, "hydra.yaml"), only=("hydra.overrides.task", "hydra.runtime.choices")).hydra

@@ -221,3 +221,10 @@ def test_a_plateau_is_waited_for_in_the_epochs_that_validate(script: Script, tmp
     optimizer = torch.load(tmp_path / "run" / LAST, weights_only=True)["optimizer_states"][0]
     # Looked at after epochs 2 and 4, and never ten times better.
     assert optimizer["param_groups"][0]["lr"] == pytest.approx(0.0002)
+
+
+def test_a_folder_may_be_named_by_a_way_back_or_by_a_number(script: Script, run: Path) -> None:
+    assert "has ended at step 12" in script("train", "resume=nowhere/../run").out
+    refused = script("train", "resume=2026")
+    assert refused.code == 1
+    assert refused.err.startswith("error: `resume` must be the folder of a run")
