@@ -78,16 +78,17 @@ def csv_cell(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and not is_number(value)
+    formula = value.startswith(("=", "+", "-", "@", "\t", "\r")) and finite(value) is None
     return printable(f"'{value}" if formula else value)
 
 
-def is_number(text: str) -> bool:
-    """Tells whether a text spells a finite number."""
+def finite(value: Any) -> float | None:
+    """Returns a number, or one that a text spells; None for anything else, infinities among it."""
     try:
-        return math.isfinite(float(text))
-    except ValueError:
-        return False
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (OverflowError, TypeError, ValueError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def check_regular(folder: Path) -> None:

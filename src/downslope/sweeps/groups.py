@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from downslope.runs.configuration import hydra_config
+from downslope.sweeps import table
 from downslope.sweeps.grid import NAME
 from downslope.sweeps.job import begun, job_name
 from downslope.sweeps.stacked import CannotStackError
@@ -100,8 +101,7 @@ def number(text: str) -> Any:
 
 def by_key(job: Sequence[str]) -> dict[str, str]:
     """Splits overrides into key and value; `+` says only that the key is new."""
-    pairs = (override.partition("=") for override in job)
-    return {key.lstrip("+"): value for key, _, value in pairs}
+    return {key.lstrip("+"): value for key, value in table.by_key(job).items()}
 
 
 def groups(config: DictConfig, sweep: Path, jobs: Jobs, rest: dict[str, Jobs]) -> Iterator[Group]:

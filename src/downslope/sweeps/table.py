@@ -15,7 +15,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from downslope.logs.event_files import EVENT_FILES, records
 from downslope.runs.command_line import COMMAND
 from downslope.runs.console import explain, one_line
-from downslope.runs.plain_files import csv_cell, printable, read_bytes, read_yaml
+from downslope.runs.plain_files import csv_cell, finite, printable, read_bytes, read_yaml
 from downslope.runs.result import FILE_NAME, Result, objective_of, read_result
 from downslope.sweeps.grid import announced_jobs
 
@@ -182,7 +182,7 @@ def _read_job(sweep: Path, folder: Path) -> Job:
     if not (isinstance(typed, list) and all(isinstance(each, str) for each in typed)):
         typed = result.overrides if result else []
     config, _ = (None, "") if result else _attempt(read_yaml, folder / ".hydra" / "config.yaml")
-    return Job(name, folder, by_key(typed), result, _number(_at(config, "lr")), problem or other)
+    return Job(name, folder, by_key(typed), result, finite(_at(config, "lr")), problem or other)
 
 
 def read_curves(run: Path, tags: set[str]) -> Mapping[str, Curve]:
@@ -213,7 +213,7 @@ def _never_started(sweep: Path, announced: Any, started: Sequence[Job]) -> list[
     known = {frozenset(job.overrides.items()) for job in started}
     named = ((",".join(job), by_key(job)) for job in planned or ())
     return [
-        Job(name, sweep / "-", overrides, None, _number(overrides.get("lr")))
+        Job(name, sweep / "-", overrides, None, finite(overrides.get("lr")))
         for name, overrides in named
         if frozenset(overrides.items()) not in known
     ]
@@ -235,14 +235,6 @@ def _at(values: Any, *keys: str) -> Any:
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return values
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (OverflowError, TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def judged_by(jobs: Sequence[Job]) -> tuple[str, str]:
