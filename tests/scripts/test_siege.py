@@ -1,6 +1,8 @@
+import ast
 import os
 import re
-from collections import Counter
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,20 +10,21 @@ import attacks
 import pytest
 import siege
 
-from downslope.runs import trust
 from tests.conftest import ROOT
 
+LABORATORY = ROOT / "scripts" / "laboratory"
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="the siege forks")
 
 
-def outcome(only: str, quick: bool = False, command: str = "") -> Counter[str]:
-    trials = [each for each in siege.chosen(only, quick) if command in each[1]]
-    assert trials
-    return siege.siege(trials, seed=0, jobs=1)
+def laboratory(*arguments: str) -> subprocess.CompletedProcess[str]:
+    program = [sys.executable, *arguments]
+    return subprocess.run(program, cwd=LABORATORY, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_a_short_siege_comes_to_nothing() -> None:
-    assert outcome("", quick=True) == {}
+    ended = laboratory("siege.py", "--quick", "--seed", "0", "--jobs", "1")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"tried {len(siege.QUICK)}, code 0" in ended.stdout
 
 
 def test_a_whole_siege_has_more_than_150_folders() -> None:
@@ -29,24 +32,41 @@ def test_a_whole_siege_has_more_than_150_folders() -> None:
     assert len(names) == len(set(names)) > 150
 
 
-@pytest.mark.slow  # by a name that is not on Hydra's own list of those that it never calls, as os.system is
-def test_a_trust_check_that_is_gone_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trust, "_check_target", lambda *_: None)
-    assert outcome("names: evil.Model as model", command="evaluate")["code"]
+# What a guard that is gone lets through, in a process of its own: what else a test's process has imported, and which
+# handlers its log has by then, must not decide whether an attack comes through.
+PLANTED = {
+    # by a name that is not on Hydra's own list of those that it never calls, as os.system is
+    "trust": ("names: evil.Model as model", "evaluate", "code", "trust._check_target = lambda *_: None"),
+    "links": (
+        "links: train.log moved",
+        "resume",
+        "touched",
+        "resuming.check_regular = stored.check_regular = lambda _: None; log.open_regular = os.open",
+    ),
+    "paths": (
+        "paths: callbacks.checkpoints.folder absolute",
+        "resume",
+        "touched",
+        "gate.check_inside = lambda *_: None",
+    ),
+}
 
 
 @pytest.mark.slow
-def test_links_that_are_followed_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("resuming", "stored"):
-        monkeypatch.setattr(f"downslope.runs.{module}.check_regular", lambda _: None)
-    monkeypatch.setattr("downslope.runs.log.open_regular", lambda path, flags: os.open(path, flags))
-    assert outcome("links: train.log moved", command="resume")["touched"]
-
-
-@pytest.mark.slow
-def test_a_folder_elsewhere_that_is_written_into_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("downslope.launch.gate.check_inside", lambda *_: None)
-    assert outcome("paths: callbacks.checkpoints.folder absolute", command="resume")["touched"]
+@pytest.mark.parametrize("guard", PLANTED)
+def test_a_guard_that_is_gone_is_noticed(guard: str) -> None:
+    attack, command, harm, planted = PLANTED[guard]
+    lines = (
+        "import os, siege",
+        "from downslope.launch import gate",
+        "from downslope.runs import log, resuming, stored, trust",
+        planted,
+        f"trials = [each for each in siege.chosen({attack!r}, quick=False) if each[1] == {command!r}]",
+        "print(f'harms {dict(siege.siege(trials, seed=0, jobs=1))}')",
+    )
+    ended = laboratory("-c", "\n".join(lines))
+    harms = ast.literal_eval(ended.stdout.partition("harms ")[2] or "{}")
+    assert harms.get(harm), ended.stdout + ended.stderr
 
 
 def test_each_promise_names_a_test_that_is_there() -> None:
