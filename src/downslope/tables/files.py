@@ -14,13 +14,14 @@ from downslope.tables.dialect import Dialect, compression_of, find_dialect
 
 PACKAGE_PREFIX = "pkg://"
 BLOCK = 2**18  # bytes of a CSV file that are parsed at a time
-ROWS = 2**14  # of a Parquet file
+BUFFER = 2**16  # bytes of a column of a Parquet file
+ROWS = 2**13  # of a Parquet file
 MISSING = (
     "", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "-nan", "-NaN", "NaT", "NULL", "null", "Null",
     "None", "?", ".", "-", "--",
 )  # fmt: skip
 
-Block = list[Any]  # an Arrow array a column
+Block = Any  # an Arrow record batch, or a list of NumPy arrays
 
 
 class TableFile(Protocol):
@@ -110,7 +111,7 @@ class PackagedFile:
 
     def blocks(self, columns: Sequence[int], numbers: Sequence[int] = ()) -> Iterator[Block]:
         """Yields all rows."""
-        yield [self._values[:, column] for column in columns]
+        yield self._values[:, columns].T
 
     def place(self, row: int) -> str:
         """Says path and row, counted from 1."""
@@ -176,12 +177,17 @@ class CsvFile:
             stream, skipped = self._stream(), dialect.num_lines
             if not dialect.encoding.startswith("utf-8"):
                 stream = pyarrow.transcoding_input_stream(stream, dialect.encoding, "utf-8")
+        size = max(BLOCK * (2 if numbers else 1), 4 * dialect.longest)
         types = {str(column): pyarrow.float64() if column in numbers else pyarrow.string() for column in columns}
         with self._reading():
             try:
                 reader = csv.open_csv(
                     stream,
-                    csv.ReadOptions(column_names=names, skip_rows=skipped, block_size=max(BLOCK, 4 * dialect.longest)),
+                    csv.ReadOptions(
+                        column_names=names,
+                        skip_rows=skipped,
+                        block_size=size,
+                    ),
                     csv.ParseOptions(delimiter=dialect.delimiter, quote_char=dialect.quote, newlines_in_values=True),
                     csv.ConvertOptions(
                         column_types=types,
@@ -195,8 +201,7 @@ class CsvFile:
                 if "Empty CSV" in str(error):
                     return
                 raise
-            for batch in reader:
-                yield batch.columns
+            yield from reader
 
 
 class Counted:
@@ -247,7 +252,7 @@ class ParquetFile:
         from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(self.file, pre_buffer=False, buffer_size=BLOCK) as opened:
+            with parquet.ParquetFile(self.file, pre_buffer=False, buffer_size=BUFFER) as opened:
                 yield opened
         except (pyarrow.ArrowException, OSError, UnicodeError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
@@ -260,8 +265,8 @@ class ParquetFile:
         """Yields arrays of the file's own types."""
         names = [self.names[column] for column in columns]
         with self._opened() as opened:
-            for batch in opened.iter_batches(ROWS, columns=names):
-                yield [batch.column(name) for name in names]
+            for batch in opened.iter_batches(ROWS, columns=names, use_threads=False):
+                yield batch.select(names)
 
 
 class ManyFiles:

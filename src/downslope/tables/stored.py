@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,9 +48,10 @@ class Store:
         self.num_rows += len(rows)
         if self.file is None and self.num_rows * self.width * 8 > self.most_bytes:
             self.file = tempfile.TemporaryFile(prefix="downslope-")  # noqa: SIM115
+            weakref.finalize(self, self.file.close)
         if self._num_buffered + len(rows) > len(self.values):  # grown where it lies: no second copy
             self.values.resize(
-                (max(self._num_buffered + len(rows), len(self.values) * 9 // 8), self.width), refcheck=False
+                (max(self._num_buffered + len(rows), len(self.values) * 33 // 32), self.width), refcheck=False
             )
         self.values[self._num_buffered : self._num_buffered + len(rows)] = rows
         self._num_buffered += len(rows)
@@ -73,7 +75,7 @@ class Store:
             try:
                 self.file.write(content)
             except OSError as error:
-                raise ValueError(
+                raise OSError(
                     f"`data.path` is larger than memory, and its numbers do not fit into {tempfile.gettempdir()}: "
                     f"{error.strerror}. TMPDIR=… names another folder."
                 ) from error
@@ -232,12 +234,21 @@ def _joined(parts: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def free_memory() -> float:
-    """Returns how many bytes this process may still take."""
+    """Returns how many bytes this process may still take: of the machine's, its control groups' and `ulimit`'s."""
     free = [float("inf")]
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free.append(1024 * float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        free.append(float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
-    return min(free)
+    with contextlib.suppress(OSError):
+        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip(" /\n"))
+        for each in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max", or none
+                free.append(float((each / "memory.max").read_text()) - float((each / "memory.current").read_text()))
+    with contextlib.suppress(OSError, ImportError):
+        import resource
+
+        used = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+            if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+                free.append(most - 1024 * float(used[name].split()[0]))
+    return max(0.0, min(free))

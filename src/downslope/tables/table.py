@@ -26,6 +26,7 @@ INDEX = re.compile(r"rownames|Unnamed: \d+|__index_level_\d+__")  # row numbers,
 CLASSES = "make new NAME=…, with experiment=digits as the pattern."
 FEW_VALUES = 10  # of a target of whole numbers: they may be classes
 ROWS_AT_ONCE = 65_536
+HEAD = 1000  # rows that settle how a table is read, unless a later one is otherwise
 LEAST_ROWS = 2  # of a part: R² needs two
 SHARE = 0.3  # of the memory that is free, for a table in it: standardised, it takes half as much again
 
@@ -152,7 +153,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     has_weight: bool = False
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Numbers a row."""
         return sum(len(column.feature_names) for column in (*self.features, *self.others))
@@ -220,16 +221,14 @@ def _names(given: Any) -> tuple[str, ...] | None:
 def _read_table(asked: Asked, _changed: tuple[tuple[int, int], ...]) -> Table | StoredTable:
     file = open_table(asked.path, asked.decimal)
     names, index = _chosen(asked, file.names)
-    most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else float("inf") if asked.in_memory else 0.0
     for plan in _plans(asked, file, names):
-        store = Store(plan.width, most_bytes, asked.seed)
         try:
-            num_dropped = _fill(store, asked.path, file, plan, asked.missing)
-        except ValueError:  # read as numbers at once; what is not will be told apart
-            if not plan.numbers:
-                raise
-        else:
+            store, num_dropped = _stored(asked, file, plan)
             break
+        except ValueError as error:  # a look at the whole table tells what it holds
+            refusal = error.with_traceback(None)  # nor are the rows kept that were read
+    else:
+        raise refusal
     notes = [file.said] if file.said else []
     notes += [f"without {listed(index)}: row numbers"] if index else []
     notes += plan.notes
@@ -252,6 +251,12 @@ def _read_table(asked: Asked, _changed: tuple[tuple[int, int], ...]) -> Table | 
     )
     _warn(table, asked.targets)
     return table
+
+
+def _stored(asked: Asked, file: TableFile, plan: Plan) -> tuple[Store, int]:
+    most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else float("inf") if asked.in_memory else 0.0
+    store = Store(plan.width, most_bytes, asked.seed)
+    return store, _fill(store, asked.path, file, plan, asked.missing)
 
 
 def column_names(path: str) -> list[str]:
@@ -315,27 +320,34 @@ def _check_once(path: str, header: list[str], names: Sequence[str]) -> None:
 
 def _plans(asked: Asked, file: TableFile, features: tuple[str, ...]) -> Iterator[Plan]:
     """Ways to read the table, the fast ones first: as numbers at once, by the first block; after a look at all."""
-    others = (*asked.targets, *asked.weight)
-    at_once = Plan(
-        list(map(Column, features)), list(map(Column, others)), (*features, *others), has_weight=bool(asked.weight)
-    )
+    names = (*features, *asked.targets, *asked.weight)
     if file.is_plain:
-        yield at_once
+        columns = list(map(Column, names))
+        yield Plan(columns[: len(features)], columns[len(features) :], has_weight=bool(asked.weight))
         return
-    surveys = [Survey(name, asked.max_values) for name in at_once.numbers]
-    for number, block in enumerate(file.blocks([file.names.index(survey.name) for survey in surveys])):
-        for survey, cells in zip(surveys, block, strict=True):
-            survey.add(cells, file.marks)
-        if number == 0 and all(survey.is_clean for survey in surveys):
-            yield at_once
+    surveys = _surveys(asked, names, file, HEAD)
+    if all(survey.is_settled for survey in surveys):
+        yield _judged(asked, surveys[: len(features)], surveys[len(features) :])
+    surveys = _surveys(asked, names, file)
     if not surveys[0].num_rows:
         raise ValueError(f"{asked.path} must hold rows below its header, got none.")
     for survey in surveys:
-        if wrong := _wrong(survey, survey.name in others, asked, file):
+        if wrong := _wrong(survey, survey.name not in features, asked, file):
             raise ValueError(wrong)
     plan = _judged(asked, surveys[: len(features)], surveys[len(features) :])
-    yield replace(plan, numbers=tuple(survey.name for survey in surveys if survey.is_clean))
     yield plan
+    yield replace(plan, numbers=())
+
+
+def _surveys(asked: Asked, names: Sequence[str], file: TableFile, num_rows: int | None = None) -> list[Survey]:
+    """A look at columns, at all of them or at the first rows."""
+    surveys = [Survey(name, asked.max_values) for name in names]
+    for block in file.blocks(list(map(file.names.index, names))):
+        for survey, cells in zip(surveys, block, strict=True):
+            survey.add(cells[:num_rows], file.marks)
+        if num_rows:
+            break
+    return surveys
 
 
 def _wrong(survey: Survey, is_target: bool, asked: Asked, file: TableFile) -> str | None:
@@ -382,7 +394,9 @@ def _judged(asked: Asked, features: list[Survey], others: list[Survey]) -> Plan:
         raise ValueError(
             f"{asked.path} must hold a column to predict from, got none that is of use: {'; '.join(notes)}."
         )
-    return Plan(columns, [column for each in others if (column := each.column())], (), tuple(notes), bool(asked.weight))
+    numbers = tuple(survey.name for survey in (*features, *others) if survey.is_clean)
+    targets = [column for survey in others if (column := survey.column())]
+    return Plan(columns, targets, numbers, tuple(notes), bool(asked.weight))
 
 
 def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) -> int:
@@ -392,33 +406,38 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
     fast = [place for place, column in zip(places, columns, strict=True) if column.name in plan.numbers]
     row = count = 0
     for block in file.blocks(places, fast):
-        part, start = np.empty((len(block[0]), plan.width)), 0
-        for column, place, cells in zip(columns, places, block, strict=True):
-            stop = start + len(column.feature_names)
-            if place in fast or isinstance(cells, np.ndarray):  # numbers already, as the shipped table's are
-                part[:, start] = cells
-            else:
-                try:
-                    part[:, start:stop], num_unknown = encode(column, cells, file.marks)
-                except WrongCellError as error:
-                    raise ValueError(f"{file.place(row + error.row)}, {error}") from error
+        if len(fast) == len(places):  # at once, as there is nothing but doubles
+            part = block.to_tensor(null_to_nan=True).to_numpy()
+        else:
+            part, start = np.empty((len(block[0]), plan.width)), 0
+            for column, place, cells in zip(columns, places, block, strict=True):
+                if place in fast or isinstance(cells, np.ndarray):  # numbers already, as the shipped table's are
+                    values, num_unknown = np.asarray(cells)[:, None], 0
+                else:
+                    try:
+                        values, num_unknown = encode(column, cells, file.marks)
+                    except WrongCellError as error:
+                        raise ValueError(f"{file.place(row + error.row)}, {error}") from error
+                part[:, start : start + values.shape[1]] = values
+                start += values.shape[1]
                 count += num_unknown * (missing == "keep")
-            start = stop
-        if fast and (np.abs(part) >= EXACT).any():
+        is_whole = part.min() > -EXACT and part.max() < EXACT  # and no cell is missing: NaN is less than nothing
+        if fast and not is_whole and (np.abs(part) >= EXACT).any():
             raise ValueError("Only a look at the text can tell whether float64 holds this.")
         if plan.has_weight and (part[:, -1] < 0).any():
             bad = int((part[:, -1] < 0).argmax())
             raise ValueError(f"{file.place(row + bad)} must have a weight of at least 0, got {part[bad, -1]:g}.")
-        absent, num_features = np.isnan(part), plan.width - len(plan.others)
-        if missing == "refuse" and absent[:, :num_features].any():
-            bad = int(absent[:, :num_features].any(axis=1).argmax())
-            raise ValueError(f"{file.place(row + bad)} must hold a finite number in each cell, got none.")
-        if missing != "keep" and (gone := absent[:, 0 if missing == "drop" else num_features :].any(axis=1)).any():
-            count += int(gone.sum())
-            store.add(part[~gone])
-        else:
-            store.add(part)
         row += len(part)
+        if not is_whole and missing != "keep":
+            num_features = plan.width - len(plan.others)
+            absent = np.isnan(part)
+            if missing == "refuse" and (bad := absent[:, :num_features].any(axis=1)).any():
+                place = file.place(row - len(part) + int(bad.argmax()))
+                raise ValueError(f"{place} must hold a finite number in each cell, got none.")
+            gone = absent[:, 0 if missing == "drop" else num_features :].any(axis=1)
+            count += int(gone.sum())
+            part = part[~gone]
+        store.add(part)
     if plan.numbers and 2 * count > row:
         raise ValueError("Some column may be mostly missing: which?")
     if not store.num_rows:

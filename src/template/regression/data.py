@@ -90,7 +90,7 @@ class TableData(LightningDataModule):
         """Features, target and, where there is one, weight of each part, in the units of the training rows."""
         rows = split(self.table, self.seed, self.fractions)
         self.feature_names, self.columns = self.table.feature_names, self.table.columns
-        self.units = Units.measured(lambda: self.table.chunks(rows["train"]), self.standardize)
+        self.units = Units.measured(self.table.chunks(rows["train"]), self.standardize)
         if useless := [name for name, same in zip(self.feature_names, self.units.is_constant, strict=True) if same]:
             log.warning("%s: constant in the training rows, so without use: %s.", self.table.name, ", ".join(useless))
         return {part: self.table.part(each, self.units) for part, each in rows.items()}
