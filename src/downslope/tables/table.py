@@ -1,13 +1,14 @@
 """A table of numbers out of the user's file: what is left out is said, and a refusal names the cell."""
 
 import functools
+import glob
 import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -32,6 +33,12 @@ SHARE = 0.3  # of the memory that is free, for a table in it: standardised, it t
 
 Missing = Literal["drop", "mean", "refuse"]
 Text = Literal["one_hot", "refuse"]
+ALLOWED = {
+    "text": ("one_hot", "refuse"),
+    "missing": ("drop", "mean", "refuse"),
+    "decimal": (None, ".", ","),
+    "in_memory": ("auto", True, False),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,20 +126,51 @@ def split(table: Table | StoredTable, seed: int, fractions: tuple[float, float])
     return rows
 
 
-class Asked(NamedTuple):
-    """What `read_table` was asked for; names as they stand in the file, also where Hydra read one as a number."""
+@dataclass(frozen=True)
+class Reading:
+    """How a table is to be read; names as they stand in the file, also where Hydra took one for a number.
+
+    Attributes:
+        path: A CSV file in any dialect, a Parquet file, several of them by a pattern (`folder/*.csv`), or
+            `pkg://<package>/<file>` for one that a package ships.
+        target: The column or columns to predict.
+        features: The columns to predict it from; when None all others but row numbers.
+        exclude: Columns to leave out.
+        weight: The column that says what a row counts in the loss.
+        text: Whether a column of text is a 0 or 1 for each of its values (`one_hot`), or refused (`refuse`).
+        max_values: Text of more values than these is left out.
+        missing: Whether a row with a missing feature is left out (`drop`), refused, or kept as NaN, to become
+            the `mean`. Without target or weight it is always left out.
+        decimal: The decimal mark; found when None.
+        in_memory: Whether the numbers are kept in memory or in a temporary file; by the memory that is free if `auto`.
+        seed: Of the order of the rows there.
+
+    Raises:
+        ValueError: A setting is none of those that are allowed.
+    """
 
     path: str
-    targets: tuple[str, ...]
-    features: tuple[str, ...] | None
-    exclude: tuple[str, ...]
-    weight: tuple[str, ...]
-    text: Text
-    max_values: int
-    missing: Missing
-    decimal: str | None
-    in_memory: bool | Literal["auto"]
-    seed: int
+    target: Any
+    features: Any = None
+    exclude: Any = ()
+    weight: Any = ()
+    text: Text = "one_hot"
+    max_values: int = 50
+    missing: Missing = "drop"
+    decimal: str | None = None
+    in_memory: bool | Literal["auto"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, allowed in ALLOWED.items():
+            if (value := getattr(self, key)) not in allowed:
+                raise ValueError(f"`{key}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+        if not isinstance(self.max_values, int) or self.max_values < 0:
+            raise ValueError(f"`max_values` must be a whole number of at least 0, got {self.max_values!r}.")
+        for key in ("target", "features", "exclude", "weight"):
+            given = getattr(self, key)
+            names = tuple(map(str, given if isinstance(given, list | tuple) else () if given is None else (given,)))
+            object.__setattr__(self, key, None if key == "features" and given is None else names)
 
 
 @dataclass(frozen=True)
@@ -145,6 +183,7 @@ class Plan:
         numbers: Names of those that the reader turns into numbers by itself.
         notes: What is left out and changed, for people.
         has_weight: Whether the last of the others is one.
+        is_guess: Whether it is made of the first rows alone.
     """
 
     features: list[Column]
@@ -152,6 +191,7 @@ class Plan:
     numbers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     has_weight: bool = False
+    is_guess: bool = False
 
     @functools.cached_property
     def width(self) -> int:
@@ -159,66 +199,22 @@ class Plan:
         return sum(len(column.feature_names) for column in (*self.features, *self.others))
 
 
-def read_table(
-    path: str,
-    target: str | Sequence[str],
-    features: Sequence[str] | None = None,
-    *,
-    exclude: Sequence[str] | None = None,
-    weight: str | None = None,
-    text: Text = "one_hot",
-    max_values: int = 50,
-    missing: Missing = "drop",
-    decimal: str | None = None,
-    in_memory: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-) -> Table | StoredTable:
-    """Reads the columns to predict from, and the one to predict.
+def read_table(path: str, target: Any, features: Any = None, **settings: Any) -> Table | StoredTable:
+    """Reads the columns to predict from, and the one to predict; `settings` are those of `Reading`.
 
     An unchanged file is read once: the check before a run, the run and a sweep's next job share the table.
-
-    Args:
-        path: A CSV file in any dialect, a Parquet file, several of them by a pattern (`folder/*.csv`), or
-            `pkg://<package>/<file>` for one that a package ships.
-        target: The column or columns to predict.
-        features: The columns to predict it from; when None all others but row numbers.
-        exclude: Columns to leave out.
-        weight: The column that says what a row counts in the loss.
-        text: Whether a column of text is a 0 or 1 for each of its values, or refused.
-        max_values: Text of more values than these is left out.
-        missing: Whether a row with a missing feature is left out, refused, or kept as NaN, to become the mean. Without
-            target or weight it is always left out.
-        decimal: The decimal mark; found when None.
-        in_memory: Whether the numbers are kept in memory or in a temporary file; by the memory that is free if `auto`.
-        seed: Of the order of the rows there.
 
     Raises:
         ValueError: The file is missing or holds no row, a name is not a column or stands twice, or a cell is
             not a finite number. The message names file, row, column and value.
     """
-    for key, value, allowed in (
-        ("text", text, ("one_hot", "refuse")),
-        ("missing", missing, ("drop", "mean", "refuse")),
-        ("decimal", decimal, (None, ".", ",")),
-        ("in_memory", in_memory, ("auto", True, False)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"`{key}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
-    if not isinstance(max_values, int) or max_values < 0:
-        raise ValueError(f"`max_values` must be a whole number of at least 0, got {max_values!r}.")
-    names = (_names(target) or (), _names(features), _names(exclude) or (), _names(weight) or ())
-    asked = Asked(path, *names, text, max_values, missing, decimal, in_memory, 0 if in_memory is True else seed)
+    asked = Reading(path, target, features, **settings)
+    asked = replace(asked, seed=0) if asked.in_memory is True else asked
     return _read_table(asked, tuple((stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, resolve(path))))
 
 
-def _names(given: Any) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    return tuple(map(str, given)) if isinstance(given, list | tuple) else (str(given),)
-
-
 @functools.lru_cache(maxsize=1)
-def _read_table(asked: Asked, _changed: tuple[tuple[int, int], ...]) -> Table | StoredTable:
+def _read_table(asked: Reading, _changed: tuple[tuple[int, int], ...]) -> Table | StoredTable:
     file = open_table(asked.path, asked.decimal)
     names, index = _chosen(asked, file.names)
     for plan in _plans(asked, file, names):
@@ -233,35 +229,31 @@ def _read_table(asked: Asked, _changed: tuple[tuple[int, int], ...]) -> Table | 
     notes += [f"without {listed(index)}: row numbers"] if index else []
     notes += plan.notes
     notes += [f"{counted(num_dropped, 'row')} with missing cells left out"] if num_dropped else []
-    name = Path(asked.path).name.partition(".")[0] or asked.path
-    about = (tuple(name for column in plan.features for name in column.feature_names), ", ".join(asked.targets))
+    name = Path(asked.path).name.partition(".")[0]
+    name = name if name and not glob.has_magic(name) else asked.path
+    about = (tuple(name for column in plan.features for name in column.feature_names), ", ".join(asked.target))
     if store.file:
         notes.append(f"{8e-9 * store.width * store.num_rows:.2g} GB in a temporary file, shuffled in windows of ")
         notes[-1] += f"{WINDOW * store.chunk_rows:,} rows"
-        return StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.targets))
-    features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.targets)]), axis=1)
+        return StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.target))
+    features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.target)]), axis=1)
     table = Table(
         name,
         features,
-        targets[:, 0] if len(asked.targets) == 1 else targets,
+        targets[:, 0] if len(asked.target) == 1 else targets,
         *about,
         weight[:, 0] if asked.weight else None,
         tuple(plan.features),
         tuple(notes),
     )
-    _warn(table, asked.targets)
+    _warn(table, asked.target)
     return table
 
 
-def _stored(asked: Asked, file: TableFile, plan: Plan) -> tuple[Store, int]:
+def _stored(asked: Reading, file: TableFile, plan: Plan) -> tuple[Store, int]:
     most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else float("inf") if asked.in_memory else 0.0
     store = Store(plan.width, most_bytes, asked.seed)
     return store, _fill(store, asked.path, file, plan, asked.missing)
-
-
-def column_names(path: str) -> list[str]:
-    """Returns the names of a file's columns."""
-    return open_table(path).names
 
 
 def read_features(path: str, columns: Sequence[Column], missing: Missing, decimal: str | None = None) -> Array:
@@ -284,10 +276,10 @@ def read_features(path: str, columns: Sequence[Column], missing: Missing, decima
     return store.values
 
 
-def _chosen(asked: Asked, header: list[str]) -> tuple[tuple[str, ...], list[str]]:
+def _chosen(asked: Reading, header: list[str]) -> tuple[tuple[str, ...], list[str]]:
     """The names of the features, and those of row numbers that are left out."""
-    known, used, index = f"of {asked.path} ({listed(header, 40)})", (*asked.targets, *asked.weight), list[str]()
-    given = {"target": asked.targets, "weight": asked.weight, "features": asked.features, "exclude": asked.exclude}
+    known, used, index = f"of {asked.path} ({listed(header, 40)})", (*asked.target, *asked.weight), list[str]()
+    given = {key: getattr(asked, key) for key in ("target", "weight", "features", "exclude")}
     for key, name in ((key, name) for key, names in given.items() for name in names or ()):
         if name not in header:
             what = "columns" if key == "features" else "a column"
@@ -303,7 +295,7 @@ def _chosen(asked: Asked, header: list[str]) -> tuple[tuple[str, ...], list[str]
             raise ValueError(f"`features` must hold each column once and not the target, got {name!r} again.")
     _check_once(asked.path, header, [*used, *features])
     if not features:
-        what = f"a column beside the target {listed(asked.targets)} to predict it from"
+        what = f"a column beside the target {listed(asked.target)} to predict it from"
         raise ValueError(f"{asked.path} must hold {what}, got none.")
     return features, index
 
@@ -318,16 +310,16 @@ def _check_once(path: str, header: list[str], names: Sequence[str]) -> None:
             raise ValueError(f"{path} must name each column once, got {name!r} {header.count(name)} times.")
 
 
-def _plans(asked: Asked, file: TableFile, features: tuple[str, ...]) -> Iterator[Plan]:
+def _plans(asked: Reading, file: TableFile, features: tuple[str, ...]) -> Iterator[Plan]:
     """Ways to read the table, the fast ones first: as numbers at once, by the first block; after a look at all."""
-    names = (*features, *asked.targets, *asked.weight)
+    names = (*features, *asked.target, *asked.weight)
     if file.is_plain:
         columns = list(map(Column, names))
         yield Plan(columns[: len(features)], columns[len(features) :], has_weight=bool(asked.weight))
         return
     surveys = _surveys(asked, names, file, HEAD)
     if all(survey.is_settled for survey in surveys):
-        yield _judged(asked, surveys[: len(features)], surveys[len(features) :])
+        yield replace(_judged(asked, surveys[: len(features)], surveys[len(features) :]), is_guess=True)
     surveys = _surveys(asked, names, file)
     if not surveys[0].num_rows:
         raise ValueError(f"{asked.path} must hold rows below its header, got none.")
@@ -339,7 +331,7 @@ def _plans(asked: Asked, file: TableFile, features: tuple[str, ...]) -> Iterator
     yield replace(plan, numbers=())
 
 
-def _surveys(asked: Asked, names: Sequence[str], file: TableFile, num_rows: int | None = None) -> list[Survey]:
+def _surveys(asked: Reading, names: Sequence[str], file: TableFile, num_rows: int | None = None) -> list[Survey]:
     """A look at columns, at all of them or at the first rows."""
     surveys = [Survey(name, asked.max_values) for name in names]
     for block in file.blocks(list(map(file.names.index, names))):
@@ -350,7 +342,7 @@ def _surveys(asked: Asked, names: Sequence[str], file: TableFile, num_rows: int 
     return surveys
 
 
-def _wrong(survey: Survey, is_target: bool, asked: Asked, file: TableFile) -> str | None:
+def _wrong(survey: Survey, is_target: bool, asked: Reading, file: TableFile) -> str | None:
     """What may be a mistake in a column, in words."""
     column, name = survey.column(), survey.name
     is_text = column.kind == "text" if column else survey.num_wrong > 0
@@ -372,7 +364,7 @@ def _wrong(survey: Survey, is_target: bool, asked: Asked, file: TableFile) -> st
     return None
 
 
-def _judged(asked: Asked, features: list[Survey], others: list[Survey]) -> Plan:
+def _judged(asked: Reading, features: list[Survey], others: list[Survey]) -> Plan:
     """What the columns hold, each of them looked at."""
     columns, left_out, changed = [], dict[str, list[str]](), dict[str, list[str]]()
     for survey in features:
@@ -438,7 +430,7 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
             count += int(gone.sum())
             part = part[~gone]
         store.add(part)
-    if plan.numbers and 2 * count > row:
+    if plan.is_guess and 2 * count > row:
         raise ValueError("Some column may be mostly missing: which?")
     if not store.num_rows:
         got = f"{row:,} with a missing cell in each: data.exclude=[…] or data.missing=mean" if row else "none"

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from downslope.tables import stored
 from downslope.tables.stored import StoredTable
+from downslope.tables.table import read_table
 from template.regression.data import TableData
 from template.regression.model import LinearRegression
 from tests.conftest import ROOT
@@ -73,6 +74,13 @@ def test_the_order_is_a_function_of_seed_and_epoch_and_goes_on_from_any_batch(pa
     assert (steps > 0).float().mean() < 0.6  # rows of different chunks, in no order
 
 
+def test_a_person_s_folder_and_a_pattern_are_found(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path(path).parent))
+    assert read_table("~/t.csv", "y").name == "t"
+    assert read_table("~/*.csv", "y").name == "~/*.csv"
+    assert len(read_table("~/*.csv", "y")) == NUM_ROWS
+
+
 def test_processes_share_the_rows(path: str) -> None:
     part = data(path, in_memory=False).parts["train"]
     shares = [torch.cat(served(part.batches(32, 0, rank, 3))) for rank in range(3)]
@@ -105,6 +113,19 @@ def test_what_does_not_fit_into_memory_goes_into_a_file_by_itself(path: str, mon
     assert isinstance(module.table, StoredTable)
     assert "GB in a temporary file, shuffled in windows of" in module.description()
     assert module.fingerprint().endswith(" in a file")
+
+
+def test_a_limit_of_the_process_counts_as_memory_and_the_file_is_closed_with_its_table(path: str) -> None:
+    code = (
+        "import gc, resource, sys; from template.regression.data import TableData;"
+        "from downslope.tables.stored import free_memory; before = free_memory();"
+        "resource.setrlimit(resource.RLIMIT_DATA, (2**31, 2**31)); assert free_memory() < min(before, 2**31);"
+        f"data = TableData({path!r}, 'y', in_memory=False, batch_size=8, seed=0); file = data.table.store.file;"
+        "from downslope.tables import table; table._read_table.cache_clear(); del data; gc.collect();"
+        "print(file.closed)"
+    )
+    ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
 def test_a_full_disk_is_said(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
