@@ -6,7 +6,7 @@ import os
 import tempfile
 import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ class StoredRows:
             if (left := min(count, end - first) - skipped) > 0:
                 pieces.append((place + skipped, left))
             first += count
-        return StoredRows(self.store, self.num_features, self.num_targets, pieces)
+        return replace(self, pieces=pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,20 +142,21 @@ class StoredTable:
         """SHA-256 of every cell, in the order of the file, which the seed decides."""
         return f"{self.store.digest.hexdigest()[:12]} in a file"
 
+    def all_rows(self) -> StoredRows:
+        """Returns all rows, chunk by chunk."""
+        size = self.store.chunk_rows
+        pieces = [(first, min(size, len(self) - first)) for first in range(0, len(self), size)]
+        return StoredRows(self.store, len(self.feature_names), self.num_targets, pieces)
+
     def split(self, seed: int, fractions: tuple[float, float]) -> dict[str, StoredRows]:
         """Returns the rows to train on, to validate and to test with: a share of each chunk."""
-        pieces: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
-        for first in range(0, len(self), self.store.chunk_rows):
-            num_rows = min(self.store.chunk_rows, len(self) - first)
+        whole, pieces = self.all_rows(), dict[str, list[tuple[int, int]]](train=[], val=[], test=[])
+        for first, num_rows in whole.pieces:
             counts = [round(num_rows * share) for share in fractions]
             for part, count in zip(pieces, (num_rows - sum(counts), *counts), strict=True):
-                pieces[part].append((first, count))
+                pieces[part] += [(first, count)] if count else []
                 first += count
-        sizes = (len(self.feature_names), self.num_targets)
-        return {
-            part: StoredRows(self.store, *sizes, [each for each in places if each[1]])
-            for part, places in pieces.items()
-        }
+        return {part: replace(whole, pieces=found) for part, found in pieces.items()}
 
     def chunks(self, rows: StoredRows) -> Iterator[Rows]:
         """Yields rows, some at a time."""

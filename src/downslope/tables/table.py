@@ -4,8 +4,9 @@ import functools
 import glob
 import hashlib
 import logging
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -217,9 +218,11 @@ def read_table(path: str, target: Any, features: Any = None, **settings: Any) ->
 def _read_table(asked: Reading, _changed: tuple[tuple[int, int], ...]) -> Table | StoredTable:
     file = open_table(asked.path, asked.decimal)
     names, index = _chosen(asked, file.names)
+    most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else math.inf if asked.in_memory else 0.0
     for plan in _plans(asked, file, names):
         try:
-            store, num_dropped = _stored(asked, file, plan)
+            store = Store(plan.width, most_bytes, asked.seed)
+            num_dropped = _fill(store, asked.path, file, plan, asked.missing)
             break
         except ValueError as error:  # a look at the whole table tells what it holds
             refusal = error.with_traceback(None)  # nor are the rows kept that were read
@@ -235,25 +238,14 @@ def _read_table(asked: Reading, _changed: tuple[tuple[int, int], ...]) -> Table 
     if store.file:
         notes.append(f"{8e-9 * store.width * store.num_rows:.2g} GB in a temporary file, shuffled in windows of ")
         notes[-1] += f"{WINDOW * store.chunk_rows:,} rows"
-        return StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.target))
+        table = StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.target))
+        _warn(table, asked.target, table.all_rows().chunks)
+        return table
     features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.target)]), axis=1)
-    table = Table(
-        name,
-        features,
-        targets[:, 0] if len(asked.target) == 1 else targets,
-        *about,
-        weight[:, 0] if asked.weight else None,
-        tuple(plan.features),
-        tuple(notes),
-    )
-    _warn(table, asked.target)
+    target, weights = targets[:, 0] if len(asked.target) == 1 else targets, weight[:, 0] if asked.weight else None
+    table = Table(name, features, target, *about, weights, tuple(plan.features), tuple(notes))
+    _warn(table, asked.target, lambda: iter([(features, targets, None)]))
     return table
-
-
-def _stored(asked: Reading, file: TableFile, plan: Plan) -> tuple[Store, int]:
-    most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else float("inf") if asked.in_memory else 0.0
-    store = Store(plan.width, most_bytes, asked.seed)
-    return store, _fill(store, asked.path, file, plan, asked.missing)
 
 
 def read_features(path: str, columns: Sequence[Column], missing: Missing, decimal: str | None = None) -> Array:
@@ -267,7 +259,7 @@ def read_features(path: str, columns: Sequence[Column], missing: Missing, decima
         raise ValueError(f"{path} must have the columns that the run was trained on, got no {', '.join(absent)}.")
     _check_once(path, file.names, [column.name for column in columns])
     plan = Plan(list(columns), [])
-    store = Store(plan.width, float("inf"), 0)
+    store = Store(plan.width, math.inf, 0)
     if unknown := _fill(store, path, file, plan, "refuse" if missing == "refuse" else "keep"):
         log.warning("%s: %s not known to the run: none of its values.", path, counted(unknown, "text"))
     if absent_rows := int(np.isnan(store.values).any(axis=1).sum()):
@@ -327,7 +319,8 @@ def _plans(asked: Reading, file: TableFile, features: tuple[str, ...]) -> Iterat
         if wrong := _wrong(survey, survey.name not in features, asked, file):
             raise ValueError(wrong)
     plan = _judged(asked, surveys[: len(features)], surveys[len(features) :])
-    yield plan
+    if plan.numbers:
+        yield plan
     yield replace(plan, numbers=())
 
 
@@ -450,21 +443,27 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _warn(table: Table, targets: Sequence[str]) -> None:
+def _warn(table: Table | StoredTable, targets: Sequence[str], chunks: Callable[[], Iterator[Rows]]) -> None:
     """Warns of what makes a task too easy, or no regression."""
-    columns = dict(zip(table.feature_names, table.features.T, strict=True))
-    for name, target in zip(targets, table.target.reshape(len(table), -1).T, strict=True):
-        distinct = np.unique(target[:ROWS_AT_ONCE])
-        if (target == target[0]).all():
-            log.warning("%s: the target %s is %g in every row: there is nothing to learn.", table.name, name, target[0])
-        elif len(distinct) <= min(FEW_VALUES, len(table) // 5) and not (target % 1).any():
+    features, target, _ = next(chunks())
+    names, alike = (*table.feature_names, *targets), dict[tuple[float, ...], list[int]]()
+    for place, total in enumerate([*features.sum(axis=0).tolist(), *target.sum(axis=0).tolist()]):
+        values = features[:9, place] if place < features.shape[1] else target[:9, place - features.shape[1]]
+        alike.setdefault((total, *values.tolist()), []).append(place)
+
+    def is_same(*places: int) -> bool:
+        return all(np.array_equal(*([*rows[0].T, *rows[1].T][place] for place in places)) for rows in chunks())
+
+    pairs = [(group[0], other) for group in alike.values() for other in group[1:] if is_same(group[0], other)]
+    for place, name in enumerate(targets):
+        values = target[:ROWS_AT_ONCE, place]
+        if all((rows[1][:, place] == values[0]).all() for rows in chunks()):
+            log.warning("%s: the target %s is %g in every row: there is nothing to learn.", table.name, name, values[0])
+        elif len(np.unique(values)) <= min(FEW_VALUES, len(table) // 5) and not (target[:, place] % 1).any():
             text = "%s: the target %s holds %d whole numbers alone. If they are classes: %s"
-            log.warning(text, table.name, name, len(distinct), CLASSES)
-        alike = (each for each, column in columns.items() if column[0] == target[0])
-        if same := [each for each in alike if np.array_equal(columns[each], target)]:
-            log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, listed(same), name)
-    seen: dict[tuple[float, ...], str] = {}
-    for name, column, total in zip(columns, columns.values(), table.features.sum(axis=0).tolist(), strict=True):
-        first = seen.setdefault((total, *column[:9].tolist()), name)
-        if first != name and np.array_equal(column, columns[first]):
-            log.warning("%s: the columns %s and %s are the same.", table.name, first, name)
+            log.warning(text, table.name, name, len(np.unique(values)), CLASSES)
+    for one, other in sorted(pairs, key=lambda pair: pair[1] < features.shape[1]):
+        if other < features.shape[1]:
+            log.warning("%s: the columns %s and %s are the same.", table.name, names[one], names[other])
+        else:
+            log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, names[one], names[other])

@@ -128,6 +128,19 @@ def test_a_limit_of_the_process_counts_as_memory_and_the_file_is_closed_with_its
     assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
+def test_what_makes_a_task_too_easy_is_warned_of_by_name(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    lines = [f"{i % 7},{i % 7},{i % 7 if i < 900 else 0},{i / 7},{i / 7},3" for i in range(NUM_ROWS)]
+    Path(path).write_text("\n".join(["a,b,c,d,y,k", *lines]))
+    for target in ("y", "k"):
+        assert isinstance(read_table(path, target, exclude=["k", "y"], in_memory=False), StoredTable)
+    assert caplog.messages == [
+        "t: d is equal to the target y: data.exclude=[…].",
+        "t: the columns a and b are the same.",  # and not c, which is so in the first chunks alone
+        "t: the target k is 3 in every row: there is nothing to learn.",
+        "t: the columns a and b are the same.",
+    ]
+
+
 def test_a_full_disk_is_said(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     full = Path("/dev/full").open("wb", buffering=0)  # noqa: SIM115
     monkeypatch.setattr(stored.tempfile, "TemporaryFile", lambda **_: full)
