@@ -128,6 +128,17 @@ def test_a_limit_of_the_process_counts_as_memory_and_the_file_is_closed_with_its
     assert (ended.stdout, ended.stderr) == ("True\n", "")
 
 
+def test_the_closed_form_of_many_chunks_takes_the_memory_of_a_few() -> None:
+    code = (
+        "import resource, torch; from downslope.gradients.least_squares import least_squares_of;"
+        "chunks = lambda num: lambda: ((torch.randn(20_000, 20), torch.randn(20_000)) for _ in range(num));"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024;"
+        "least_squares_of(chunks(5)); before = peak(); least_squares_of(chunks(100)); print(peak() - before)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(ended.stdout) < 60  # MB, of 330 that the chunks take in float64
+
+
 def test_what_makes_a_task_too_easy_is_warned_of_by_name(path: str, caplog: pytest.LogCaptureFixture) -> None:
     lines = [f"{i % 7},{i % 7},{i % 7 if i < 900 else 0},{i / 7},{i / 7},3" for i in range(NUM_ROWS)]
     Path(path).write_text("\n".join(["a,b,c,d,y,k", *lines]))
