@@ -20,7 +20,15 @@ from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.logs.tensorboard import announce_restart, event_files, flush_step_writer
-from downslope.runs.checkpoints import SafeCheckpointIO, check_same, fingerprint, keep_previous, name_of
+from downslope.runs.checkpoints import (
+    SafeCheckpointIO,
+    check_same,
+    fingerprint,
+    keep_previous,
+    name_of,
+    versions,
+    what_a_run_saves,
+)
 from downslope.runs.signals import Interrupted, StopRequest
 from downslope.steps.random_state import RandomState
 
@@ -95,9 +103,8 @@ class Checkpoints(Checkpoint):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._resumed:  # their states are loaded next
             file = self.folder / "last.ckpt"
-            check_same(file, "optimizer", self._resumed["optimizers"], [name_of(each) for each in trainer.optimizers])
-            schedulers = [name_of(each) for each in _schedulers(trainer)]
-            check_same(file, "scheduler", self._resumed["schedulers"], schedulers)
+            for what, here in (("optimizer", trainer.optimizers), ("scheduler", _schedulers(trainer))):
+                check_same(file, what, self._resumed[f"{what}s"], [name_of(each) for each in here])
         self._epoch_random = RandomState()  # the first epoch's iterator is made right after this
         self._keeps_epoch_random = True
 
@@ -108,7 +115,8 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
-            self._go_on(trainer, pl_module, self._resumed)
+            with what_a_run_saves(self.folder / "last.ckpt"):
+                self._go_on(trainer, pl_module, self._resumed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._step = trainer.global_step
         self._is_shared = trainer.world_size > 1
@@ -248,6 +256,7 @@ class Checkpoints(Checkpoint):
             "batch": self._batch,
             "processes": processes,
             "seconds": self._seconds_before + time.perf_counter() - self._started_at,
+            "versions": versions(),
             "model": name_of(pl_module),
             "data": fingerprint(getattr(trainer, "datamodule", None)),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
