@@ -88,7 +88,7 @@ def test_a_second_call_of_a_training_step_is_found(monkeypatch) -> None:
 
 def test_a_norm_that_is_wrong_missing_or_after_clipping_is_found() -> None:
     observed = observing.Outcome()
-    observed.norms["gradient_norm/total"] = {0: 5.0, 1: 2.0, 2: 1.0}
+    observed.expected["gradient_norm/total"] = {0: 5.0, 1: 2.0, 2: 1.0}
     observed.curves["gradient_norm/total"] = {0: 5.0001, 2: 1.000001}
     assert observing.wrong_figures(observed) == [
         "gradient_norm/total is missing at step 1",
@@ -120,7 +120,7 @@ def test_the_recorder_takes_the_norm_before_clipping_in_both_modes() -> None:
             optimizer.step()
 
     for kind, option in ((Line, "clip-norm"), (ByHand, "plain")):
-        norms = observing.fit(kind, "SGD", option, observed=False).norms["gradient_norm/total"]
+        norms = observing.fit(kind, "SGD", option, observed=False).expected["gradient_norm/total"]
         assert norms == dict.fromkeys(range(12), pytest.approx(6.0))
 
 
