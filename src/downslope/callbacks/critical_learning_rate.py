@@ -99,7 +99,9 @@ class CriticalLearningRate(Observer):
         return step in self.steps or (is_late and step % self.every_n_steps == 0)
 
     def _measure(self, step: OptimizerStep, loss: BatchLoss) -> None:
-        rate = float(step.optimizer.param_groups[0].get("lr") or 0.0)
+        if (rate := step.optimizer.param_groups[0].get("lr")) is None:
+            raise ValueError("the optimizer has no learning rate")
+        rate = float(rate)
         before = self._start.pop()
         change = flat(step.parameters).sub_(before)
         start, direction = (loss.pieces(step.parameters, vector) for vector in (before, change))

@@ -193,7 +193,9 @@ class LearningRateEffects(Observer):
         change = flat(step.parameters).sub_(before)
         products = [torch.dot(gradient, last), torch.dot(last, last)] if has_cosine else []
         self._writer.add(step.step, self._plans[key], rates, before, change, square, *products)
-        if self._is_watched:
+        if self._is_watched and any(map(math.isnan, rates)):
+            self._leave_out_descent_ratio(ValueError("a parameter group has no learning rate"))
+        elif self._is_watched:
             self._taken = Taken(step.step, step.parameters, before, change, _promise(step))
 
     def _plan(self, step: OptimizerStep, names: list[str], has_cosine: bool) -> Measurement:

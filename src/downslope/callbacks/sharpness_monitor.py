@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -9,10 +10,19 @@ from torch import Tensor
 
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.gradients.least_squares import HasLeastSquares
+from downslope.gradients.vectors import real
 from downslope.logs.tensorboard import write_scalars
 from downslope.steps.due import check_count, is_due
 from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import SEVERAL_OPTIMIZERS, BatchLoss, Loss, check_loss, copied, say_no_loss, why_no_loss
+from downslope.steps.loss import (
+    BatchLoss,
+    Loss,
+    check_loss,
+    copied,
+    say_no_loss,
+    why_no_loss,
+    why_not_one_optimizer,
+)
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -114,11 +124,11 @@ class SharpnessMonitor(Observer):
             return
         self._measured_at = step
         self.sharpness = self._measure(trainer, pl_module, batch, batch_idx) if self._exact is None else self._exact
-        rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
-        stability = rate * self.sharpness / 2
-        write_scalars(
-            trainer, {"curvature/sharpness": self.sharpness, "learning_rate_effect/stability": stability}, step
-        )
+        values = {"curvature/sharpness": self.sharpness}
+        groups = trainer.optimizers[0].param_groups
+        if rates := [float(group["lr"]) for group in groups if group.get("lr") is not None]:
+            values["learning_rate_effect/stability"] = max(rates) * self.sharpness / 2
+        write_scalars(trainer, values, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()
@@ -130,8 +140,14 @@ class SharpnessMonitor(Observer):
         stepped = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
         function = BatchLoss(module, kept, self.loss, kept_index, precise=True)
         with function.measuring():
-            leaves = function.leaves(function.parameters)
-            theta = [leaves[name] for name, parameter in module.named_parameters() if id(parameter) in stepped]
+            leaves: dict[str, Tensor] = function.leaves(function.parameters)
+            theta = []
+            for name in [name for name, parameter in module.named_parameters() if id(parameter) in stepped]:
+                leaf = leaves[name]
+                if leaf.is_complex():  # λ is that of the loss as a function of real and imaginary parts
+                    leaf = real(leaf.detach()).requires_grad_(leaf.requires_grad)
+                    leaves[name] = torch.view_as_complex(leaf)
+                theta.append(leaf)
             hessian = Hessian(function(leaves), theta)
 
             def product(vector: Tensor) -> Tensor:
@@ -139,18 +155,18 @@ class SharpnessMonitor(Observer):
                 mean: Tensor = trainer.strategy.reduce(hessian.product(vector), reduce_op="mean")
                 return mean
 
-            if self._eigenvector is None:
-                found = largest_eigenvalue(product, hessian.random_direction(), max(self.num_products, COLD_PRODUCTS))
-            else:
-                found = largest_eigenvalue(product, self._eigenvector, self.num_products)
+            start, num_products = self._eigenvector, self.num_products
+            if start is None or len(start) != hessian.num_rows:  # parameters were frozen until now
+                start, num_products = hessian.random_direction(), max(num_products, COLD_PRODUCTS)
+            found = largest_eigenvalue(product, start, num_products)
         self._eigenvector = found.vector
         return found.value
 
 
 def _why_not(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
     """Why there is no Hessian of one loss, None where there is."""
-    if len(trainer.optimizers) != 1:
-        return SEVERAL_OPTIMIZERS
+    if reason := why_not_one_optimizer(trainer):
+        return reason
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         return f"{type(trainer.strategy).__name__} does not keep the whole module on each device"
     return why_no_loss(module, loss)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from downslope.gradients.slope import central_difference, measure_slope
+from downslope.gradients.vectors import real
 from downslope.steps.loss import BatchLoss, Loss, Parameters
 
 NUM_PLACES = 4  # looked at nearby, until one has no kink
@@ -194,7 +195,10 @@ def _evaluate_twice(function: BatchLoss) -> None:
 
 def _epsilon(parameters: Parameters) -> float:
     """The relative rounding error of the coarsest parameter."""
-    return max((torch.finfo(each.dtype).eps for each in parameters.values() if each.is_floating_point()), default=0.0)
+    return max(
+        (torch.finfo(each.dtype).eps for each in map(real, parameters.values()) if each.is_floating_point()),
+        default=0.0,
+    )
 
 
 def _precision(parameters: Parameters) -> str:
@@ -239,7 +243,7 @@ class _Place:
         self.without_forward_mode: str | None = None
 
     def reverse(self, name: str, direction: Tensor) -> float:
-        return float((self.gradient[name] * direction).sum())
+        return float((real(self.gradient[name]) * real(direction)).sum())
 
     def forward(self, name: str, direction: Tensor) -> float | None:
         leaves = self.function.leaves(self.parameters)
@@ -305,7 +309,8 @@ def _look_closely(place: _Place, name: str, direction: Tensor) -> tuple[Comparis
 
 
 def _unit_vector(like: Tensor, generator: torch.Generator) -> Tensor:
-    direction = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+    dtype = torch.complex128 if like.is_complex() else torch.float64
+    direction = torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device)
     return direction.div(direction.norm())
 
 

@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from downslope.gradients.vectors import clones
+from downslope.gradients.vectors import clones, num_elements, shaped
 from downslope.steps.attributes import Attributes
 from downslope.steps.random_state import RandomState, own_generators, random_state
 
 log = logging.getLogger(__name__)
 
-SEVERAL_OPTIMIZERS = "there is not one optimizer, and it is not known which loss belongs to whom"
 
 Loss = Callable[[Any, Any], Tensor] | Literal["training_step"]
 Parameters = dict[str, Tensor]  # by name
@@ -86,10 +85,18 @@ def why_no_loss(module: nn.Module, loss: Loss | None) -> str | None:
     return None
 
 
+def why_not_one_optimizer(trainer: Trainer) -> str | None:
+    """Returns why it is not known which loss belongs to whom, None where it is."""
+    if len(trainer.optimizers) > 1:
+        return "there is not one optimizer, and it is not known which loss belongs to whom"
+    has_one = any(optimizer.param_groups for optimizer in trainer.optimizers)  # Lightning's stand-in has no groups
+    return None if has_one else "there is no optimizer"
+
+
 def why_no_loss_of_a_step(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
     """Returns why a step cannot be held against the loss of its batches, None where it can."""
-    if len(trainer.optimizers) != 1:
-        return SEVERAL_OPTIMIZERS
+    if reason := why_not_one_optimizer(trainer):
+        return reason
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         return "LBFGS evaluates the loss many times a step"
     if trainer.world_size > 1:
@@ -188,8 +195,8 @@ class BatchLoss:
         """
         if any(id(parameter) not in self._names for parameter in parameters):
             raise ValueError("the optimizer holds a tensor that is no parameter of the module")
-        rows = zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True)
-        return {self._names[id(parameter)]: row.view_as(parameter).to(parameter) for parameter, row in rows}
+        rows = zip(parameters, vector.split(list(map(num_elements, parameters))), strict=True)
+        return {self._names[id(parameter)]: shaped(row, parameter) for parameter, row in rows}
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
