@@ -18,10 +18,9 @@ from torch.optim import Optimizer
 from downslope.runs.result import Result
 from downslope.runs.whole_files import whole_file
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable, overrides
 from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms
 from downslope.steps.observer import Observer, say_off
-from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, held, overrides
 from downslope.steps.snapshot import Copies, Snapshot
 from downslope.steps.unclipped_gradients import may_be_clipped
 from downslope.verdict.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
@@ -108,18 +107,13 @@ class FlightRecorder(Observer):
         self.every_n_steps = every_n_steps
         self.mode = mode
         self.max_batch_values = max_batch_values
+        self.reset()
+
+    def reset(self) -> None:
         self.flight_record: FlightRecord | None = None
         self.diverged = self.is_taken_back = False
         self._first: dict[str, tuple[float, float]] = {}  # an optimizer's first loss, and its parameters' norm
-        self._steps: deque[MeasuredStep | StepRecord] = deque(maxlen=num_steps)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.flight_record = None
-            self.diverged = self.is_taken_back = False
-            self._first = {}
-            self._steps.clear()
+        self._steps: deque[MeasuredStep | StepRecord] = deque(maxlen=self.num_steps)
 
     def add_to(self, result: Result) -> None:
         """Fills in what the recorder saw: the weights are already those before the offending step."""
@@ -174,8 +168,7 @@ class FlightRecorder(Observer):
             self._keep()  # for a step that is taken before the first batch
 
     def _mode(self, trainer: Trainer) -> Mode:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        num_elements = sum(each.numel() for group in groups for each in group["params"])
+        num_elements = sum(each.numel() for each in held(trainer.optimizers))
         if self.mode or num_elements <= SMALL or self.on_divergence == "continue":
             return self.mode or "exact"
         words = (
@@ -194,8 +187,7 @@ class FlightRecorder(Observer):
             "on_before_optimizer_step": clips if self._automatic else self._scaler,
             "on_train_batch_end": not self._is_quick,
         }
-        disable(self, *STEP_HOOKS)
-        enable(self, *(name for name, is_needed in needed.items() if is_needed))
+        self.listen_only(*(name for name, is_needed in needed.items() if is_needed))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch = trainer.current_epoch
@@ -259,7 +251,7 @@ class FlightRecorder(Observer):
         measured.read()
         if self._diagnose(measured):
             self._unjudged.append(measured)
-            enable(self, "on_train_batch_end")  # by then other observers have seen what is taken back
+            self.listen("on_train_batch_end")  # by then other observers have seen what is taken back
 
     def _new(self, step: int) -> MeasuredStep:
         return MeasuredStep(step, self._epoch, max(self._batch_count.ready - 1, 0), self._batch)
@@ -281,7 +273,7 @@ class FlightRecorder(Observer):
         if self.diverged:
             return
         if self._is_quick:
-            disable(self, "on_train_batch_end")
+            self.listen("on_train_batch_end", when=False)
             for measured in self._unjudged:
                 measured.batch = batch if measured.loss is not None else None  # it was not the step of a batch
             self.judge()

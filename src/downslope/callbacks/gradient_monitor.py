@@ -17,7 +17,6 @@ from downslope.gradients.norms import part_norms, total_norm
 from downslope.gradients.vectors import flat, num_elements
 from downslope.logs.tensorboard import Measurement, step_writer
 from downslope.steps.due import check_count, is_due
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 from downslope.steps.unclipped_gradients import UnclippedGradients
@@ -69,7 +68,7 @@ class GradientMonitor(Observer):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._writer = step_writer(trainer)
-        disable(self, *STEP_HOOKS)
+        self.listen_only()
         if not self._writer.is_open:
             return
         self._names = ParameterNames(module)
@@ -81,10 +80,10 @@ class GradientMonitor(Observer):
         if unclipped.are_applied:
             return
         is_automatic = module.automatic_optimization
-        enable(self, "on_after_backward", when=not is_automatic and trainer.world_size > 1)
+        self.listen("on_after_backward", when=not is_automatic and trainer.world_size > 1)
 
         def prepare() -> None:
-            enable(self, "on_before_optimizer_step" if is_automatic else "on_train_batch_start", when=steps.are_due())
+            self.listen("on_before_optimizer_step" if is_automatic else "on_train_batch_start", when=steps.are_due())
             unclipped.watch()
 
         steps.on_next = self.guarded(prepare)

@@ -19,8 +19,7 @@ from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import png
 from downslope.steps.batch_step import BatchStep, why_no_batch_step
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss
+from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -53,8 +52,7 @@ class Pictures(Observer):
         every_n_steps: Optimizer steps between two drawings. Each takes a few tenths of a second; TensorBoard is shown
             the first, second, fourth, eighth, …, and the last.
         num_points: Of the path, at most: beyond it every third is kept. Wide models keep fewer, 64 MiB in all.
-        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
-            module's method `loss(batch)` when None.
+        loss: As for `downslope.steps.loss.BatchLoss`.
     """
 
     def __init__(self, folder: str, every_n_steps: int = 1000, num_points: int = 900, loss: Loss | None = None) -> None:
@@ -68,15 +66,14 @@ class Pictures(Observer):
         self._is_drawing = False
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        disable(self, *STEP_HOOKS)
+        self.listen_only()
         self._is_drawing = False
         self._told: set[str] = set()
         self._line = module.least_squares() if isinstance(module, HasLeastSquares) else None
         self._batch_step: BatchStep | None = None
         reason = why_no_batch_step(trainer, module, self.loss) if self._line is None else None
-        if reason:
-            say_no_loss(trainer, "step_along_gradient.png", reason)
-        if reason or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
+        is_off = said_off(trainer, "step_along_gradient.png", reason)
+        if is_off or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
             return
         self._parameters = [parameter.detach() for parameter in module.parameters()]
         self._path: list[Place] = []
@@ -87,11 +84,11 @@ class Pictures(Observer):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.follow(trainer, before=self._before)
         self._is_drawing = True
-        enable(self, "on_train_batch_start", when=self._line is None)
+        self.listen("on_train_batch_start", when=self._line is None)
 
     def _before(self, step: OptimizerStep) -> None:
         self._num_steps = step.step + 1
-        enable(self, "on_train_batch_end", when=self._num_steps % self.every_n_steps == 0 or self._line is None)
+        self.listen("on_train_batch_end", when=self._num_steps % self.every_n_steps == 0 or self._line is None)
         if self._line is None:
             return
         place = clones(self._parameters)
@@ -125,13 +122,13 @@ class Pictures(Observer):
         shown = last or not drawing & (drawing - 1)  # the 1st, 2nd, 4th, 8th, …: else a long run's events are pictures
         self._drawn_at = self._num_steps
         self._shown_at = self._num_steps if shown else self._shown_at
-        for name, figure in self.figures(trainer).items():
+        for name, figure in self.figures().items():
             picture = png(figure)  # drawn and packed once, for all who show it
             (self.folder / f"{name}.png").write_bytes(picture)
             if shown:
                 write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
 
-    def figures(self, trainer: Trainer) -> "dict[str, Figure]":
+    def figures(self) -> "dict[str, Figure]":
         """Returns the pictures of the run so far by name; the log says why one is left out."""
         figures: dict[str, Figure] = {}
         try:
@@ -142,7 +139,9 @@ class Pictures(Observer):
                 figures["loss_surface"] = self._surface(self._line, end)
                 figures["step_along_gradient"] = self._step_on_the_line(self._line, end)
         except ValueError as error:
-            self._tell(str(error))
+            if str(error) not in self._told:
+                log.warning("step_along_gradient.png is left out. This is because %s.", error)
+            self._told.add(str(error))
         return figures
 
     def _surface(self, line: LeastSquares, end: Tensor) -> "Figure":
@@ -170,11 +169,6 @@ class Pictures(Observer):
         parabola, rate = loss_along_gradient(line, before, end - before)
         step = self._num_steps - (2 if taken_back else 1)
         return draw_step_along_gradient(parabola, rate, step, line.largest_stable_learning_rate)
-
-    def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
-            log.warning("step_along_gradient.png is left out. This is because %s.", reason)
 
 
 def flat(parameters: Place) -> Tensor:

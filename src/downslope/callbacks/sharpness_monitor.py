@@ -13,18 +13,17 @@ from downslope.gradients.least_squares import HasLeastSquares
 from downslope.gradients.vectors import real
 from downslope.logs.tensorboard import write_scalars
 from downslope.steps.due import check_count, is_due
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.loss import (
     BatchLoss,
     Loss,
     check_loss,
     copied,
-    say_no_loss,
+    said_off,
     why_no_loss,
     why_not_one_optimizer,
 )
 from downslope.steps.observer import Observer
-from downslope.steps.optimizer_steps import OptimizerStep
+from downslope.steps.optimizer_steps import OptimizerStep, held
 
 COLD_PRODUCTS = 10  # from a random vector: a relative error of 1e-6 and less on MLPs
 
@@ -52,8 +51,7 @@ class SharpnessMonitor(Observer):
         num_products: Hessian-vector products a measurement, from the last eigenvector on; the first takes at least 10.
         batch: Measure on the first batch, kept (`probe`), or on the batch of the step (`training`), the first of
             several where gradients are accumulated.
-        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
-            module's method `loss(batch)` when None.
+        loss: As for `downslope.steps.loss.BatchLoss`.
 
     Attributes:
         sharpness: λ, as measured last; None before.
@@ -76,15 +74,11 @@ class SharpnessMonitor(Observer):
         self.batch = batch
         self.loss = loss
         self.sharpness: float | None = None
-        self._forget()
+        self.reset()
 
-    def _forget(self) -> None:
+    def reset(self) -> None:
         self._measured_on: tuple[Any, int] | None = None
         self._eigenvector: Tensor | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         if self._measured_on is None or not _is_plain(self._measured_on):
@@ -96,16 +90,15 @@ class SharpnessMonitor(Observer):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.loggers:
-            disable(self, *STEP_HOOKS)
+            self.listen_only()
             return
         self._measured_on, self._eigenvector = move_data_to_device(
             (self._measured_on, self._eigenvector), module.device
         )
         line = module.least_squares() if isinstance(module, HasLeastSquares) else None
         self._exact = None if line is None else line.sharpness
-        if self._exact is None and (reason := _why_not(trainer, module, self.loss)):
-            say_no_loss(trainer, "curvature/sharpness", reason)
-            disable(self, *STEP_HOOKS)
+        if self._exact is None and said_off(trainer, "curvature/sharpness", _why_not(trainer, module, self.loss)):
+            self.listen_only()
             return
         self._num_steps, self._measured_at = trainer.global_step, -1
         steps = self.follow(trainer, after=self._count)
@@ -116,7 +109,7 @@ class SharpnessMonitor(Observer):
         self._num_steps = taken.step + 1
 
     def _sleep_till_due(self) -> None:
-        enable(self, "on_train_batch_start", when=is_due(self._num_steps, self.every_n_steps))
+        self.listen("on_train_batch_start", when=is_due(self._num_steps, self.every_n_steps))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = max(trainer.global_step, self._num_steps)  # the former stands still for a raw torch optimizer
@@ -131,13 +124,13 @@ class SharpnessMonitor(Observer):
         write_scalars(trainer, values, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._forget()
+        self.reset()
 
     def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> float:
         if self._measured_on is None or self.batch == "training":
             self._measured_on = copied(batch), batch_idx
         kept, kept_index = self._measured_on
-        stepped = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
+        stepped = set(map(id, held(trainer.optimizers)))
         function = BatchLoss(module, kept, self.loss, kept_index, precise=True)
         with function.measuring():
             leaves: dict[str, Tensor] = function.leaves(function.parameters)

@@ -19,9 +19,8 @@ from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.logs.tensorboard import write_markdown
 from downslope.runs.result import Result
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.observer import Observer
-from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, num_steps
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, held, num_steps
 from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, judge
 from downslope.verdict.traces import broken_rows, input_size, traces_of_modules
 
@@ -68,16 +67,14 @@ class VerdictMonitor(Observer):
         self.every_n_steps = every_n_steps
         self.window = window
         self.print_verdict = print_verdict
+        self._resumed: dict[str, Any] | None = None
+        self.reset()
+
+    def reset(self) -> None:
         self.verdict: Verdict | None = None
         self.first_diverging_step: int | None = None
         self._collector: EvidenceCollector | None = None
         self._evidence: Evidence | None = None  # what the verdict was made of
-        self._resumed: dict[str, Any] | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.verdict = self.first_diverging_step = self._collector = self._evidence = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"evidence": self._collector.state_dict()} if self._collector else {}
@@ -87,7 +84,7 @@ class VerdictMonitor(Observer):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         if not any(each.param_groups for each in trainer.optimizers) or not trainer.is_global_zero:
-            disable(self, *STEP_HOOKS)
+            self.listen_only()
             return
         optimizer = trainer.optimizers[0]
         if any(group.get("lr") is None for group in optimizer.param_groups):
@@ -123,8 +120,8 @@ class VerdictMonitor(Observer):
         steps = self.follow(trainer, after=self._after)
         if self._is_quick:
             steps.on_loss = self.guarded(self._catch)
-        enable(self, "on_train_batch_end", when=not self._is_quick)
-        enable(self, "on_before_backward", when=self._collector.is_watching)
+        self.listen("on_train_batch_end", when=not self._is_quick)
+        self.listen("on_before_backward", when=self._collector.is_watching)
 
     def _catch(self, loss: Tensor | None) -> None:
         self._losses = [] if loss is None else [loss.detach().mean()]
@@ -136,10 +133,10 @@ class VerdictMonitor(Observer):
         collector.add_step()
         if self._critical and self._critical.measured and self._critical.measured[-1][0] == step.step:
             collector.add_critical(*self._critical.measured[-1][:2])
-        enable(self, "on_before_backward", when=collector.is_watching)
+        self.listen("on_before_backward", when=collector.is_watching)
         if self._is_quick:
             self._add_loss(collector)
-            enable(self, "on_train_batch_end", when=collector.is_due)
+            self.listen("on_train_batch_end", when=collector.is_due)
 
     def _add_loss(self, collector: EvidenceCollector) -> None:
         if self._losses:
@@ -254,11 +251,8 @@ def _sharpness(trainer: Trainer) -> float | None:
 
 def _not_held(trainer: Trainer) -> dict[str, Parameter]:
     """The parameters that no optimizer can move now."""
-    held = {
-        id(each) for optimizer in trainer.optimizers for group in optimizer.param_groups for each in group["params"]
-    }
-    named = trainer.lightning_module.named_parameters()
-    return {name: each for name, each in named if not each.requires_grad or id(each) not in held}
+    moving = {id(each) for each in held(trainer.optimizers) if each.requires_grad}
+    return {name: each for name, each in trainer.lightning_module.named_parameters() if id(each) not in moving}
 
 
 def _line(trainer: Trainer, module: LightningModule) -> LeastSquares | None:

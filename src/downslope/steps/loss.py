@@ -107,8 +107,8 @@ def why_no_loss_of_a_step(trainer: Trainer, module: LightningModule, loss: Loss 
 _TOLD: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 
 
-def say_no_loss(trainer: Trainer, what: str, reason: str) -> None:
-    """Warns of what cannot be measured for want of the loss: one line for all observers of a trainer.
+def said_off(trainer: Trainer, what: str, reason: str | None) -> bool:
+    """Tells whether there is a reason not to measure, and warns of it: one line for all observers of a trainer.
 
     Args:
         trainer: Fits the module.
@@ -116,9 +116,11 @@ def say_no_loss(trainer: Trainer, what: str, reason: str) -> None:
         reason: As `why_no_loss` and its like give it.
     """
     told = _TOLD.setdefault(trainer, set())
-    level = logging.INFO if reason in told else logging.WARNING
-    told.add(reason)
-    log.log(level, "%s, like all that needs the loss of a step again, is off: %s.", what, reason)
+    if reason is not None:
+        level = logging.INFO if reason in told else logging.WARNING
+        log.log(level, "%s, like all that needs the loss of a step again, is off: %s.", what, reason)
+        told.add(reason)
+    return reason is not None
 
 
 class BatchLoss:
@@ -133,7 +135,8 @@ class BatchLoss:
     Args:
         module: Trains, or is to be checked.
         batch: As `training_step` gets it.
-        loss: Gives the loss; the module's own `loss(batch)` when None.
+        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
+            module's own `loss(batch)` when None.
         batch_index: The batch's place in the epoch, for `"training_step"`.
         dtype: The precision of all copies; their own when None.
         precise: Compute what can be derived twice: in the parameters' precision instead of the trainer's autocast,

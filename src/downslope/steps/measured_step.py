@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from downslope.gradients.finiteness import RowNorms, wide_norms
-from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
+from downslope.gradients.finiteness import RowNorms, norms_now, wide_norms
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, held
 from downslope.verdict.flight_record import StepRecord
 
 
@@ -108,14 +108,14 @@ class StepNorms:
     def __init__(self, names: ParameterNames, optimizers: Iterable[Optimizer]) -> None:
         self._names = names
         self._moved: dict[str, _Moved] = {}
-        held = _held(optimizers)
+        tensors = held(optimizers)
         self._left_out = {
-            id(each) for each, norm in zip(held, wide_norms(held).tolist(), strict=True) if not isfinite(norm)
+            id(each) for each, norm in zip(tensors, wide_norms(tensors).tolist(), strict=True) if not isfinite(norm)
         }
 
     def of_gradients(self, optimizers: Iterable[Optimizer]) -> Norms:
         """Returns the norms of the gradients that are there."""
-        present = [each for each in _held(optimizers) if each.grad is not None and id(each) not in self._left_out]
+        present = [each for each in held(optimizers) if each.grad is not None and id(each) not in self._left_out]
         return Norms(self._names.of(present), norms_now([each.grad for each in present if each.grad is not None]))
 
     def measure(self, step: OptimizerStep, measured: MeasuredStep) -> None:
@@ -141,13 +141,3 @@ class _Moved:
         if len(self._places) == len(step.moved):
             return [*step.gradients, *step.moved]
         return [tensors[place] for tensors in (step.gradients, step.moved) for place in self._places]
-
-
-def norms_now(tensors: Sequence[Tensor]) -> Tensor | list[float]:
-    """Returns the norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
-    norms = wide_norms(tensors)
-    return norms.tolist() if norms.is_cpu else norms
-
-
-def _held(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    return [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]

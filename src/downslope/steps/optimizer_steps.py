@@ -19,7 +19,6 @@ from torch.utils.hooks import RemovableHandle
 from downslope.gradients.norms import HALF
 from downslope.gradients.vectors import flat
 from downslope.steps.due import is_due
-from downslope.steps.hooks import overrides
 
 
 @dataclass
@@ -53,9 +52,9 @@ class OptimizerStep:
     @property
     def parameters(self) -> list[Parameter]:
         """What it steps; the same list while they are the same."""
-        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if len(held) != len(self._parameters) or not all(map(is_, held, self._parameters)):
-            self._parameters = held
+        parameters = held([self.optimizer])
+        if len(parameters) != len(self._parameters) or not all(map(is_, parameters, self._parameters)):
+            self._parameters = parameters
             self._has_gradient = []
         return self._parameters
 
@@ -257,6 +256,16 @@ def each_batch_is_a_step(trainer: Trainer, module: LightningModule) -> bool:
         and not any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
         and not overrides(module, "optimizer_step")
     )
+
+
+def held(optimizers: Iterable[Optimizer]) -> list[Parameter]:
+    """Returns what optimizers step, in their order."""
+    return [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]
+
+
+def overrides(module: LightningModule, *hooks: str) -> bool:
+    """Tells whether a module has any of Lightning's hooks of its own."""
+    return any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)
 
 
 def num_steps(trainer: Trainer) -> int | None:

@@ -8,8 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from downslope.gradients.vectors import clones
-from downslope.steps.hooks import overrides
-from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps
+from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, overrides
 
 
 class UnclippedGradients:

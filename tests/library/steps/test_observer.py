@@ -29,8 +29,7 @@ from downslope.callbacks import (
     SharpnessMonitor,
     VerdictMonitor,
 )
-from downslope.steps.hooks import STEP_HOOKS
-from downslope.steps.observer import HOOKS, Observer
+from downslope.steps.observer import HOOKS, STEP_HOOKS, Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
