@@ -1,7 +1,7 @@
 """Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from functools import partial
 from itertools import compress
 from operator import is_
@@ -102,6 +102,7 @@ class OptimizerStep:
         self.gradients, self._flat, self._square = [], None, None
 
 
+@dataclass(eq=False)
 class OptimizerSteps:
     """Calls a function before, and one after, each step that an optimizer of the trainer really takes.
 
@@ -112,36 +113,27 @@ class OptimizerSteps:
 
     All observers of a trainer share one pair of hooks, and see the same states.
 
-    Args:
-        trainer: Its optimizers are set up: from `on_train_start` on.
+    Attributes:
         before: Called with θₜ in place.
         after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
         every_n_steps: Both are called at an optimizer's steps 0, n, 2n, … alone.
         ahead: And so many steps before those instead.
         num_first: The first so many steps are due too.
-
-    Attributes:
         on_next: Called where a step that is due begins or stops to be the coming one.
         on_loss: Called in the middle of each step that is given a closure, with the loss that this returns: gradients
             are final, parameters still θₜ.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        before: Callable[[OptimizerStep], None] | None = None,
-        after: Callable[[OptimizerStep], None] | None = None,
-        every_n_steps: int = 1,
-        ahead: int = 0,
-        num_first: int = 0,
-    ) -> None:
-        self.before = before
-        self.after = after
-        self.every_n_steps = every_n_steps
-        self.ahead = ahead
-        self.num_first = num_first
-        self.on_next: Callable[[], None] | None = None
-        self.on_loss: Callable[[Tensor | None], None] | None = None
+    trainer: InitVar[Trainer]  # its optimizers are set up: from `on_train_start` on
+    before: Callable[[OptimizerStep], None] | None = None
+    after: Callable[[OptimizerStep], None] | None = None
+    every_n_steps: int = 1
+    ahead: int = 0
+    num_first: int = 0
+    on_next: Callable[[], None] | None = None
+    on_loss: Callable[[Tensor | None], None] | None = None
+
+    def __post_init__(self, trainer: Trainer) -> None:
         hooks = _HOOKS.get(trainer)
         if hooks is None or [state.optimizer for state in hooks.states] != trainer.optimizers:  # of a fit that failed
             hooks = _HOOKS[trainer] = _Hooks(trainer)
