@@ -60,8 +60,8 @@ class LearningRateEffects(Observer):
         check_count("every_n_steps", every_n_steps)
         if descent_ratio_every_n_steps is not None:
             check_count("descent_ratio_every_n_steps", descent_ratio_every_n_steps)
-        self.every_n_steps = every_n_steps
         check_count("num_first_steps", num_first_steps, least=0)
+        self.every_n_steps = every_n_steps
         self.num_first_steps = num_first_steps
         self.descent_ratio_every_n_steps = descent_ratio_every_n_steps
         self.loss = loss
@@ -132,7 +132,7 @@ class LearningRateEffects(Observer):
         returned = outputs.get("loss") if isinstance(outputs, dict) else None
         self._returned += [returned] if isinstance(returned, Tensor) else []
         skipped = trainer.global_step != self._window_began_at  # by a GradScaler, which calls no optimizer
-        taken, self._taken = self._taken, None
+        taken, self._taken, self._is_watched = self._taken, None, False
         if taken:
             try:
                 self._write_descent_ratio(trainer, pl_module, taken)
@@ -141,7 +141,6 @@ class LearningRateEffects(Observer):
         if taken or skipped:
             self._window.clear()
             self._returned.clear()
-        self._is_watched = False
         self.listen("on_train_batch_end", when=False)
         self._sleep_till_due()
 
@@ -157,14 +156,11 @@ class LearningRateEffects(Observer):
                 before, after = before + along(0.0), after + along(1.0)
         num_batches = trainer.accumulate_grad_batches
         if module.automatic_optimization and not self._is_compared:
-            self._compare(float(before) / num_batches, float(sum(self._returned)))
+            self._is_compared = True  # once: is it the loss whose gradient was taken?
+            computed, returned = float(before) / num_batches, float(sum(self._returned))
+            if not math.isclose(computed, returned, rel_tol=SAME_LOSS) and math.isfinite(returned):
+                raise ValueError(f"the loss is {computed:.6g} where `training_step` returned {returned:.6g}")
         self._writer.add(taken.step, DESCENT_RATIO, before / num_batches, after / num_batches, taken.promise)
-
-    def _compare(self, computed: float, returned: float) -> None:
-        """Refuses, once, a loss that is not the one whose gradient was taken."""
-        self._is_compared = True
-        if not math.isclose(computed, returned, rel_tol=SAME_LOSS) and math.isfinite(returned):
-            raise ValueError(f"the loss is {computed:.6g} where `training_step` returned {returned:.6g}")
 
     def _before(self, step: OptimizerStep) -> None:
         self._before_step = flat(step.parameters)

@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,7 +134,10 @@ class Pictures(Observer):
         figures: dict[str, Figure] = {}
         try:
             if self._line is None:
-                figures["step_along_gradient"] = self._step_on_the_batch()
+                if self._batch_step is None:
+                    raise ValueError("training ended within its first epoch")
+                profile, rate = self._batch_step.profile()
+                figures["step_along_gradient"] = draw_step_along_gradient(profile, rate, self._batch_step.step)
             else:
                 end = flat(self._parameters)  # a run that diverged may have taken back its last step
                 figures["loss_surface"] = self._surface(self._line, end)
@@ -145,17 +149,12 @@ class Pictures(Observer):
         return figures
 
     def _surface(self, line: LeastSquares, end: Tensor) -> "Figure":
-        path = torch.stack([*until([flat(place) for place in self._path], end), end])
+        points = takewhile(lambda point: not torch.equal(point, end), map(flat, self._path))
+        path = torch.stack([*points, end])
         finite = path.isfinite().all(dim=1)
         labels = PARAMETER_AXES if len(end) == 2 else EIGENVECTOR_AXES
         num_steps = self._num_steps - self._first if finite[-1] else (int(finite.sum()) - 1) * self._stride
         return draw_loss_surface(plane_of(line, path[finite]), labels, num_steps)
-
-    def _step_on_the_batch(self) -> "Figure":
-        if self._batch_step is None:
-            raise ValueError("training ended within its first epoch")
-        profile, rate = self._batch_step.profile()
-        return draw_step_along_gradient(profile, rate, self._batch_step.step)
 
     def _step_on_the_line(self, line: LeastSquares, end: Tensor) -> "Figure":
         """Draws the last step that still stands: a FlightRecorder takes back one that diverged."""
@@ -174,8 +173,3 @@ class Pictures(Observer):
 def flat(parameters: Place) -> Tensor:
     """Returns a copy of all parameters in a row, on the CPU in float64."""
     return torch.cat([parameter.flatten().cpu().double() for parameter in parameters])
-
-
-def until(path: Sequence[Tensor], end: Tensor) -> Sequence[Tensor]:
-    """Returns the points before the first that equals `end`; all of them where none does."""
-    return next((path[:place] for place, point in enumerate(path) if torch.equal(point, end)), path)

@@ -38,12 +38,8 @@ class SharpnessMonitor(Observer):
     λ is that of one batch: of every process's batch together under DDP, and of the loss without weight decay. By
     default it is the first batch that was measured, kept: as a probe it makes a curve that moves because the parameters
     do. From one training batch of 64 rows to the next λ jumped by ± 10 % where the probe's ran 6 to 8 % above that of
-    all rows; three products left an error of 1e-5 on the probe and of 3e-3 on the training batch. Below about 16 rows
-    neither is the full data's limit. A module with `least_squares`, such as our linear regression, is asked once, and
-    its λ is that of all training rows.
-
-    The loss is computed on copies of parameters and buffers before the step's own batch; training is the same to the
-    bit. Where it cannot be had again, one warning says why, and training continues without.
+    all rows. Below about 16 rows neither is the full data's limit. A module with `least_squares`, such as our linear
+    regression, is asked once, and its λ is that of all training rows.
 
     Args:
         every_n_steps: Optimizer steps between two measurements. One costs 3 to 6 training steps of a small network,

@@ -89,33 +89,25 @@ class VerdictMonitor(Observer):
         optimizer = trainer.optimizers[0]
         if any(group.get("lr") is None for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has no learning rate to judge")
-        make = partial(
-            EvidenceCollector,
-            optimizer,
-            ParameterNames(module),
-            self.every_n_steps,
-            self.window,
-            full_batch=trainer.limit_train_batches == 1.0
-            and trainer.num_training_batches <= trainer.accumulate_grad_batches
-            and trainer.world_size == 1,
-            step=trainer.global_step,
-            last_step=num_steps(trainer),
-        )
+        num_batches, a_step = trainer.num_training_batches, trainer.accumulate_grad_batches
+        sees_all = trainer.limit_train_batches == 1.0 and num_batches <= a_step and trainer.world_size == 1
+        names = ParameterNames(module)
+        make = partial(EvidenceCollector, optimizer, names, self.every_n_steps, self.window, sees_all)
+        make = partial(make, step=trainer.global_step, last_step=num_steps(trainer))
         self._collector = make()
         if self._resumed and not self.restored(self._collector.load_state_dict, self._resumed):
             self._collector = make()
         self._resumed = None
         if line := _line(trainer, module):
             table = getattr(getattr(trainer, "datamodule", None), "table", None)
-            names = tuple(getattr(table, "feature_names", ()))
-            self._collector.set_line(line, list(module.parameters()), self.thresholds.tolerance, names)
-        if trainer.num_training_batches < trainer.accumulate_grad_batches:
-            num, most = trainer.num_training_batches, trainer.accumulate_grad_batches
+            features = tuple(getattr(table, "feature_names", ()))
+            self._collector.set_line(line, list(module.parameters()), self.thresholds.tolerance, features)
+        if num_batches < a_step:
             text = "accumulate_grad_batches=%d exceeds the %d of an epoch: each step is %d/%d of their mean gradient."
-            log.warning(text, most, num, num, most)
+            log.warning(text, a_step, num_batches, num_batches, a_step)
         self._losses: list[Tensor] = []
         self._taken = trainer.global_step
-        self._critical = next(iter(_beside(trainer, CriticalLearningRate)), None)
+        self._critical = _beside(trainer, CriticalLearningRate)
         self._is_quick = each_batch_is_a_step(trainer, module)
         steps = self.follow(trainer, after=self._after)
         if self._is_quick:
@@ -156,8 +148,8 @@ class VerdictMonitor(Observer):
         assert collector
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and not self._is_quick:
-            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._losses.append(loss.detach().mean() * divided_by)
+            share = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._losses.append(loss.detach().mean() * share)
         if collector.step == self._taken:
             return  # the batch was one of several before a step
         self._taken = collector.step
@@ -170,7 +162,8 @@ class VerdictMonitor(Observer):
     def _seen(self, trainer: Trainer, collector: EvidenceCollector, has_ended: bool = False) -> Evidence:
         still = _not_held(trainer)
         forgotten = [name for name, each in still.items() if each.requires_grad and each.grad is not None]
-        return collector.evidence(still, _sharpness(trainer), forgotten, has_ended)
+        monitor = _beside(trainer, SharpnessMonitor)
+        return collector.evidence(still, monitor and monitor.sharpness, forgotten, has_ended)
 
     def _judge(self, trainer: Trainer, evidence: Evidence) -> None:
         last, self._evidence = self.verdict, evidence
@@ -222,8 +215,7 @@ class VerdictMonitor(Observer):
             evidence = replace(last, has_ended=True)
         else:
             evidence = self._seen(trainer, self._collector, has_ended=True)
-        if last:
-            unseen = [name for name, value in vars(evidence).items() if value is None]
+            unseen = [name for name, value in vars(evidence).items() if value is None] if last else []
             evidence = replace(evidence, **{name: getattr(last, name) for name in unseen})
         evidence = _as_recorded(evidence, trainer)
         if evidence.gradient_norm is not None or evidence.num_non_finite:
@@ -232,8 +224,8 @@ class VerdictMonitor(Observer):
 
 def _as_recorded(evidence: Evidence, trainer: Trainer) -> Evidence:
     """What was seen, and what a FlightRecorder stopped the run for: perhaps in a step that was not watched."""
-    record = next((each.flight_record for each in _beside(trainer, FlightRecorder) if each.flight_record), None)
-    if not record:
+    recorder = _beside(trainer, FlightRecorder)
+    if not recorder or not (record := recorder.flight_record):
         return evidence
     evidence = replace(evidence, broken_rows=broken_rows(record.batch))
     if record.diagnosis.reason == "growth":
@@ -241,12 +233,8 @@ def _as_recorded(evidence: Evidence, trainer: Trainer) -> Evidence:
     return replace(evidence, num_non_finite=max(1, evidence.num_non_finite))
 
 
-def _beside(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
-    return [each for each in trainer.callbacks if isinstance(each, kind)]  # type: ignore[attr-defined]
-
-
-def _sharpness(trainer: Trainer) -> float | None:
-    return next((each.sharpness for each in _beside(trainer, SharpnessMonitor)), None)
+def _beside(trainer: Trainer, kind: type[Kind]) -> Kind | None:
+    return next((each for each in trainer.callbacks if isinstance(each, kind)), None)  # type: ignore[attr-defined]
 
 
 def _not_held(trainer: Trainer) -> dict[str, Parameter]:

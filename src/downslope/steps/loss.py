@@ -226,12 +226,10 @@ class BatchLoss:
             )
 
     def _contexts(self) -> Iterator[Any]:
-        trainer = attached_trainer(self._module)
-        if trainer is not None:
-            yield silent(trainer)
+        trainer = _attached_trainer(self._module)
+        if trainer:
             yield trainer.precision_plugin.train_step_context()  # its autocast; 16-true makes tensors in 16 bits
-        yield _mute([part for _, part in self._parts if isinstance(part, LightningModule)])
-        yield _default_dtype(self._dtype)
+        yield _silent(trainer, [part for _, part in self._parts if isinstance(part, LightningModule)], self._dtype)
         yield torch.compiler.set_stance("force_eager")
         if self._precise:
             yield sdpa_kernel(SDPBackend.MATH)
@@ -273,10 +271,10 @@ class BatchLoss:
         self._start.restore()
         with torch.enable_grad():
             value = functional_call(self._function, placed, (batch,), tie_weights=False)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"`{self._name}` must return the loss, one number, got {got}")
-        return value.reshape(())
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.reshape(())
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"`{self._name}` must return the loss, one number, got {got}")
 
     def along(self, start: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Callable[[float], Tensor]:
         """Returns the function t ↦ L(start + t · direction), detached.
@@ -332,8 +330,7 @@ class _Function(nn.Module):
         return output.get("loss") if isinstance(output, Mapping) else output
 
 
-def attached_trainer(module: nn.Module) -> Trainer | None:
-    """Returns the trainer of a LightningModule that has one by now."""
+def _attached_trainer(module: nn.Module) -> Trainer | None:
     try:
         trainer = getattr(module, "trainer", None)
     except RuntimeError:  # not attached yet
@@ -342,39 +339,25 @@ def attached_trainer(module: nn.Module) -> Trainer | None:
 
 
 @contextmanager
-def silent(trainer: Trainer) -> Iterator[None]:
-    """Takes the trainer's loggers away: a module may write to its logger directly."""
-    loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
-
-
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands in for `self.log`: an evaluation is no training step."""
-
-
-@contextmanager
-def _mute(speakers: Sequence[nn.Module]) -> Iterator[None]:
+def _silent(trainer: Trainer | None, speakers: Sequence[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+    """Silences `self.log` and the loggers, and lets a tensor that the loss creates fit the precision of the copies."""
+    loggers, default = trainer.loggers if trainer else [], torch.get_default_dtype()
     for part in speakers:
         vars(part).update(log=_say_nothing, log_dict=_say_nothing)
+    if trainer:
+        trainer.loggers = [DummyLogger() for _ in loggers]  # a module may write to its logger directly
+    torch.set_default_dtype(dtype or default)
     try:
         yield
     finally:
+        torch.set_default_dtype(default)
+        if trainer:
+            trainer.loggers = loggers
         for part in speakers:
             del vars(part)["log"], vars(part)["log_dict"]
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Makes a tensor that the loss creates fit the precision of the copies."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _say_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 def copied(batch: Any, dtype: torch.dtype | None = None) -> Any:
