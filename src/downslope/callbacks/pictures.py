@@ -143,9 +143,10 @@ class Pictures(Observer):
                 figures["loss_surface"] = self._surface(self._line, end)
                 figures["step_along_gradient"] = self._step_on_the_line(self._line, end)
         except ValueError as error:
-            if str(error) not in self._told:
-                log.warning("step_along_gradient.png is left out. This is because %s.", error)
-            self._told.add(str(error))
+            reason = str(error)  # who keeps log records shall not keep a traceback, and with it the run
+            if reason not in self._told:
+                log.warning("step_along_gradient.png is left out. This is because %s.", reason)
+            self._told.add(reason)
         return figures
 
     def _surface(self, line: LeastSquares, end: Tensor) -> "Figure":
