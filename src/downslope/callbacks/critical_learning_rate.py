@@ -11,9 +11,8 @@ from downslope.gradients.critical_learning_rate import critical_learning_rate
 from downslope.gradients.vectors import flat
 from downslope.logs.tensorboard import Measurement, step_writer
 from downslope.runs.result import Result
-from downslope.steps.batch_step import why_no_batch_step
 from downslope.steps.due import check_count
-from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off
+from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off, why_no_loss_of_a_step
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -71,7 +70,7 @@ class CriticalLearningRate(Observer):
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self.listen_only()
         self._batch_loss: BatchLoss | None = None
-        if said_off(trainer, TAGS[0], why_no_batch_step(trainer, module, self.loss)):
+        if said_off(trainer, TAGS[0], why_no_loss_of_a_step(trainer, module, self.loss)):
             return
         self._writer = step_writer(trainer)
         self.listen("on_train_batch_start", when=self._is_due(trainer.global_step))

@@ -97,7 +97,7 @@ class LearningRateEffects(Observer):
         self._steps = self.follow(trainer, self._before, self._after, every, num_first=first)
         self.follow(trainer, None, self._keep_gradient, every, ahead=1, num_first=first)
         self._has_loss = self.descent_ratio_every_n_steps is not None and not said_off(
-            trainer, DESCENT_RATIO.tags[0], why_no_loss_of_a_step(trainer, module, self.loss)
+            trainer, DESCENT_RATIO.tags[0], why_no_loss_of_a_step(trainer, module, self.loss, one_batch=False)
         )
         if self._has_loss:
             self._steps.on_next = self.guarded(self._sleep_till_due)

@@ -18,9 +18,9 @@ from downslope.logs.tensorboard import write_picture
 from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import png
-from downslope.steps.batch_step import BatchStep, why_no_batch_step
+from downslope.steps.batch_step import BatchStep
 from downslope.steps.due import check_count
-from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off
+from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off, why_no_loss_of_a_step
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -72,7 +72,7 @@ class Pictures(Observer):
         self._told: set[str] = set()
         self._line = module.least_squares() if isinstance(module, HasLeastSquares) else None
         self._batch_step: BatchStep | None = None
-        reason = why_no_batch_step(trainer, module, self.loss) if self._line is None else None
+        reason = why_no_loss_of_a_step(trainer, module, self.loss) if self._line is None else None
         is_off = said_off(trainer, "step_along_gradient.png", reason)
         if is_off or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
             return

@@ -2,19 +2,11 @@
 
 import math
 
-from lightning import LightningModule, Trainer
 from torch import Tensor
 
 from downslope.gradients.line_search import Profile, look_for_best
 from downslope.gradients.vectors import real
-from downslope.steps.loss import BatchLoss, Loss, Parameters, why_no_loss_of_a_step
-
-
-def why_no_batch_step(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
-    """Returns why a step cannot be held against the loss of its batch, None where it can."""
-    if trainer.accumulate_grad_batches > 1:
-        return "gradients are accumulated: a step follows several batches, and not one"
-    return why_no_loss_of_a_step(trainer, module, loss)
+from downslope.steps.loss import BatchLoss, Parameters
 
 
 class BatchStep:

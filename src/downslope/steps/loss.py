@@ -39,24 +39,19 @@ class HasLoss(Protocol):
         ...
 
 
-def has_loss(module: nn.Module) -> bool:
+@lru_cache(maxsize=16)
+def has_loss(kind: type) -> bool:
     """Tells whether a module's class has a method `loss` with exactly one required argument, the batch.
 
     An attribute called `loss` is rather a criterion, and a method of two arguments takes predictions.
     """
-    has_method = inspect.isroutine(getattr(type(module), "loss", None))
-    return has_method and _takes_a_batch(type(module))  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=16)
-def _takes_a_batch(kind: type) -> bool:
-    arguments = inspect.signature(kind.loss).parameters.values()  # type: ignore[attr-defined]
+    if not inspect.isroutine(method := getattr(kind, "loss", None)):
+        return False
+    arguments = inspect.signature(method).parameters.values()
     num_bound = 0 if isinstance(inspect.getattr_static(kind, "loss"), staticmethod | classmethod) else 1
-    required = [each for each in arguments if each.default is each.empty and each.kind not in VARIADIC][num_bound:]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [each for each in arguments if each.default is each.empty and each.kind not in variadic][num_bound:]
     return len(required) == 1 and required[0].kind is not inspect.Parameter.KEYWORD_ONLY
-
-
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_loss(loss: object) -> None:
@@ -77,7 +72,7 @@ def why_no_loss(module: nn.Module, loss: Loss | None) -> str | None:
             return "under manual optimization `training_step` takes a step: give the module a method `loss(batch)`"
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:  # type: ignore[arg-type]
             return "`training_step` takes its batch from an iterator: give the module a method `loss(batch)`"
-    elif loss is None and not has_loss(module):
+    elif loss is None and not has_loss(type(module)):
         return (
             f"{name} has no method `loss(batch)`: add one, or give the callback `loss=`, a function of module and "
             'batch, or "training_step" where calling that again has no consequences'
@@ -93,8 +88,12 @@ def why_not_one_optimizer(trainer: Trainer) -> str | None:
     return None if has_one else "there is no optimizer"
 
 
-def why_no_loss_of_a_step(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
-    """Returns why a step cannot be held against the loss of its batches, None where it can."""
+def why_no_loss_of_a_step(
+    trainer: Trainer, module: LightningModule, loss: Loss | None, one_batch: bool = True
+) -> str | None:
+    """Returns why a step cannot be held against the loss of its batch (or its batches), None where it can."""
+    if one_batch and trainer.accumulate_grad_batches > 1:
+        return "gradients are accumulated: a step follows several batches, and not one"
     if reason := why_not_one_optimizer(trainer):
         return reason
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
