@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import io
 import logging
+import math
 import random
 import re
 import tempfile
@@ -226,7 +227,7 @@ def _wide(tensor: Tensor) -> Tensor:
 
 
 def _norm(tensors: Iterable[Tensor]) -> float:
-    return sum(float(each.abs().square().sum()) for each in tensors) ** 0.5
+    return math.sqrt(sum(float(each.abs().square().sum()) for each in tensors))
 
 
 def _ratio(over: float, under: float) -> float:

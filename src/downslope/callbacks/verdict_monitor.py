@@ -163,7 +163,7 @@ class VerdictMonitor(Observer):
         still = _not_held(trainer)
         forgotten = [name for name, each in still.items() if each.requires_grad and each.grad is not None]
         monitor = _beside(trainer, SharpnessMonitor)
-        return collector.evidence(still, monitor and monitor.sharpness, forgotten, has_ended)
+        return collector.evidence(still, monitor.sharpness if monitor else None, forgotten, has_ended)
 
     def _judge(self, trainer: Trainer, evidence: Evidence) -> None:
         last, self._evidence = self.verdict, evidence

@@ -72,7 +72,7 @@ def why_no_loss(module: nn.Module, loss: Loss | None) -> str | None:
             return "under manual optimization `training_step` takes a step: give the module a method `loss(batch)`"
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:  # type: ignore[arg-type]
             return "`training_step` takes its batch from an iterator: give the module a method `loss(batch)`"
-    elif loss is None and not has_loss(type(module)):
+    elif loss is None and not has_loss(type(module)):  # type: ignore[arg-type]
         return (
             f"{name} has no method `loss(batch)`: add one, or give the callback `loss=`, a function of module and "
             'batch, or "training_step" where calling that again has no consequences'

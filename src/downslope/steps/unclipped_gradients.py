@@ -78,7 +78,7 @@ class UnclippedGradients:
         scaler = getattr(self._trainer.precision_plugin, "scaler", None) if self._manual else None
         scale = scaler.get_scale() if scaler is not None else 1.0
         taken = [each for each in state.parameters if each in self._copies and each.grad is not None]
-        copies = {each: self._copies.pop(each) for each in taken}
+        copies: dict[Tensor, Tensor] = {each: self._copies.pop(each) for each in taken}
         return copies if scale == 1.0 else {each: copy / scale for each, copy in copies.items()}
 
     def detach(self) -> None:
