@@ -1,9 +1,8 @@
 """Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import InitVar, dataclass, field
 from functools import partial
-from itertools import compress
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -43,7 +42,6 @@ class OptimizerStep:
     moved: tuple[Parameter, ...] = ()
     gradients: list[Tensor] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
-    _has_gradient: list[bool] = field(default_factory=list)
     _flat: Tensor | None = None
     _square: Tensor | None = None
     _depth: int = 0
@@ -53,9 +51,7 @@ class OptimizerStep:
     def parameters(self) -> list[Parameter]:
         """What it steps; the same list while they are the same."""
         parameters = held([self.optimizer])
-        if len(parameters) != len(self._parameters) or not all(map(is_, parameters, self._parameters)):
-            self._parameters = parameters
-            self._has_gradient = []
+        self._parameters = self._parameters if _are_same(parameters, self._parameters) else parameters
         return self._parameters
 
     def begins(self, batch: int) -> bool:
@@ -75,12 +71,9 @@ class OptimizerStep:
 
     def look(self) -> None:
         """Finds `moved` and `gradients`, after the step."""
-        gradients = [parameter.grad for parameter in self.parameters]
-        has_gradient = [gradient is not None for gradient in gradients]
-        if has_gradient != self._has_gradient:
-            self._has_gradient = has_gradient
-            self.moved = tuple(compress(self._parameters, has_gradient))
-        self.gradients = [gradient for gradient in gradients if gradient is not None]
+        moved = tuple(each for each in self.parameters if each.grad is not None)
+        self.moved = self.moved if _are_same(moved, self.moved) else moved
+        self.gradients = [each.grad for each in moved if each.grad is not None]
 
     @property
     def flat_gradient(self) -> Tensor:
@@ -100,6 +93,10 @@ class OptimizerStep:
     def forget(self) -> None:
         """Lets the gradients go."""
         self.gradients, self._flat, self._square = [], None, None
+
+
+def _are_same(some: Sequence[Parameter], others: Sequence[Parameter]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 @dataclass(eq=False)
