@@ -113,10 +113,8 @@ class GradientMonitor(Observer):
         parameters: tuple[Tensor, ...] = step.moved if self._unclipped.are_applied else tuple(unclipped)
         if not parameters:
             return
-        vectors = [step.flat_gradient]
-        if unclipped:
-            applied = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            vectors = [flat(list(unclipped.values())), flat(applied)]
+        applied = [parameter.grad for parameter in unclipped if parameter.grad is not None]
+        vectors = [flat(list(unclipped.values())), flat(applied)] if unclipped else [step.flat_gradient]
         key = (step.name, len(self._small), *map(id, parameters))  # a parameter's hash takes longer
         if key not in self._plans:
             self._plans[key] = self._plan(parameters, step.suffix)

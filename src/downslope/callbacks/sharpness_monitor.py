@@ -126,12 +126,12 @@ class SharpnessMonitor(Observer):
         if self._measured_on is None or self.batch == "training":
             self._measured_on = copied(batch), batch_idx
         kept, kept_index = self._measured_on
-        stepped = set(map(id, held(trainer.optimizers)))
         function = BatchLoss(module, kept, self.loss, kept_index, precise=True)
         with function.measuring():
             leaves: dict[str, Tensor] = function.leaves(function.parameters)
             theta = []
-            for name in [name for name, parameter in module.named_parameters() if id(parameter) in stepped]:
+            moving = set(function.names(held(trainer.optimizers)))
+            for name in [name for name in leaves if name in moving]:
                 leaf = leaves[name]
                 if leaf.is_complex():  # λ is that of the loss as a function of real and imaginary parts
                     leaf = real(leaf.detach()).requires_grad_(leaf.requires_grad)

@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -189,16 +189,21 @@ class BatchLoss:
         copies = self._copies(parameters)
         return {name: nn.Parameter(tensor, self._own[name].requires_grad) for name, tensor in copies.items()}
 
-    def pieces(self, parameters: Sequence[Tensor], vector: Tensor) -> Parameters:
-        """Returns the parts of a vector, which holds these parameters in a row, by the parameters' names.
+    def names(self, parameters: Iterable[Tensor]) -> list[str]:
+        """Returns the names of what an optimizer holds.
 
         Raises:
             ValueError: One is no parameter of the module.
         """
-        if any(id(parameter) not in self._names for parameter in parameters):
-            raise ValueError("the optimizer holds a tensor that is no parameter of the module")
-        rows = zip(parameters, vector.split(list(map(num_elements, parameters))), strict=True)
-        return {self._names[id(parameter)]: shaped(row, parameter) for parameter, row in rows}
+        try:
+            return [self._names[id(parameter)] for parameter in parameters]
+        except KeyError:
+            raise ValueError("the optimizer holds a tensor that is no parameter of the module") from None
+
+    def pieces(self, parameters: Sequence[Tensor], vector: Tensor) -> Parameters:
+        """Returns the parts of a vector, which holds these parameters in a row, by the parameters' names."""
+        rows = vector.split(list(map(num_elements, parameters)))
+        return dict(zip(self.names(parameters), map(shaped, rows, parameters), strict=True))
 
     @contextmanager
     def measuring(self) -> Iterator[None]:

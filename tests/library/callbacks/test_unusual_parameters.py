@@ -170,6 +170,29 @@ def test_without_a_rate_the_sharpness_is_written_and_a_line_says_what_is_not(
     ]
 
 
+class Outside(Parabola):
+    """Its optimizer holds a tensor that is no parameter: neither a direction nor a Hessian would be whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside = [torch.ones(1, requires_grad=True)]
+
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) * self.outside[0].sum()
+
+    def configure_optimizers(self) -> Any:
+        return SGD([*self.parameters(), *self.outside], lr=RATE)
+
+
+def test_of_a_part_of_what_moves_there_is_no_figure(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    seen = curves(tmp_path, Outside())
+    assert not {"curvature/sharpness", "learning_rate_effect/critical", "learning_rate_effect/descent_ratio"} & {*seen}
+    why = "is off from here on: the optimizer holds a tensor that is no parameter of the module."
+    named = ("CriticalLearningRate", "SharpnessMonitor", "learning_rate_effect/descent_ratio")
+    assert sorted(said(caplog)) == [f"{each} {why}" for each in named]
+    assert seen["update_ratio/total"].keys() == set(range(NUM_STEPS))
+
+
 class WarmsUp(Parabola):
     """Its first step has a rate of 0."""
 
