@@ -30,6 +30,7 @@ from downslope.runs.checkpoints import (
     what_a_run_saves,
 )
 from downslope.runs.signals import Interrupted, StopRequest
+from downslope.steps.due import check_count
 from downslope.steps.random_state import RandomState
 
 log = logging.getLogger(__name__)
@@ -68,8 +69,8 @@ class Checkpoints(Checkpoint):
         every_n_steps: int | None = None,
         max_share: float = 0.02,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or null, got {every_n_steps}.")
+        if every_n_steps is not None:
+            check_count("every_n_steps", every_n_steps)
         if not 0 < max_share <= 1:
             raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share}.")
         if mode not in ("min", "max"):
