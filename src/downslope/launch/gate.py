@@ -28,7 +28,7 @@ from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.plain_files import check_regular
 from downslope.runs.prepared import keep
 from downslope.runs.result import EXIT_CODES, read_result
-from downslope.runs.resuming import keep_changes, load_run_configuration
+from downslope.runs.resuming import load_run_configuration
 from downslope.runs.trust import check_inside, names_in
 from downslope.sweeps.ending import IN_THIS_PROCESS, VECTORIZED, Ending
 from downslope.sweeps.grid import MISSING, missing_jobs, typed_overrides, values
@@ -104,9 +104,7 @@ class Gate(Callback):
             elif writes:
                 check_unused(folder)
             _check(config.copy(), folder, self.build, trusted)
-            if writes and resumes:
-                keep_changes(config)
-            elif writes:
+            if writes and not resumes:
                 Gate.held = lock(folder)
 
     @classmethod

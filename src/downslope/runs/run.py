@@ -29,6 +29,7 @@ from downslope.runs.folder import is_main_process
 from downslope.runs.log import begin_log
 from downslope.runs.prepared import take
 from downslope.runs.result import Result
+from downslope.runs.resuming import keep_changes
 from downslope.runs.signals import Interrupted
 from downslope.runs.stored import passes
 from downslope.runs.whole_files import PARTIAL
@@ -223,6 +224,8 @@ class Outside(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_begun = True
+        if trainer.is_global_zero:
+            keep_changes(self.run.config, HydraConfig.get())  # a resume that is refused until here has changed nothing
         if not trainer.global_step:  # a LearningRateFinder has set another one
             self.run.result.learning_rate = _highest_rate(trainer)
 
