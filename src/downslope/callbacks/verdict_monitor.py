@@ -86,7 +86,8 @@ class VerdictMonitor(Observer):
         self._resumed = state_dict.get("evidence")
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        if not any(each.param_groups for each in trainer.optimizers) or not trainer.is_global_zero:
+        has_optimizer = any(each.param_groups for each in trainer.optimizers)
+        if not has_optimizer or not trainer.is_global_zero or trainer.fast_dev_run:  # one batch shows nothing
             disable(self, *STEP_HOOKS)
             return
         optimizer = trainer.optimizers[0]
