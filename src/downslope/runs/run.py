@@ -121,6 +121,7 @@ class Run:
         if trainer.state.fn == TrainerFn.FITTING:
             self._stop_the_clock()
             self._judge(trainer)
+            self.result.num_validation_rows = num_rows(trainer.val_dataloaders)
             if trainer.enable_validation and self._outside.validated_at != trainer.global_step:
                 trainer.validate(self._module, datamodule=self._data, verbose=False)
                 self.collect(trainer)
@@ -185,6 +186,13 @@ class Run:
             result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
+
+
+def num_rows(loader: Any) -> int | None:
+    """Returns how many rows a data loader serves, where it knows that."""
+    with contextlib.suppress(TypeError):  # a stream of rows has no end
+        return getattr(loader, "num_rows", 0) or len(getattr(loader, "dataset", ())) or None
+    return None
 
 
 def write_line(result: Result, folder: Path) -> None:
