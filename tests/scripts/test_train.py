@@ -301,6 +301,7 @@ def test_a_sweep_trains_each_rate_in_its_own_folder(tmp_path: Path) -> None:
     ended = run_process(tmp_path, "train", "-m", "lr=0.001,0.01,0.1", *FAST)
     assert ended.returncode == 0, ended.stderr
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert sweep.name.split("_", 3)[3] == "lr=0.001,0.01,0.1,trainer.max_epochs=3"
     jobs = {folder.name: read_json(folder) for folder in sweep.iterdir() if folder.is_dir()}
     assert set(jobs) == {f"lr={rate},trainer.max_epochs=3" for rate in ("0.001", "0.01", "0.1")}
     assert [job["learning_rate"] for _, job in sorted(jobs.items())] == [0.001, 0.01, 0.1]
