@@ -83,7 +83,8 @@ class VerdictMonitor(Observer):
         self._resumed = state_dict.get("evidence")
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        if not any(each.param_groups for each in trainer.optimizers) or not trainer.is_global_zero:
+        has_optimizer = any(each.param_groups for each in trainer.optimizers)
+        if not has_optimizer or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # one batch shows nothing
             self.listen_only()
             return
         optimizer = trainer.optimizers[0]

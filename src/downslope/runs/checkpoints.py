@@ -201,7 +201,7 @@ def check_same(file: Path, what: str, saved: Any, here: Any) -> None:
         ValueError: Both are named.
     """
     if saved != here:
-        there, now = (", ".join(each) if isinstance(each, list) else each for each in (saved, here))
+        there, now = (", ".join(each) or "none" if isinstance(each, list) else each for each in (saved, here))
         raise ValueError(
             f"Cannot resume from {file}. This is because it was made with another {what}: {there} there, {now} here."
         )

@@ -27,6 +27,7 @@ from downslope.runs.folder import is_main_process
 from downslope.runs.log import begin_log
 from downslope.runs.prepared import take
 from downslope.runs.result import Result
+from downslope.runs.resuming import keep_changes
 from downslope.runs.signals import Interrupted
 from downslope.runs.stored import passes
 from downslope.runs.whole_files import PARTIAL
@@ -118,6 +119,7 @@ class Run:
         if trainer.state.fn == TrainerFn.FITTING:
             self._stop_the_clock()
             self._judge(trainer)
+            self.result.num_validation_rows = num_rows(trainer.val_dataloaders)
             if trainer.enable_validation and self._outside.validated_at != trainer.global_step:
                 trainer.validate(self._module, datamodule=self._data, verbose=False)
                 self.collect(trainer)
@@ -189,6 +191,13 @@ class Run:
             print_result(result, self.folder)
 
 
+def num_rows(loader: Any) -> int | None:
+    """Returns how many rows a data loader serves, where it knows that."""
+    with contextlib.suppress(TypeError):  # a stream of rows has no end
+        return getattr(loader, "num_rows", 0) or len(getattr(loader, "dataset", ())) or None
+    return None
+
+
 def write_line(result: Result, folder: Path) -> None:
     """Adds the run's line to TensorBoard's HPARAMS."""
     choices = HydraConfig.get().runtime.choices
@@ -226,6 +235,8 @@ class Outside(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_begun = True
+        if trainer.is_global_zero:
+            keep_changes(self.run.config, HydraConfig.get())  # a resume that is refused until here has changed nothing
         if not trainer.global_step:  # a LearningRateFinder has set another one
             self.run.result.learning_rate = _highest_rate(trainer)
 

@@ -220,6 +220,33 @@ def rates(run: Path, version: int) -> list[float]:
         return [float(row["learning_rate/SGD"]) for row in csv.DictReader(stream) if row["learning_rate/SGD"]]
 
 
+def test_a_new_schedule_stands_where_it_would_had_the_run_begun_with_it(script: Script, tmp_path: Path) -> None:
+    every_step = ("data=synthetic", "logger=csv", "callbacks.learning_rate_effects.every_n_steps=1")  # 13 an epoch
+    assert script("train", *every_step, "trainer.max_epochs=1", "hydra.run.dir=run").code == 0
+    changed = ("trainer.max_epochs=3", "scheduler=cosine")
+    assert script("train", "resume=run", "resume_override=[trainer.max_epochs,scheduler]", *changed).code == 0
+    falling = [0.01 * (1 + math.cos(math.pi * step / 39)) for step in range(39)]
+    assert rates(tmp_path / "run", 0) == pytest.approx([0.02] * 13)
+    assert rates(tmp_path / "run", 1) == pytest.approx(falling[13:], abs=1e-8)
+    assert read_json(tmp_path / "run")["overrides"] == ["data=synthetic", *every_step[1:], *changed]
+    constant = ("trainer.max_epochs=4", "scheduler=constant", "lr=0.01")
+    assert script("train", "resume=run", "resume_override=[trainer.max_epochs,scheduler,lr]", *constant).code == 0
+    assert rates(tmp_path / "run", 2) == pytest.approx([0.01] * 13)
+
+
+def test_a_resume_that_is_refused_changes_nothing(script: Script, run: Path) -> None:
+    before = (run / ".hydra" / "config.yaml").read_bytes()
+    refused = script("train", "resume=run", "resume_override=[optimizer]", "optimizer=adam")
+    assert refused.code == 1
+    assert "made with another optimizer: torch.optim.sgd.SGD there, torch.optim.adam.Adam here." in refused.err
+    assert (run / ".hydra" / "config.yaml").read_bytes() == before
+    manual = (*("model=manual", "data=synthetic"), "trainer.max_epochs=1", "hydra.run.dir=manual")
+    assert script("train", *manual).code == 0
+    changed = ("resume_override=[trainer.max_epochs,scheduler]", "trainer.max_epochs=2", "scheduler=cosine")
+    refused = script("train", "resume=manual", *changed)
+    assert "made with another scheduler: none there, torch.optim.lr_scheduler.LambdaLR here." in refused.err
+
+
 @pytest.mark.parametrize("model", ["automatic", "manual"])
 def test_a_plateau_is_waited_for_in_the_epochs_that_validate(script: Script, tmp_path: Path, model: str) -> None:
     never_better = ("scheduler.scheduler.patience=0", "+scheduler.scheduler.threshold=10")
