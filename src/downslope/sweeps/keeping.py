@@ -6,7 +6,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard.summary import custom_scalars
 
 from downslope.logs.event_files import encoded, encoded_scalars
+from downslope.logs.hparams import hparams_line
 from downslope.logs.tensorboard import LAYOUT
 from downslope.runs.checkpoints import BEST, LAST, as_bytes, name_of
 from downslope.runs.console import one_line, say
 from downslope.runs.folder import LOCK
 from downslope.runs.result import FILE_NAME, Result, objective_of
-from downslope.runs.run import first_result, write_line
+from downslope.runs.run import first_result, line_of
 from downslope.sweeps.groups import Group
 from downslope.sweeps.job import KEY, SOURCES, begun, failure, job_key
 from downslope.sweeps.members import Fit, of_member
@@ -45,13 +46,12 @@ def keep(group: Group, sweep: Path, fit: Fit) -> dict[int, float]:
     They are written apart, flushed to the disk once, and brought to their places then: a kill leaves each job as whole
     as one that has ended, or as one that has not begun.
     """
-    results = _results(group, fit)
-    curves = _curves(fit)
-    files: dict[int, dict[str, bytes]] = {}
-    for index, place in enumerate(group.jobs):
-        files[place] = _checkpoints(fit, index, results[index]) if fit.checkpoint else {}
+    results, curves, files = _results(group, fit), _curves(fit), []
+    event_file = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
+    for index, result in enumerate(results):
+        files.append(_checkpoints(fit, index, result) if fit.checkpoint else {})
         if group.config.logger:
-            files[place][_event_file()] = curves[index]
+            files[-1][event_file] = curves[index] + hparams_line(*line_of(result))
     return _place(group, sweep, results, files)
 
 
@@ -60,28 +60,24 @@ def fail(group: Group, sweep: Path, error: Exception) -> dict[int, float]:
     known = replace(first_result(group.config, []), error=failure(error).error)
     say(f"  failed    {one_line(known.error['message'] if known.error else '')}")
     results = [replace(known, overrides=job) for job in group.jobs.values()]
-    return _place(group, sweep, results, {place: {} for place in group.jobs})
+    return _place(group, sweep, results, [{} for _ in results])
 
 
-def _place(
-    group: Group, sweep: Path, results: list[Result], files: Mapping[int, Mapping[str, bytes]]
-) -> dict[int, float]:
+def _place(group: Group, sweep: Path, results: list[Result], files: list[dict[str, bytes]]) -> dict[int, float]:
     unfinished = sweep / f"{UNFINISHED}{secrets.token_hex(4)}"
     unfinished.mkdir()
     with FileLock(unfinished / LOCK):
-        for (place, job), result in zip(group.jobs.items(), results, strict=True):
+        for (place, job), result, contents in zip(group.jobs.items(), results, files, strict=True):
             folder = unfinished / group.folder(place)
             texts = {f".hydra/{name}": text for name, text in group.files(place, sweep / folder.name).items()}
             if sources := group.config.hydra.job.env_set.get(SOURCES):
                 texts[KEY] = job_key(sources, job)
             texts[FILE_NAME] = result.json()
-            contents = {**files[place], **{name: text.encode() for name, text in texts.items()}}
-            for name in (".hydra", "checkpoints") if len(files[place]) > 1 else (".hydra",):
-                (folder / name).mkdir(parents=True)
+            contents |= {name: text.encode() for name, text in texts.items()}
+            for parent in {(folder / name).parent for name in contents} - {folder}:
+                parent.mkdir(parents=True)
             for name, content in contents.items():
                 (folder / name).write_bytes(content)
-            if group.config.logger and files[place]:
-                write_line(result, folder)
         os.sync()
         for place in group.jobs:
             _bring(unfinished / group.folder(place), sweep / group.folder(place))
@@ -142,27 +138,25 @@ def _last(curve: list[tuple[int, Tensor]]) -> list[float]:
     return last.tolist()
 
 
-def _event_file() -> str:
-    return f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
-
-
 def _curves(fit: Fit) -> list[bytes]:
     """The event file of each member: what was measured, until it stopped."""
     now = time.time()
     begin = encoded(
         [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, summary=custom_scalars(LAYOUT))]
     )
-    stopped = fit.members.stopped_at.tolist()
-    points = [(step, tag, values.tolist()) for tag, curve in fit.members.curves.items() for step, values in curve]
-    points.sort(key=lambda point: point[0])
+    points: dict[int, dict[str, list[float]]] = defaultdict(dict)
+    for tag, curve in fit.members.curves.items():
+        for step, values in curve:
+            points[step][tag] = values.tolist()
     found = []
-    for index, end in enumerate(stopped):
-        mine = []
-        for step, tag, values in points:
-            if end < 0 or step < end:
-                mine.append((tag, step, values[index]))
-            elif "/loss" in tag and not any(each[:2] == (tag, end) for each in mine[-3:]):
-                mine.append((tag, end, values[index]))  # it was validated once more, when it had stopped
+    for index, end in enumerate(fit.members.stopped_at.tolist()):
+        mine: dict[int, dict[str, float]] = defaultdict(dict)
+        for step in sorted(points):
+            for tag, values in points[step].items():
+                if end < 0 or step < end:
+                    mine[step][tag] = values[index]
+                elif "/loss" in tag:
+                    mine[end].setdefault(tag, values[index])  # it was validated once more, when it had stopped
         found.append(begin + encoded_scalars(mine, now))
     return found
 
@@ -176,12 +170,11 @@ def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
     last = common | weights
     if result.status == "completed":
         mine = whole["progress"]["processes"][0]
-        own = {name.removeprefix("member."): state for name, state in mine["metrics"].items()}
         told = {**members.recipe.defaults, **members.settings[index]}
         settings = {name: value for name, value in told.items() if isinstance(value, int | float | tuple)}
         schedulers = [each.scheduler for each in members.schedulers]
         last["progress"] = whole["progress"] | {
-            "processes": [mine | {"metrics": own, "sums": {}}],
+            "processes": [mine | {"metrics": {}, "sums": {}}],  # an epoch has ended: nothing is added up yet
             "seconds": result.seconds,
             "model": name_of(members.member),
             "metrics": result.metrics,

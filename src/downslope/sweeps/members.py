@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from omegaconf import DictConfig, open_dict, read_write
@@ -108,9 +109,6 @@ class Members(LightningModule):
         buffers = {name: named.pop(name) for name in self.names[self.num_trained :]}
         return stacked_loss(self.member, buffers)(named, batch)
 
-    def on_train_epoch_start(self) -> None:
-        self._begin("train")
-
     def training_step(self, batch: Any) -> Tensor:
         """Returns the loss of each member that trains."""
         try:
@@ -140,19 +138,15 @@ class Members(LightningModule):
         if step + 1 == NUM_CHECKED:
             chosen = least_rate(self.settings)
             self.checked = [each[chosen].clone() for each in self.optimizer.weights()[: self.num_trained]]
-        if len(self.optimizer.alive) < len(self._alive):
-            ended = set(self._alive.tolist()) - set(self.optimizer.alive.tolist())
-            self.stopped_at[list(ended)] = step + 1
-            self.trainer.should_stop = not len(self.optimizer.alive)
+        ended = self._alive[torch.isin(self._alive, self.optimizer.alive, invert=True)]
+        self.stopped_at[ended.cpu()] = step + 1
+        self.trainer.should_stop = not len(self.optimizer.alive)
         self._schedule("step")
 
     def on_train_epoch_end(self) -> None:
         """Keeps the mean loss of the epoch, and of members that diverged in it that of their part of it."""
         self._end("train")
         self._schedule("epoch")
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin("val")
 
     def validation_step(self, batch: Any) -> None:
         """Adds a batch to the mean of every member."""
@@ -168,9 +162,6 @@ class Members(LightningModule):
         for name, each in zip(self.names, self.optimizer.weights(), strict=True):
             self.best_weights[name][better] = each[better]
 
-    def on_test_epoch_start(self) -> None:
-        self._begin("test")
-
     def test_step(self, batch: Any) -> None:
         """Adds a batch to the mean of every member."""
         self._add("test", self._losses(self.optimizer.weights(), batch), batch)
@@ -181,16 +172,15 @@ class Members(LightningModule):
     def _keep(self, tag: str, step: int, values: Tensor) -> None:
         self.curves.setdefault(tag, []).append((step, values.detach().cpu()))
 
-    def _begin(self, part: str) -> None:
-        self._sums[part] = torch.zeros(2, len(self.settings), dtype=torch.float64, device=self.device)
-
-    def _add(self, part: str, losses: Tensor, batch: Any, members: Tensor | None = None) -> None:
-        rows, whose = extract_batch_size(batch), slice(None) if members is None else members
-        self._sums[part][0, whose] += rows * losses.detach().double()
-        self._sums[part][1, whose] += rows
+    def _add(self, part: str, losses: Tensor, batch: Any, members: Any = slice(None)) -> None:
+        if part not in self._sums:
+            self._sums[part] = torch.zeros(2, len(self.settings), dtype=torch.float64, device=self.device)
+        rows = extract_batch_size(batch)
+        self._sums[part][0, members] += rows * losses.detach().double()
+        self._sums[part][1, members] += rows
 
     def _end(self, part: str) -> Tensor:
-        losses, rows = self._sums[part]
+        losses, rows = self._sums.pop(part)
         self._keep(f"{part}/loss", self.trainer.global_step, losses / rows)
         means: Tensor = (losses / rows).to(self.best.dtype)
         return means
@@ -319,7 +309,12 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
         data, module, trainer = build(quiet)
         stack = Members(module, **members)
         started = time.perf_counter()
-        trainer.fit(stack, datamodule=data)
+        try:
+            trainer.fit(stack, datamodule=data)
+        except CannotStackError:
+            raise
+        except Exception as error:
+            raise CannotStackError(f"they cannot be trained at once: {_first_line(error)}") from error
         seconds = time.perf_counter() - started
         last = Path(folder) / "last.ckpt"
         checkpoint = load_checkpoint(last) if last.is_file() else None
@@ -374,10 +369,7 @@ def _ordinary(
         if members["clips"] is not None:
             quiet.trainer.gradient_clip_val = members["clips"][chosen]
     data, module, trainer = build(quiet)
-    if not module.automatic_optimization:
-        raise CannotStackError(f"{type(module).__name__} takes its steps by itself")
-    if not hasattr(module, "loss"):
-        raise CannotStackError(f"{type(module).__name__} has no `loss(batch)`")
+    _check_parts(module, trainer)
 
     def stop(trainer: Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step >= NUM_CHECKED  # with max_steps a schedule would end there
@@ -392,6 +384,19 @@ def _ordinary(
         if hasattr(callback, "add_to"):
             callback.add_to(result)
     return weights, result.critical_learning_rate
+
+
+def _check_parts(module: Any, trainer: Trainer) -> None:
+    """Raises for what trains otherwise than by one step a batch, in float32, in this process."""
+    if not module.automatic_optimization:
+        raise CannotStackError(f"{type(module).__name__} takes its steps by itself")
+    if not hasattr(module, "loss"):
+        raise CannotStackError(f"{type(module).__name__} has no `loss(batch)`")
+    usual = {"accumulate_grad_batches": trainer.accumulate_grad_batches == 1,
+             "precision": trainer.precision == "32-true",
+             "strategy": isinstance(trainer.strategy, SingleDeviceStrategy)}  # fmt: skip
+    if odd := [f"trainer.{name}" for name, is_usual in usual.items() if not is_usual]:
+        raise CannotStackError(f"the vectorized launcher does not know {', '.join(odd)}")
 
 
 def _check_validation_loss(trainer: Trainer, module: Any) -> None:
