@@ -44,7 +44,7 @@ def _around_values(tags: tuple[str, ...], step: int, wall_time: float) -> list[b
 
 
 def encoded_scalars(scalars: Mapping[int, Mapping[str, float]], wall_time: float) -> bytes:
-    """Returns an event for each step of its values by tag, quickly where many runs measured the same at the same steps."""
+    """Returns an event for each step of its values by tag, quickly where many runs measured alike."""
     records = []
     for step, values in scalars.items():
         first, *parts = _around_values(tuple(values), step, wall_time)
