@@ -7,6 +7,7 @@ import shutil
 import socket
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,13 +47,15 @@ def keep(group: Group, sweep: Path, fit: Fit) -> dict[int, float]:
     They are written apart, flushed to the disk once, and brought to their places then: a kill leaves each job as whole
     as one that has ended, or as one that has not begun.
     """
-    results, curves, files = _results(group, fit), _curves(fit), []
+    results = _results(group, fit)
     event_file = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
-    for index, result in enumerate(results):
-        files.append(_checkpoints(fit, index, result) if fit.checkpoint else {})
-        if group.config.logger:
-            files[-1][event_file] = curves[index] + hparams_line(*line_of(result))
-    return _place(group, sweep, results, files)
+
+    def files() -> Iterator[dict[str, bytes]]:  # of one job at a time: those of all might not fit into memory
+        for index, (result, curves) in enumerate(zip(results, _curves(fit), strict=True)):
+            mine = _checkpoints(fit, index, result) if fit.checkpoint else {}
+            yield mine | ({event_file: curves + hparams_line(*line_of(result))} if group.config.logger else {})
+
+    return _place(group, sweep, results, files())
 
 
 def fail(group: Group, sweep: Path, error: Exception) -> dict[int, float]:
@@ -63,7 +66,7 @@ def fail(group: Group, sweep: Path, error: Exception) -> dict[int, float]:
     return _place(group, sweep, results, [{} for _ in results])
 
 
-def _place(group: Group, sweep: Path, results: list[Result], files: list[dict[str, bytes]]) -> dict[int, float]:
+def _place(group: Group, sweep: Path, results: list[Result], files: Iterable[dict[str, bytes]]) -> dict[int, float]:
     unfinished = sweep / f"{UNFINISHED}{secrets.token_hex(4)}"
     unfinished.mkdir()
     with FileLock(unfinished / LOCK):
@@ -138,7 +141,7 @@ def _last(curve: list[tuple[int, Tensor]]) -> list[float]:
     return last.tolist()
 
 
-def _curves(fit: Fit) -> list[bytes]:
+def _curves(fit: Fit) -> Iterator[bytes]:
     """The event file of each member: what was measured, until it stopped."""
     now = time.time()
     begin = encoded(
@@ -148,7 +151,6 @@ def _curves(fit: Fit) -> list[bytes]:
     for tag, curve in fit.members.curves.items():
         for step, values in curve:
             points[step][tag] = values.tolist()
-    found = []
     for index, end in enumerate(fit.members.stopped_at.tolist()):
         mine: dict[int, dict[str, float]] = defaultdict(dict)
         for step in sorted(points):
@@ -157,8 +159,7 @@ def _curves(fit: Fit) -> list[bytes]:
                     mine[step][tag] = values[index]
                 elif "/loss" in tag:
                     mine[end].setdefault(tag, values[index])  # it was validated once more, when it had stopped
-        found.append(begin + encoded_scalars(mine, now))
-    return found
+        yield begin + encoded_scalars(mine, now)
 
 
 def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:

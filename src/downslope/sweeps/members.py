@@ -309,12 +309,7 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
         data, module, trainer = build(quiet)
         stack = Members(module, **members)
         started = time.perf_counter()
-        try:
-            trainer.fit(stack, datamodule=data)
-        except CannotStackError:
-            raise
-        except Exception as error:
-            raise CannotStackError(f"they cannot be trained at once: {_first_line(error)}") from error
+        trainer.fit(stack, datamodule=data)
         seconds = time.perf_counter() - started
         last = Path(folder) / "last.ckpt"
         checkpoint = load_checkpoint(last) if last.is_file() else None

@@ -190,7 +190,8 @@ def _narrow(value: Any, like: Tensor) -> Any:
 
 
 def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:
-    rate, decay, momentum = (_narrow(told[name], parameter) for name in ("lr", "weight_decay", "momentum"))
+    decay, momentum = (_narrow(told[name], parameter) for name in ("weight_decay", "momentum"))
+    rate = torch.as_tensor(told["lr"], dtype=gradient.dtype, device=gradient.device)
     if torch.as_tensor(decay).any():
         gradient = gradient + decay * parameter
     if torch.as_tensor(momentum).any():
@@ -199,7 +200,7 @@ def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: di
         buffer = state["momentum_buffer"] = gradient.clone() if old is None else momentum * old + kept * gradient
         moved = gradient + momentum * buffer if told["nesterov"] else buffer
         gradient = torch.where(torch.as_tensor(momentum) != 0, moved, gradient)  # without, dampening counts for nothing
-    return torch.addcmul(parameter, gradient, torch.as_tensor(rate, dtype=gradient.dtype, device=gradient.device), value=-1)
+    return torch.addcmul(parameter, gradient, rate, value=-1)
 
 
 def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:
