@@ -1,6 +1,7 @@
 """Which jobs of a sweep differ only in numbers of the optimizer; each such group is composed once."""
 
 import re
+from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,7 +20,7 @@ from downslope.sweeps.stacked import CannotStackError
 
 Jobs = dict[int, list[str]]  # the overrides of each, by its number in the sweep
 
-NUMBER = r"[+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+NUMBER = r"[+-]?(?:(?:0|[1-9][\d_]*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"  # as Hydra and Python both read it
 VALUE = re.compile(rf"{NUMBER}|\[{NUMBER}(?:,\s*{NUMBER})*\]")
 CLIP = "trainer.gradient_clip_val"
 OURS, MAY_RAISE = "downslope.callbacks.", "downslope.callbacks.GradientCheck"
@@ -48,11 +49,9 @@ class Group:
     def members(self) -> dict[str, Any]:
         """Returns what `Members` takes beside the module."""
         values = [by_key(job) for job in self.jobs.values()]
-        settings = [{name: number(each[key]) for name, key in self.arguments.items()} for each in values]
-        clips = [number(each[CLIP]) for each in values] if CLIP in self.keys else None
-        clip = self.config.trainer.get("gradient_clip_val")
-        if clips is None and clip is not None:
-            clips = [clip] * len(values)
+        settings = [{name: literal_eval(each[key]) for name, key in self.arguments.items()} for each in values]
+        clip = self.config.trainer.get("gradient_clip_val") or 0
+        clips = [literal_eval(each[CLIP]) if CLIP in self.keys else clip for each in values]
         monitor = OmegaConf.select(self.config, "callbacks.gradient_monitor") or {}
         due = {name: monitor[name] for name in ("every_n_steps", "num_first_steps") if name in monitor}
         by_value = self.config.trainer.get("gradient_clip_algorithm") == "value"
@@ -66,7 +65,7 @@ class Group:
         """Returns the files in `.hydra` of the job with this number."""
         job, told = by_key(self.jobs[place]), {str(JOB): str(place), FOLDER: str(folder)}
         for index, key in enumerate(self.keys):
-            shown = yaml.safe_dump(number(job[key]), default_flow_style=True)
+            shown = yaml.safe_dump(literal_eval(job[key]), default_flow_style=True)
             told |= {f"={marker(index)}": f"={job[key]}", marker(index): shown.removesuffix("...\n").rstrip("\n")}
         return {name: reduce(lambda text, each: text.replace(*each), told.items(), text)
                 for name, text in self.texts.items()}  # fmt: skip
@@ -75,21 +74,6 @@ class Group:
 def marker(index: int) -> str:
     """Stands in a composed configuration for a value that differs from job to job."""
     return f"DIFFERS{index}HERE"
-
-
-def number(text: str) -> Any:
-    """Reads a number, or a list of them, as Hydra does.
-
-    Example:
-        >>> number("1e-3"), number("2"), number("[0.9,0.99]")
-        (0.001, 2, [0.9, 0.99])
-    """
-    if text.startswith("["):
-        return [number(each.strip()) for each in text[1:-1].split(",")]
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def by_key(job: Sequence[str]) -> dict[str, str]:

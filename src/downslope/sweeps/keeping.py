@@ -9,12 +9,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from tensorboard.compat.proto.event_pb2 import Event
-from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard.summary import custom_scalars
 
@@ -115,30 +115,25 @@ def _results(group: Group, fit: Fit) -> list[Result]:
         excess = [line.excess(each) for each in weights.cpu()]
         first_excess = line.excess(parameters_to_vector(members.member.parameters()))
     steps, stopped = members.optimizer.num_steps.tolist(), members.stopped_at.tolist()
-    metrics = {tag: _last(curve) for tag, curve in members.curves.items() if tag.endswith("/loss")}
+    metrics = {}
+    for tag, curve in members.curves.items():
+        if tag.endswith("/loss"):  # each one's last
+            metrics[tag] = reduce(lambda last, new: new.where(~new.isnan(), last), [each for _, each in curve]).tolist()
     results = []
     for index, job in enumerate(group.jobs.values()):
-        group_of_settings = members.recipe.param_groups[index]
+        settings = members.recipe.param_groups[index]
         result = replace(known, overrides=job, num_optimizer_steps=steps[index])
         result.status = "completed" if stopped[index] < 0 else "diverged"
         result.verdict = None if stopped[index] < 0 else "diverging"
         left = result.excess_loss = excess[index] if excess else None
         if left is not None and first_excess is not None and left <= Thresholds.tolerance * first_excess:
             result.verdict = "converged"  # the one word that the closed form alone decides
-        result.learning_rate = float(group_of_settings.get("initial_lr", group_of_settings["lr"]))
+        result.learning_rate = float(settings.get("initial_lr", settings["lr"]))
         result.metrics = {tag: values[index] for tag, values in metrics.items()}
         result.objective = result.metrics.get(result.monitor or "")
         result.evidence = {"trained_at_once": len(group.jobs)}
         results.append(result)
     return results
-
-
-def _last(curve: list[tuple[int, Tensor]]) -> list[float]:
-    """The last value that each member has."""
-    last = curve[0][1].clone()
-    for _, values in curve[1:]:
-        last = torch.where(values.isnan(), last, values)
-    return last.tolist()
 
 
 def _curves(fit: Fit) -> Iterator[bytes]:
@@ -167,8 +162,8 @@ def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
     members, whole = fit.members, fit.checkpoint
     assert whole
     common = {key: value for key, value in whole.items() if key not in RUN_KEYS}
-    weights = {"epoch": whole["epoch"], "global_step": whole["global_step"], "state_dict": members.state_of(index)}
-    last = common | weights
+    last = common | {name: whole[name] for name in ("epoch", "global_step")}
+    last["state_dict"] = members.state_of(index, members.optimizer.frozen)
     if result.status == "completed":
         mine = whole["progress"]["processes"][0]
         told = {**members.recipe.defaults, **members.settings[index]}
@@ -192,7 +187,7 @@ def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
         place = {"epoch": int(members.best_epochs[index]), "global_step": int(members.best_steps[index])}
         if members.stopped_at[index] >= 0:
             place["global_step"] = min(place["global_step"], int(members.stopped_at[index]))
-        files[BEST] = as_bytes(common | place | {"state_dict": members.best_of(index)})
+        files[BEST] = as_bytes(common | place | {"state_dict": members.state_of(index, members.best_weights)})
     return files
 
 

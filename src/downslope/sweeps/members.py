@@ -28,6 +28,7 @@ from downslope.sweeps.stacked import CannotStackError, StackedOptimizer, stacked
 
 NUM_CHECKED = 3  # steps in which a member is held against an ordinary run
 MOST_DIFFERENT = 1e-4
+KEPT_FOR = {"momentum_buffer": "momentum", "grad_avg": "centered"}  # a state of an optimizer, by the setting it is for
 
 Curve = tuple[int, Tensor]  # an optimizer step, and a value for each member: NaN where it had stopped
 
@@ -50,7 +51,7 @@ class Members(LightningModule):
     Args:
         member: With `loss(batch)`; automatic optimization; one optimizer over all its parameters.
         settings: Of each member's optimizer, those that differ from `member`'s own.
-        clips: Largest gradient norm of each member, or largest element; None clips nothing.
+        clips: Largest gradient norm of each member, or largest element; none clips nothing, nor does 0.
         clips_values: Which of the two.
         every_n_steps: How often the gradient's norm and the rate are kept.
         num_first_steps: After so many steps, which are all kept.
@@ -65,7 +66,7 @@ class Members(LightningModule):
         self,
         member: Any,
         settings: Sequence[Mapping[str, Any]],
-        clips: Sequence[float] | None = None,
+        clips: Sequence[float] = (),
         clips_values: bool = False,
         every_n_steps: int = 50,
         num_first_steps: int = 100,
@@ -91,14 +92,12 @@ class Members(LightningModule):
         self.recipe.step()  # without a gradient: a scheduler wants the first step before its own
         self.stack = nn.ParameterList(nn.Parameter(_repeated(each, num_members)) for each in trained)
         self.buffer_stack = [_repeated(each, num_members) for each in self.member.buffers()]
-        clip = None
-        if self.clips is not None:
-            limits = [math.inf if each is None else each for each in self.clips]
-            clip = torch.tensor(limits, dtype=torch.float64, device=self.device)
+        limits = [each if each > 0 else math.inf for each in self.clips]
+        clips = any(each < math.inf for each in limits)
+        clip = torch.tensor(limits, dtype=torch.float64, device=self.device) if clips else None
         kind, settings = type(self.recipe), _together(self.recipe.param_groups, self.device)
         self.optimizer = StackedOptimizer(list(self.stack), kind, settings, self.buffer_stack, clip, self.clips_values)
-        state = dict(zip(self.names, self.optimizer.frozen, strict=True))
-        self.best_weights = {name: each.clone() for name, each in state.items()}
+        self.best_weights = [each.clone() for each in self.optimizer.frozen]
         self.best = torch.full((num_members,), math.inf, device=self.device)
         self.best_steps, self.best_epochs = torch.zeros(2, num_members, dtype=torch.long)
         self.stopped_at = torch.full((num_members,), -1, dtype=torch.long)  # the step after which it was frozen
@@ -133,7 +132,9 @@ class Members(LightningModule):
         """Keeps what is due, and what has ended."""
         step = self.trainer.global_step - 1
         if is_due(step, self.every_n_steps, self.num_first_steps):
-            self._keep("gradient_norm/total", step, self._of_all(self.optimizer.norms, self._alive))
+            norms = torch.full((len(self.settings),), torch.nan, dtype=torch.float64, device=self.device)
+            norms[self._alive] = self.optimizer.norms
+            self._keep("gradient_norm/total", step, norms)
             self._keep(f"learning_rate/{type(self.recipe).__name__}", step, torch.tensor(self._rates))
         if step + 1 == NUM_CHECKED:
             chosen = least_rate(self.settings)
@@ -159,8 +160,8 @@ class Members(LightningModule):
         self.best = torch.where(better, losses, self.best)
         self.best_steps[better.cpu()] = self.trainer.global_step
         self.best_epochs[better.cpu()] = self.trainer.current_epoch
-        for name, each in zip(self.names, self.optimizer.weights(), strict=True):
-            self.best_weights[name][better] = each[better]
+        for best, each in zip(self.best_weights, self.optimizer.weights(), strict=True):
+            best[better] = each[better]
 
     def test_step(self, batch: Any) -> None:
         """Adds a batch to the mean of every member."""
@@ -185,11 +186,6 @@ class Members(LightningModule):
         means: Tensor = (losses / rows).to(self.best.dtype)
         return means
 
-    def _of_all(self, values: Tensor, members: Tensor) -> Tensor:
-        every = torch.full((len(self.settings),), torch.nan, dtype=values.dtype, device=values.device)
-        every[members[: len(values)]] = values
-        return every
-
     def _schedule(self, interval: str) -> None:
         for each in self.schedulers:
             if each.interval == interval:
@@ -198,15 +194,8 @@ class Members(LightningModule):
                 told = torch.tensor(rates, dtype=torch.float64, device=self.device)
                 self.optimizer.param_groups[0]["lr"] = told
 
-    def state_of(self, index: int) -> dict[str, Tensor]:
-        """Returns the last weights of a member, named as its module's are."""
-        return self._named(self.optimizer.frozen, index)
-
-    def best_of(self, index: int) -> dict[str, Tensor]:
-        """Returns its best weights."""
-        return self._named(list(self.best_weights.values()), index)
-
-    def _named(self, weights: Sequence[Tensor], index: int) -> dict[str, Tensor]:
+    def state_of(self, index: int, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Returns a member's share of the last weights, or of the best ones, named as its module's are."""
         stacked = dict(zip(self.names, weights, strict=True))
         own = self.member.state_dict()
         return {name: (stacked[name][index] if name in stacked else each).clone() for name, each in own.items()}
@@ -217,11 +206,9 @@ class Members(LightningModule):
         place = int((self.optimizer.alive == index).nonzero()[0, 0])
         states: dict[int, dict[str, Tensor]] = {}
         for number, parameter in enumerate(self.stack):
-            state = {name: each[place].clone() for name, each in self.optimizer.state[parameter].items()}
-            if not group.get("momentum"):
-                state.pop("momentum_buffer", None)
-            if not group.get("centered"):
-                state.pop("grad_avg", None)
+            unused = {kept for kept, asked in KEPT_FOR.items() if not group.get(asked)}
+            kept = self.optimizer.state[parameter].items()
+            state = {name: each[place].clone() for name, each in kept if name not in unused}
             if state and not isinstance(self.recipe, SGD):
                 state["step"] = torch.tensor(float(self.optimizer.param_groups[0]["step"]))
             if state:
@@ -361,8 +348,7 @@ def _ordinary(
     quiet = _quiet(config, "CriticalLearningRate")
     with open_dict(quiet), read_write(quiet):
         quiet.optimizer.update(members["settings"][chosen])
-        if members["clips"] is not None:
-            quiet.trainer.gradient_clip_val = members["clips"][chosen]
+        quiet.trainer.gradient_clip_val = members["clips"][chosen] or None
     data, module, trainer = build(quiet)
     _check_parts(module, trainer)
 
