@@ -21,6 +21,7 @@ from torch.optim import SGD, Optimizer
 
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.runs.checkpoints import load_checkpoint
+from downslope.runs.console import explain
 from downslope.runs.result import Result
 from downslope.runs.stored import passes
 from downslope.steps.due import is_due
@@ -87,11 +88,12 @@ class Members(LightningModule):
         So settings, defaults and schedules of all members are torch's own.
         """
         num_members = len(self.settings)
-        trained = [each for each in self.member.parameters() if each.requires_grad]
+        state = [*(each for each in self.member.parameters() if each.requires_grad), *self.member.buffers()]
+        stacked = [each.detach().repeat(num_members, *[1] * each.dim()) for each in state]
         self.recipe, self.schedulers = _recipe(self.member, self.settings)
         self.recipe.step()  # without a gradient: a scheduler wants the first step before its own
-        self.stack = nn.ParameterList(nn.Parameter(_repeated(each, num_members)) for each in trained)
-        self.buffer_stack = [_repeated(each, num_members) for each in self.member.buffers()]
+        self.stack = nn.ParameterList(map(nn.Parameter, stacked[: self.num_trained]))
+        self.buffer_stack = stacked[self.num_trained :]
         limits = [each if each > 0 else math.inf for each in self.clips]
         clips = any(each < math.inf for each in limits)
         clip = torch.tensor(limits, dtype=torch.float64, device=self.device) if clips else None
@@ -113,9 +115,7 @@ class Members(LightningModule):
         try:
             losses = self._losses([*self.stack, *self.buffer_stack], batch)
         except Exception as error:
-            raise CannotStackError(
-                f"{type(self.member).__name__}.loss cannot be stacked: {_first_line(error)}"
-            ) from error
+            raise CannotStackError(f"{type(self.member).__name__}.loss cannot be stacked: {explain(error)}") from error
         self._rates = [group["lr"] for group in self.recipe.param_groups]
         self._alive = self.optimizer.alive
         self._add("train", losses, batch, self._alive)
@@ -221,14 +221,6 @@ def least_rate(settings: Sequence[Mapping[str, Any]]) -> int:
     return min(range(len(settings)), key=lambda index: float(settings[index].get("lr", 0.0)))
 
 
-def _repeated(each: Tensor, times: int) -> Tensor:
-    return each.detach().repeat(times, *[1] * each.dim())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def _recipe(member: Any, settings: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, list[LRSchedulerConfig]]:
     """Has the module make its optimizer and scheduler over a group for each member."""
     groups = [{"params": [nn.Parameter(torch.zeros(()))], **each} for each in settings]
@@ -237,7 +229,7 @@ def _recipe(member: Any, settings: Sequence[Mapping[str, Any]]) -> tuple[Optimiz
         optimizers, schedulers, monitor = _configure_optimizers(member.configure_optimizers())
         made = _configure_schedulers_automatic_opt(schedulers, monitor)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CannotStackError(f"the optimizer takes no group for each job: {_first_line(error)}") from error
+        raise CannotStackError(f"the optimizer takes no group for each job: {explain(error)}") from error
     finally:
         del member.parameters
     if len(optimizers) != 1 or len(optimizers[0].param_groups) != len(groups):

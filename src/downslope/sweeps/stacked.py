@@ -68,11 +68,6 @@ class _Loss(nn.Module):
         return loss
 
 
-def _defaults(kind: Any) -> dict[str, Any]:
-    defaults: dict[str, Any] = kind([nn.Parameter(torch.zeros(1))]).defaults
-    return defaults
-
-
 class StackedOptimizer(Optimizer):
     """Steps every member as its own optimizer would, and freezes one that diverges at its last finite weights.
 
@@ -104,7 +99,8 @@ class StackedOptimizer(Optimizer):
     ) -> None:
         if kind not in RULES:
             raise CannotStackError(f"{kind.__name__} has no stacked form")
-        super().__init__(parameters, {"step": 0, **_defaults(kind), **settings})
+        defaults: dict[str, Any] = kind([nn.Parameter(torch.zeros(1))]).defaults  # type: ignore[call-arg]
+        super().__init__(parameters, {"step": 0, **defaults, **settings})
         self.rule = RULES[kind]
         if told := [name for name in REFUSED for group in self.param_groups if group.get(name)]:
             raise CannotStackError(f"{kind.__name__} with {told[0]} has no stacked form")
