@@ -185,7 +185,7 @@ class Run:
             text = "`monitor` names %s, which was not logged, so that there is no objective. Logged: %s."
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
-            write_line(result, self.folder)
+            write_hparams(self.folder, *line_of(result))
             result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
@@ -198,15 +198,15 @@ def num_rows(loader: Any) -> int | None:
     return None
 
 
-def write_line(result: Result, folder: Path) -> None:
-    """Adds the run's line to TensorBoard's HPARAMS."""
+def line_of(result: Result) -> tuple[dict[str, Any], dict[str, float | None], int]:
+    """Returns what TensorBoard's HPARAMS say of a run: what was asked for, what came of it, and its steps."""
     choices = HydraConfig.get().runtime.choices
     asked = {"lr": result.learning_rate, **{name: choices.get(name) for name in CHOICES}}
     asked["verdict"] = result.verdict or result.status
     came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
     if result.excess_loss is not None:
         came["excess_loss"] = result.excess_loss
-    write_hparams(folder, asked, came, result.num_optimizer_steps)
+    return asked, came, result.num_optimizer_steps
 
 
 class Outside(Callback):
