@@ -131,7 +131,7 @@ class CsvFile(TableFile):
         super().__init__(path, ())
         self.file, self.compression = file, compression_of(path, file)
         with self._reading():
-            self.dialect = find_dialect(path, self._stream(), self.compression, decimal)
+            self.dialect = find_dialect(path, self._stream(), decimal)
         self.names, self.said = list(self.dialect.header), self.dialect.description()
         self.marks = self.dialect.decimal, self.dialect.thousands
 
