@@ -125,7 +125,7 @@ class PackagedFile(TableFile):
 class CsvFile(TableFile):
     """A text file: its cells come as strings, but for the columns that are asked for as numbers."""
 
-    dialect: Dialect | None = None
+    dialect: Dialect
 
     def __init__(self, path: str, file: Path, decimal: str | None = None) -> None:
         super().__init__(path, ())
@@ -167,7 +167,7 @@ class CsvFile(TableFile):
             for number, line in dialect.lines(self._stream()):  # noqa: B007
                 yield line
 
-        if self.dialect:
+        if hasattr(self, "dialect"):
             yield from ((number, cells) for cells in self.dialect.rows(lines(self.dialect)) if cells)
 
     def place(self, row: int) -> str:
