@@ -135,7 +135,7 @@ class SharpnessMonitor(Observer):
                 leaf = leaves[name]
                 if leaf.is_complex():  # λ is that of the loss as a function of real and imaginary parts
                     leaf = real(leaf.detach()).requires_grad_(leaf.requires_grad)
-                    leaves[name] = torch.view_as_complex(leaf)
+                    leaves[name] = torch.complex(*leaf.unbind(-1))
                 theta.append(leaf)
             hessian = Hessian(function(leaves), theta)
 

@@ -27,14 +27,15 @@ NUM_STEPS = 4
 
 
 class Parabola(LightningModule):
-    """L = |w|², whatever the batch: g = 2w, λ = 2, and a step of η multiplies w by 1 − 2η."""
+    """L = s² + |w|², whatever the batch: g = 2(s, w), λ = 2, and a step of η multiplies both by 1 − 2η."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.shift = nn.Parameter(torch.tensor([1.5]))  # one number, so that the complex ones begin at an odd place
         self.weight = nn.Parameter(torch.tensor([1 + 2j, 0.5j]))
 
     def loss(self, batch: Any) -> Tensor:
-        return (self.weight * self.weight.conj()).real.sum()
+        return self.shift.square().sum() + (self.weight * self.weight.conj()).real.sum()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.loss(batch)
@@ -124,7 +125,8 @@ def test_a_step_of_complex_parameters_is_drawn_with_the_rate_that_it_had() -> No
     module = Parabola()
     step = BatchStep(0, BatchLoss(module, None))
     with torch.no_grad():
-        module.weight.mul_(1 - 2 * RATE)
+        for parameter in module.parameters():
+            parameter.mul_(1 - 2 * RATE)
     step.ends()
     profile, rate = step.profile()
     assert rate == pytest.approx(RATE, rel=1e-6)
