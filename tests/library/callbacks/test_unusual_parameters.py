@@ -195,6 +195,28 @@ def test_of_a_part_of_what_moves_there_is_no_figure(tmp_path: Path, caplog: pyte
     assert seen["update_ratio/total"].keys() == set(range(NUM_STEPS))
 
 
+class OfPredictions(Parabola):
+    """One argument is enough for it, and yet it is no loss of a batch: Lightning's own BoringModel has such a one."""
+
+    def loss(self, predictions: Any, targets: Any = None) -> Tensor:
+        return nn.functional.mse_loss(predictions[0], torch.zeros(1, 1) if targets is None else targets)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss([self.shift.expand(1, 1)])
+
+
+def test_a_loss_of_predictions_is_no_loss_of_a_batch_and_no_figure_comes_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = curves(tmp_path, OfPredictions())
+    assert not [tag for tag in seen if tag.startswith("curvature") or "critical" in tag or "descent" in tag]
+    assert sorted(said(caplog)) == [
+        "SharpnessMonitor is off from here on: the loss depends on no parameter, so that it is not that of a batch.",
+        "learning_rate_effect/descent_ratio is off from here on: the loss is 1 where `training_step` returned 2.25.",
+        "step_along_gradient.png is left out. This is because the gradient is zero.",
+    ]
+
+
 class WarmsUp(Parabola):
     """Its first step has a rate of 0."""
 
