@@ -20,6 +20,8 @@ from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 from downslope.steps.unclipped_gradients import UnclippedGradients
 
+SMALL_MODEL = 64  # elements
+
 
 class GradientMonitor(Observer):
     """Logs the gradient of every optimizer step: what arrives at it, and what is left of that after clipping.
@@ -38,7 +40,8 @@ class GradientMonitor(Observer):
         histogram_every_n_steps: The same for histograms, which are more expensive; a multiple of `every_n_steps`.
         parameters: Names, with * and ?, of those that get tags of their own; the total is always that of all.
         norm_type: 2, or infinity for the largest element; of complex ones both parts are elements.
-        max_scalar_elements: Parameters of at most so many elements are also written element by element.
+        max_scalar_elements: Parameters of at most so many elements are also written element by element, where the
+            optimizer holds at most 64 in all: of a larger model nobody looks at each.
 
     Raises:
         ValueError: A frequency is below 1, or the norm is another one.
@@ -105,7 +108,8 @@ class GradientMonitor(Observer):
     def _before(self, step: OptimizerStep) -> None:
         if step.parameters is not self._held:
             self._held = step.parameters
-            self._small = [each for each in self._held if 0 < each.numel() <= self.max_scalar_elements]
+            most = self.max_scalar_elements if sum(map(num_elements, self._held)) <= SMALL_MODEL else 0
+            self._small = [each for each in self._held if 0 < each.numel() <= most]
         self._values = flat(self._small)
 
     def _after(self, step: OptimizerStep) -> None:

@@ -83,7 +83,8 @@ class VerdictMonitor(Observer):
         self._resumed = state_dict.get("evidence")
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        if not any(each.param_groups for each in trainer.optimizers) or not trainer.is_global_zero:
+        has_optimizer = any(each.param_groups for each in trainer.optimizers)
+        if not has_optimizer or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # one batch shows nothing
             self.listen_only()
             return
         optimizer = trainer.optimizers[0]
@@ -106,6 +107,7 @@ class VerdictMonitor(Observer):
             text = "accumulate_grad_batches=%d exceeds the %d of an epoch: each step is %d/%d of their mean gradient."
             log.warning(text, a_step, num_batches, num_batches, a_step)
         self._losses: list[Tensor] = []
+        self._differentiated_at = -1  # the batch, whose loss an optimizer may ask for many times
         self._taken = trainer.global_step
         self._critical = _beside(trainer, CriticalLearningRate)
         self._is_quick = each_batch_is_a_step(trainer, module)
@@ -137,9 +139,12 @@ class VerdictMonitor(Observer):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._collector:
-            # A scaler has multiplied it; of several optimizers nobody knows whose it is.
+            # A scaler has multiplied it; of several optimizers nobody knows whose it is; L-BFGS has it again and again.
             is_known = len(trainer.optimizers) == 1 and getattr(trainer.precision_plugin, "scaler", None) is None
-            self._collector.add_backward(loss if is_known else None)
+            batch, before = trainer.fit_loop.total_batch_idx, self._differentiated_at
+            self._differentiated_at = batch
+            is_again = pl_module.automatic_optimization and batch == before
+            self._collector.add_backward(loss if is_known and not is_again else None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

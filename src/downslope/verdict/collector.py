@@ -165,12 +165,13 @@ class EvidenceCollector:
         Not every one: micro-batches add up, and another loss, a discriminator's, finds the gradient of this one.
 
         Args:
-            loss: None where it may be another optimizer's.
+            loss: None where it may be another optimizer's, or was asked for before in this step.
         """
         left = [parameter.grad for parameter in self._held if parameter.grad is not None]
         found = norms(left).sum() if left else torch.zeros((), device=self._held[0].device)
         self._least_found = found if self._least_found is None else torch.minimum(self._least_found, found)
         if loss is None:
+            self._asked = None
             return
         if not self._differentiated and self._asked is None:
             self._traces = traces_of_loss(loss)
