@@ -144,8 +144,8 @@ def _curves(fit: Fit) -> Iterator[bytes]:
     )
     points: dict[int, dict[str, list[float]]] = defaultdict(dict)
     for tag, curve in fit.members.curves.items():
-        for step, values in curve:
-            points[step][tag] = values.tolist()
+        for step, measured in curve:
+            points[step][tag] = measured.tolist()
     for index, end in enumerate(fit.members.stopped_at.tolist()):
         mine: dict[int, dict[str, float]] = defaultdict(dict)
         for step in sorted(points):
