@@ -165,6 +165,26 @@ def test_an_overfitted_batch_is_the_same_batch_each_time(script: Script, tmp_pat
     )  # full batches of these eight rows
 
 
+def test_a_line_through_as_many_features_as_rows_is_called_over_fitted(script: Script, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    table = np.round(random.normal(size=(50, 31)), 3)  # 40 rows to train on, whose target is nothing but noise
+    text = "\n".join(
+        [",".join([*(f"x{index}" for index in range(30)), "y"]), *(",".join(map(str, row)) for row in table)]
+    )
+    (tmp_path / "t.csv").write_text(text)
+    ended = script("train", "data=table", "data.path=t.csv", "data.target=y", "lr=0.1", "trainer.max_epochs=100")
+    assert re.search(r"^  overfit   val/loss is 4.7 × train/loss: more rows, ", ended.out, re.MULTILINE)
+    assert re.search(r"last weights have [\d.]+ times that$", ended.out, re.MULTILINE)  # and not 168.73% above
+    assert "  r2        val -" in ended.out
+
+
+def test_one_batch_has_no_verdict(script: Script, tmp_path: Path) -> None:
+    ended = script("train", "trainer=debug")
+    assert ended.code == 0
+    assert "verdict" not in ended.out
+    assert read_json(only_run(tmp_path))["verdict"] is None
+
+
 @pytest.mark.parametrize(
     "overrides",
     [
@@ -281,6 +301,7 @@ def test_a_sweep_trains_each_rate_in_its_own_folder(tmp_path: Path) -> None:
     ended = run_process(tmp_path, "train", "-m", "lr=0.001,0.01,0.1", *FAST)
     assert ended.returncode == 0, ended.stderr
     (sweep,) = (tmp_path / "outputs" / "sweeps").iterdir()
+    assert sweep.name.split("_", 3)[3] == "lr=0.001,0.01,0.1,trainer.max_epochs=3"
     jobs = {folder.name: read_json(folder) for folder in sweep.iterdir() if folder.is_dir()}
     assert set(jobs) == {f"lr={rate},trainer.max_epochs=3" for rate in ("0.001", "0.01", "0.1")}
     assert [job["learning_rate"] for _, job in sorted(jobs.items())] == [0.001, 0.01, 0.1]

@@ -20,13 +20,23 @@ from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.logs.tensorboard import announce_restart, event_files, flush_step_writer
-from downslope.runs.checkpoints import SafeCheckpointIO, check_same, fingerprint, keep_previous, name_of
+from downslope.runs.checkpoints import (
+    SafeCheckpointIO,
+    check_same,
+    fingerprint,
+    keep_previous,
+    name_of,
+    versions,
+    what_a_run_saves,
+)
 from downslope.runs.signals import Interrupted, StopRequest
+from downslope.steps.due import check_count
 from downslope.steps.random_state import RandomState
 
 log = logging.getLogger(__name__)
 
 Progress = dict[str, Any]
+SCHEDULE = ("lr_schedulers", "global_step", "epoch")  # Lightning's own entries of a checkpoint
 
 
 class Checkpoints(Checkpoint):
@@ -60,8 +70,8 @@ class Checkpoints(Checkpoint):
         every_n_steps: int | None = None,
         max_share: float = 0.02,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or null, got {every_n_steps}.")
+        if every_n_steps is not None:
+            check_count("every_n_steps", every_n_steps)
         if not 0 < max_share <= 1:
             raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share}.")
         if mode not in ("min", "max"):
@@ -78,6 +88,7 @@ class Checkpoints(Checkpoint):
         self._seconds_before = 0.0
         self._batch: int | None = None  # to begin with after a resume; known while this callback saves
         self._resumed: Progress | None = None
+        self._new_settings: list[dict[str, Any]] | None = None  # of the groups of an optimizer whose schedule is new
         self._sums: dict[str, dict[str, Any]] = {}  # of what was logged in the epoch that is resumed in its middle
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,18 +108,23 @@ class Checkpoints(Checkpoint):
             file = self.folder / "last.ckpt"
             check_same(file, "optimizer", self._resumed["optimizers"], [name_of(each) for each in trainer.optimizers])
             schedulers = [name_of(each) for each in _schedulers(trainer)]
-            check_same(file, "scheduler", self._resumed["schedulers"], schedulers)
+            if not pl_module.automatic_optimization or len(trainer.optimizers) > 1:  # the module knows when they step
+                check_same(file, "scheduler", self._resumed["schedulers"], schedulers)
+            elif schedulers != self._resumed["schedulers"]:
+                self._new_settings = _begin_schedule(trainer, self._resumed)
         self._epoch_random = RandomState()  # the first epoch's iterator is made right after this
         self._keeps_epoch_random = True
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._resumed = checkpoint.get("progress")
+        if "progress" in checkpoint:
+            self._resumed = checkpoint["progress"] | {name: checkpoint[name] for name in SCHEDULE}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
-            self._go_on(trainer, pl_module, self._resumed)
+            with what_a_run_saves(self.folder / "last.ckpt"):
+                self._go_on(trainer, pl_module, self._resumed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._step = trainer.global_step
         self._is_shared = trainer.world_size > 1
@@ -131,7 +147,7 @@ class Checkpoints(Checkpoint):
         self._keeps_epoch_random = progress["batch"] == 0
         epochs = trainer.fit_loop.epoch_progress  # of a saved one that has begun Lightning forgets `ready`
         epochs.current.ready = epochs.current.completed + epochs.total.ready - epochs.total.completed
-        _follow_settings(trainer, progress["settings"])
+        _follow_settings(trainer, progress["settings"], self._new_settings)
         announce_restart(trainer)
         for logger in trainer.loggers if progress.get("unlogged") else ():
             logger.log_metrics(*progress["unlogged"])
@@ -248,6 +264,7 @@ class Checkpoints(Checkpoint):
             "batch": self._batch,
             "processes": processes,
             "seconds": self._seconds_before + time.perf_counter() - self._started_at,
+            "versions": versions(),
             "model": name_of(pl_module),
             "data": fingerprint(getattr(trainer, "datamodule", None)),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -352,8 +369,33 @@ def _settings(optimizer: Optimizer) -> dict[str, Any]:
     return {name: value for name, value in optimizer.defaults.items() if isinstance(value, int | float | tuple)}
 
 
-def _follow_settings(trainer: Trainer, saved: list[dict[str, Any]]) -> None:
+def _begin_schedule(trainer: Trainer, saved: Progress) -> list[dict[str, Any]]:
+    """Brings a schedule that the run did not have to where it would stand, had the run begun with it.
+
+    A plateau is waited for from here on.
+
+    Returns:
+        What it makes of the settings of the optimizer's groups, which its state is loaded over.
+    """
+    saved["lr_schedulers"].clear()  # the former schedule's
+    for config in trainer.lr_scheduler_configs:
+        count = saved["global_step"] if config.interval == "step" else saved["epoch"]
+        with warnings.catch_warnings(action="ignore"):  # torch: the optimizer has not stepped yet
+            for _ in range(0 if config.reduce_on_plateau else count // config.frequency):
+                config.scheduler.step()  # type: ignore[call-arg]  # a plateau's needs the metric, and has none here
+    return [{name: value for name, value in group.items() if name != "params"} for group in _groups(trainer)]
+
+
+def _groups(trainer: Trainer) -> list[dict[str, Any]]:
+    return [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+
+
+def _follow_settings(trainer: Trainer, saved: list[dict[str, Any]], new: list[dict[str, Any]] | None) -> None:
     """Follows what the configuration says today: the optimizer's state has the settings of the checkpoint."""
+    if new is not None:
+        for group, settings in zip(_groups(trainer), new, strict=True):
+            group.update(settings)
+        return
     for optimizer, before in zip(trainer.optimizers, saved, strict=True):
         changed = {name: value for name, value in _settings(optimizer).items() if before.get(name) != value}
         rate = changed.pop("lr", None)

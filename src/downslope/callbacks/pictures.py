@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +17,10 @@ from downslope.gradients.vectors import clones
 from downslope.logs.tensorboard import write_picture
 from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
-from downslope.pictures.style import png
-from downslope.steps.batch_step import BatchStep, why_no_batch_step
+from downslope.pictures.style import QUIET, png
+from downslope.steps.batch_step import BatchStep
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss
+from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off, why_no_loss_of_a_step
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 Place = Sequence[Tensor]  # all parameters at one moment, each in its own shape, type and device
 
+ROUNDING = 1e-14  # of a float32's square
 PATH_BYTES = 64 * 2**20
 THINNING = 3  # odd: of a zig-zag's points every third still lie on both sides
 PARAMETER_AXES = ("weight", "bias")
@@ -44,17 +45,19 @@ class Pictures(Observer):
     eigenvectors: that needs the loss in closed form, `least_squares()`. Before each step the parameters are copied
     where they are, in one fused call and without a wait for the device; all arithmetic is left to the drawing.
 
-    Of any other module the step is drawn alone, on the loss of its batch, by some thirty forwards at each drawing; only
-    the steps to be drawn, and the last of each epoch, are copied. Where that loss cannot be had the log says why.
+    A step is drawn on the loss of its batch, along that batch's gradient, by some thirty forwards at each drawing; only
+    the steps to be drawn, and the last of each epoch, are copied. A line's step that followed all rows, or whose batch
+    was not kept, is drawn on the closed form. Of any other module the log says why the loss cannot be had.
     A picture that fails is warned of, and training continues.
+
+    Each has the run's folder and its rate in a corner.
 
     Args:
         folder: Where the PNG files go; a later one replaces the one before.
         every_n_steps: Optimizer steps between two drawings. Each takes a few tenths of a second; TensorBoard is shown
             the first, second, fourth, eighth, …, and the last.
         num_points: Of the path, at most: beyond it every third is kept. Wide models keep fewer, 64 MiB in all.
-        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
-            module's method `loss(batch)` when None.
+        loss: As for `downslope.steps.loss.BatchLoss`.
     """
 
     def __init__(self, folder: str, every_n_steps: int = 1000, num_points: int = 900, loss: Loss | None = None) -> None:
@@ -68,15 +71,16 @@ class Pictures(Observer):
         self._is_drawing = False
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        disable(self, *STEP_HOOKS)
+        self.listen_only()
         self._is_drawing = False
         self._told: set[str] = set()
         self._line = module.least_squares() if isinstance(module, HasLeastSquares) else None
         self._batch_step: BatchStep | None = None
-        reason = why_no_batch_step(trainer, module, self.loss) if self._line is None else None
-        if reason:
-            say_no_loss(trainer, "step_along_gradient.png", reason)
-        if reason or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
+        reason = why_no_loss_of_a_step(trainer, module, self.loss)
+        is_off = self._line is None and said_off(trainer, "step_along_gradient.png", reason)
+        follows_all_rows = trainer.num_training_batches == 1 and trainer.limit_train_batches == 1.0
+        self._is_of_a_batch = not reason and not (self._line and follows_all_rows)
+        if is_off or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
             return
         self._parameters = [parameter.detach() for parameter in module.parameters()]
         self._path: list[Place] = []
@@ -85,13 +89,17 @@ class Pictures(Observer):
         self._last_two: deque[Place] = deque(maxlen=2)
         self._first = self._num_steps = self._drawn_at = self._shown_at = trainer.global_step
         self.folder.mkdir(parents=True, exist_ok=True)
+        rate = next((group["lr"] for group in trainer.optimizers[0].param_groups if "lr" in group), None)
+        self._run = (
+            self.folder.name if rate is None or "lr=" in self.folder.name else f"{self.folder.name}, lr={rate:g}"
+        )
         self.follow(trainer, before=self._before)
         self._is_drawing = True
-        enable(self, "on_train_batch_start", when=self._line is None)
+        self.listen("on_train_batch_start", when=self._is_of_a_batch)
 
     def _before(self, step: OptimizerStep) -> None:
         self._num_steps = step.step + 1
-        enable(self, "on_train_batch_end", when=self._num_steps % self.every_n_steps == 0 or self._line is None)
+        self.listen("on_train_batch_end", when=self._num_steps % self.every_n_steps == 0 or self._is_of_a_batch)
         if self._line is None:
             return
         place = clones(self._parameters)
@@ -104,7 +112,8 @@ class Pictures(Observer):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         coming = self._num_steps + 1
-        if coming % self.every_n_steps == 0 or coming == trainer.max_steps or trainer.is_last_batch:
+        is_last = trainer.is_last_batch and (self._line is None or trainer.current_epoch + 1 == trainer.max_epochs)
+        if coming % self.every_n_steps == 0 or coming == trainer.max_steps or is_last:
             loss = BatchLoss(pl_module, batch, self.loss, batch_idx, precise=True)
             self._batch_step = BatchStep(self._num_steps, loss)
 
@@ -125,13 +134,14 @@ class Pictures(Observer):
         shown = last or not drawing & (drawing - 1)  # the 1st, 2nd, 4th, 8th, …: else a long run's events are pictures
         self._drawn_at = self._num_steps
         self._shown_at = self._num_steps if shown else self._shown_at
-        for name, figure in self.figures(trainer).items():
+        for name, figure in self.figures().items():
+            figure.text(0.99, 0.015, self._run, color=QUIET, fontsize=8, ha="right")
             picture = png(figure)  # drawn and packed once, for all who show it
             (self.folder / f"{name}.png").write_bytes(picture)
             if shown:
                 write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
 
-    def figures(self, trainer: Trainer) -> "dict[str, Figure]":
+    def figures(self) -> "dict[str, Figure]":
         """Returns the pictures of the run so far by name; the log says why one is left out."""
         figures: dict[str, Figure] = {}
         try:
@@ -140,13 +150,19 @@ class Pictures(Observer):
             else:
                 end = flat(self._parameters)  # a run that diverged may have taken back its last step
                 figures["loss_surface"] = self._surface(self._line, end)
-                figures["step_along_gradient"] = self._step_on_the_line(self._line, end)
+                is_kept = self._batch_step and self._batch_step.step == self._num_steps - 1
+                step = self._step_on_the_batch() if is_kept else self._step_on_the_line(self._line, end)
+                figures["step_along_gradient"] = step
         except ValueError as error:
-            self._tell(str(error))
+            reason = str(error)  # who keeps log records shall not keep a traceback, and with it the run
+            if reason not in self._told:
+                log.warning("step_along_gradient.png is left out. This is because %s.", reason)
+            self._told.add(reason)
         return figures
 
     def _surface(self, line: LeastSquares, end: Tensor) -> "Figure":
-        path = torch.stack([*until([flat(place) for place in self._path], end), end])
+        points = takewhile(lambda point: not torch.equal(point, end), map(flat, self._path))
+        path = torch.stack([*points, end])
         finite = path.isfinite().all(dim=1)
         labels = PARAMETER_AXES if len(end) == 2 else EIGENVECTOR_AXES
         num_steps = self._num_steps - self._first if finite[-1] else (int(finite.sum()) - 1) * self._stride
@@ -168,20 +184,12 @@ class Pictures(Observer):
         if not (before.isfinite().all() and end.isfinite().all()):
             raise ValueError("the parameters are not finite")
         parabola, rate = loss_along_gradient(line, before, end - before)
+        if parabola(0.0) - parabola(parabola.best) <= ROUNDING * parabola(0.0):
+            raise ValueError("the loss along the gradient is flat up to rounding")
         step = self._num_steps - (2 if taken_back else 1)
         return draw_step_along_gradient(parabola, rate, step, line.largest_stable_learning_rate)
-
-    def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
-            log.warning("step_along_gradient.png is left out. This is because %s.", reason)
 
 
 def flat(parameters: Place) -> Tensor:
     """Returns a copy of all parameters in a row, on the CPU in float64."""
     return torch.cat([parameter.flatten().cpu().double() for parameter in parameters])
-
-
-def until(path: Sequence[Tensor], end: Tensor) -> Sequence[Tensor]:
-    """Returns the points before the first that equals `end`; all of them where none does."""
-    return next((path[:place] for place, point in enumerate(path) if torch.equal(point, end)), path)

@@ -99,7 +99,7 @@ class Progress(Observer, ProgressBar):
         total = num_steps(trainer)
         epoch = f"epoch {min(trainer.current_epoch + 1, trainer.max_epochs or 0)}/{trainer.max_epochs}"
         steps = f"{trainer.global_step}/{total if total is not None else '?'} steps"
-        state = "  ".join([f"loss {self._loss:.4f}", f"‖gradient‖ {self._gradient_norm:.4g}", *_verdict(trainer)])
+        state = "  ".join([f"loss {self._loss:.4g}", f"‖gradient‖ {self._gradient_norm:.4g}", *_verdict(trainer)])
         if self._bar:
             self._bar.update(self._task, completed=trainer.global_step, epoch=epoch, steps=steps, state=state)
             self._bar.refresh()

@@ -12,6 +12,7 @@ from typing import Any
 
 from filelock import FileLock
 from hydra import compose
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.utils import JobReturn
@@ -28,7 +29,7 @@ from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.plain_files import check_regular
 from downslope.runs.prepared import keep
 from downslope.runs.result import EXIT_CODES, read_result
-from downslope.runs.resuming import keep_changes, load_run_configuration
+from downslope.runs.resuming import load_run_configuration
 from downslope.runs.trust import check_inside, names_in
 from downslope.sweeps.ending import IN_THIS_PROCESS, VECTORIZED, Ending
 from downslope.sweeps.grid import MISSING, missing_jobs, typed_overrides, values
@@ -46,7 +47,17 @@ def run_name() -> str:
 
 def chosen(*, _root_: DictConfig) -> str:
     """Returns what was chosen or overridden, to tell runs apart by: the end of a folder's name."""
-    words = ODD.sub("-", _typed_overrides(_root_).replace("experiment=", ""))[:LONGEST_CHOICE].strip("-,.")
+    return _ending(_typed_overrides(_root_))
+
+
+def swept() -> str:
+    """Returns the same of a sweep, by what was typed; its jobs, whose overrides are others, take it from there."""
+    overrides = get_args_parser().parse_known_args(sys.argv[1:])[0].overrides
+    return _ending(",".join(each for each in overrides if not each.startswith("hydra")))
+
+
+def _ending(overrides: str) -> str:
+    words = ODD.sub("-", overrides.replace("experiment=", ""))[:LONGEST_CHOICE].strip("-,.")
     return f"_{words}" if words else ""
 
 
@@ -63,6 +74,7 @@ def _typed_overrides(config: DictConfig) -> str:
 
 OmegaConf.register_new_resolver("run_name", run_name, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("chosen", chosen, replace=True)
+OmegaConf.register_new_resolver("swept", swept, use_cache=True, replace=True)
 OmegaConf.register_new_resolver("job_name", name_of_the_job, replace=True)
 
 
@@ -104,9 +116,7 @@ class Gate(Callback):
             elif writes:
                 check_unused(folder)
             _check(config.copy(), folder, self.build, trusted)
-            if writes and resumes:
-                keep_changes(config)
-            elif writes:
+            if writes and not resumes:
                 Gate.held = lock(folder)
 
     @classmethod

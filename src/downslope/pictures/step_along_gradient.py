@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 NUM_SAMPLES, NUM_POINTS = 24, 300  # of what is drawn, sampled and in closed form
 TOO_SHORT, UPHILL = 0.5, 2.0  # times the best step: below half, three quarters of what was to be had is the most
+NO_STEP = 1e-6  # times the best step: a schedule's end, or what rounding leaves of a step across the gradient
 SHORT = 0.25  # times the largest stable step: half the 1/λ that is the best in the steepest direction
 
 
@@ -30,15 +31,15 @@ def name_step(ratio: float, learning_rate: float, largest_stable: float | None, 
         uphill: Whether the loss is higher after it.
 
     Example:
-        >>> [name_step(ratio, ratio, 2.0, ratio > 2) for ratio in (-0.1, 0.0, 0.1, 0.9, 1.6, 2.2)]
+        >>> [name_step(ratio, ratio, 2.0, ratio > 2) for ratio in (-0.1, -1e-18, 0.1, 0.9, 1.6, 2.2)]
         ['backwards', 'no step', 'too short', 'about right', 'overshoot', 'overshoot, uphill']
         >>> name_step(0.04, 0.1, 0.2, False)
         '0.04 × the best'
     """
+    if abs(ratio) < NO_STEP:
+        return "no step"
     if ratio < 0:  # momentum, or a mini-batch whose gradient is another
         return "backwards"
-    if ratio == 0:
-        return "no step"
     if uphill:
         return "overshoot, uphill"
     if ratio < TOO_SHORT:
@@ -85,15 +86,18 @@ def draw_step_along_gradient(
     axes.axhline(loss(0.0), color=INK, linewidth=0.8, linestyle=":")
     axes.plot(0, loss(0.0), "o", color="white", markeredgecolor=INK, markersize=9)
     arrow = {"arrowstyle": "-|>", "color": RED, "linewidth": 1.8, "shrinkA": 6, "shrinkB": 5}
-    axes.annotate("", (learning_rate, loss(learning_rate)), (0, loss(0.0)), arrowprops=arrow)
+    if abs(ratio) >= NO_STEP:
+        axes.annotate("", (learning_rate, loss(learning_rate)), (0, loss(0.0)), arrowprops=arrow)
     axes.plot(learning_rate, loss(learning_rate), "o", color=RED, markeredgecolor=INK, markersize=9, label="taken")
     axes.set(xlim=(rates[0], right), ylim=(low - 0.08 * drop, low + 1.15 * drop))
     axes.set_xlabel("learning rate: how far the step follows the gradient")
     axes.set_ylabel(f"{'loss of the batch' if sampled else 'training loss'} after the step")
     uphill = not loss(learning_rate) <= loss(0.0) if sampled else ratio > UPHILL
     name = name_step(ratio, learning_rate, largest_stable, uphill)
-    below = f"It goes {learning_rate:.3g} × the gradient"
-    if largest_stable and SHORT * largest_stable <= learning_rate < TOO_SHORT * best:
+    below = f"It goes {learning_rate:.3g} × the gradient of {'its batch' if sampled else 'all rows'}"
+    if abs(ratio) < NO_STEP:
+        below = "It does not follow its gradient"
+    elif largest_stable and SHORT * largest_stable <= learning_rate < TOO_SHORT * best:
         below += f"; beyond {largest_stable:.3g} × the steepest direction diverges"
     else:
         below += f": {ratio:.3g} × the best along this one"

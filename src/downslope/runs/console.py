@@ -29,6 +29,7 @@ from downslope.runs.signals import exit_on_signals
 
 FLIGHT_RECORD = "flight_record.json"  # its own module would bring torch along
 FULL_ERROR = "HYDRA_FULL_ERROR"
+OVERFITTED = 2.0  # times the training loss
 SHOW_TRACEBACK = os.environ.get(FULL_ERROR) == "1"  # read before `command` borrows the variable
 
 
@@ -179,8 +180,7 @@ def print_result(result: Result, folder: Path) -> None:
     lines = ["", *metric_lines(result.metrics)]
     least, excess = result.least_squares_loss, result.excess_loss
     if least is not None and excess is not None:
-        above = f"{excess / least:.2%}" if least > 1e-12 and excess < 1000 * least else f"{excess:.4g}"
-        lines.append(f"  optimum   least squares {least:.4g} on the training rows: the last weights are {above} above")
+        lines.append(f"  optimum   least squares {least:.4g} on the training rows: {_above(least, excess)}")
     if result.learning_rate and result.largest_stable_learning_rate and result.sharpness:
         lines.append(
             f"  rate      {result.learning_rate:g} is "
@@ -194,6 +194,7 @@ def print_result(result: Result, folder: Path) -> None:
             lines.append(f"            the last steps before it and its batch: {FLIGHT_RECORD}")
     sentence = result.evidence.get("sentence", "")
     lines += textwrap.wrap(sentence, 118, initial_indent="  verdict   ", subsequent_indent=" " * 12)
+    lines += overfitting(result)
     run, again = _shortest(folder), ""
     lines += ["", f"  run       {run}"]
     if (folder / "checkpoints" / "best.ckpt").is_file():
@@ -202,6 +203,34 @@ def print_result(result: Result, folder: Path) -> None:
         others = [each for each in result.overrides if each.partition("=")[0] != override.partition("=")[0]]
         again = f"        again   {shlex.join([*command_line(), *others, override])}"
     say("\n".join([*lines, f"  look      make dashboard{again}"]))
+
+
+def _above(least: float, excess: float) -> str:
+    """How far the last weights are from least squares; of nothing there is no multiple."""
+    if least <= 1e-12 or excess >= 1000 * least:
+        return f"the last weights are {excess:.4g} above"
+    share = excess / least
+    return f"the last weights {f'are {100 * share:.2g}% above' if share < 1 else f'have {1 + share:.3g} times that'}"
+
+
+def overfitting(result: Result) -> list[str]:
+    """Returns a line where the validation loss is more than twice the training loss, and not next to nothing.
+
+    Example:
+        >>> seen = Result("completed", monitor="val/loss", metrics={"train/loss": 0.25, "val/loss": 1.0})
+        >>> overfitting(seen)
+        ['  overfit   val/loss is 4 × train/loss: more rows, a smaller model or weight decay may help']
+        >>> overfitting(Result("completed", monitor="val/loss", metrics={"train/loss": 0.75, "val/loss": 1.0}))
+        []
+    """
+    monitor = result.monitor or ""
+    counterpart = f"train/{monitor.partition('/')[2]}"
+    train, value = result.metrics.get(counterpart, 0.0), result.metrics.get(monitor, 0.0)
+    is_much = value > OVERFITTED * train > 0 and value > 0.01 * result.evidence.get("first_loss", 0.0)
+    if result.status != "completed" or result.mode != "min" or not is_much:
+        return []
+    factor = f"{value / train:.2g} ×"
+    return [f"  overfit   {monitor} is {factor} {counterpart}: more rows, a smaller model or weight decay may help"]
 
 
 def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
@@ -227,7 +256,7 @@ def metric_lines(metrics: Mapping[str, float]) -> list[str]:
     for tag in sorted(metrics, key=lambda tag: ranks.get(tag.partition("/")[0], len(ranks))):
         part, _, name = tag.partition("/")
         is_part, value = name and part in ranks, metrics[tag]
-        figure = f"{value:.4f}" if value == 0 or 0.001 <= abs(value) < 1e6 else f"{value:.4g}"
+        figure = f"{value:.4f}" if value == 0 or 0.1 <= abs(value) < 1e6 else f"{value:.4g}"
         lines.setdefault(name if is_part else tag, []).append(f"{part} {figure}" if is_part else figure)
     return [f"  {name:<9} {'   '.join(values)}" for name, values in lines.items()]
 

@@ -30,6 +30,7 @@ class Result:
     monitor: str | None = None  # the metric that the run is about
     mode: str = "min"  # whether its least or its greatest value is best
     objective: float | None = None  # that metric, of the last weights
+    num_validation_rows: int | None = None  # where its data loader says how many there are
     metrics: dict[str, float] = field(default_factory=dict)  # by tag, all that was logged last, of the last weights
     least_squares_loss: float | None = None  # the least mean squared error of any line, where the task has it
     excess_loss: float | None = None  # of the last weights over the training rows − `least_squares_loss`

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.conf import HydraConf
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
@@ -46,7 +47,8 @@ def load_run_configuration(config: DictConfig, trusted: Sequence[str]) -> Result
     for key in allowed:
         if key not in [override.key_or_group for override in typed]:
             raise ValueError(f"`resume_override` must name keys that are set beside it, got {key!r} without {key}=….")
-    changed = [override.input_line for override in typed if _change(override, config, saved, hydra, allowed)]
+    changed = [override for override in typed if _change(override, config, saved, hydra, allowed)]
+    kept = [each for each in hydra.overrides.task if not _sets(each, changed)]
     with read_write(config), open_dict(config):
         for key in [str(key) for key in config if key != "hydra"]:
             del config[key]
@@ -55,25 +57,30 @@ def load_run_configuration(config: DictConfig, trusted: Sequence[str]) -> Result
         config.resume, config.resume_override = str(run), allowed
         config.hydra.run.dir = str(run)
         config.hydra.output_subdir = None  # what stands there is the run's own
-        config.hydra.overrides.task = [*hydra.overrides.task, *changed]
+        config.hydra.overrides.task = [*kept, *(override.input_line for override in changed)]
         config.hydra.runtime.choices = hydra.runtime.choices
     result = read_result(run)
     return result if result and result.status in ("completed", "diverged") and not changed else None
 
 
-def keep_changes(config: DictConfig) -> None:
+def keep_changes(config: DictConfig, now: HydraConf) -> None:
     """Writes what `resume_override` changed into the run's configuration: the next resume takes it from there."""
-    if not config.resume_override:
+    if not config.get("resume_override"):
         return
-    own = OmegaConf.masked_copy(config, [str(key) for key in config if key != "hydra"])
-    with open_dict(own):
+    own = config.copy()
+    with read_write(own), open_dict(own):
         own.resume, own.resume_override = None, []
     hydra = OmegaConf.load(_file(Path(config.resume), "hydra.yaml"))
-    hydra.hydra.overrides.task = config.hydra.overrides.task
-    hydra.hydra.runtime.choices = config.hydra.runtime.choices
-    for name, content in {"config": own, "overrides": config.hydra.overrides.task, "hydra": hydra}.items():
+    hydra.hydra.overrides.task = now.overrides.task
+    hydra.hydra.runtime.choices = now.runtime.choices
+    for name, content in {"config": own, "overrides": now.overrides.task, "hydra": hydra}.items():
         with whole_file(Path(config.resume) / ".hydra" / f"{name}.yaml") as stream:
             stream.write(OmegaConf.to_yaml(content).encode())
+
+
+def _sets(text: str, overrides: Sequence[Override]) -> bool:
+    """Tells whether what was typed once sets a key of these."""
+    return text.partition("=")[0].lstrip("+") in [override.key_or_group for override in overrides]
 
 
 def _file(run: Path, name: str) -> Path:

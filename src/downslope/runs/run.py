@@ -3,18 +3,16 @@
 import contextlib
 import logging
 import math
-import platform
 import time
 import traceback
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import parameters_to_vector
@@ -22,13 +20,14 @@ from torch.nn.utils import parameters_to_vector
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
-from downslope.runs.checkpoints import LAST, checkpoint_of
+from downslope.runs.checkpoints import LAST, checkpoint_of, versions, what_a_run_saves
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
 from downslope.runs.folder import is_main_process
 from downslope.runs.log import begin_log
 from downslope.runs.prepared import take
 from downslope.runs.result import Result
+from downslope.runs.resuming import keep_changes
 from downslope.runs.signals import Interrupted
 from downslope.runs.stored import passes
 from downslope.runs.whole_files import PARTIAL
@@ -38,7 +37,6 @@ log = logging.getLogger(__name__)
 DIVERGED_BEYOND = 1e6
 DIVERGED_WORDS = ("diverging", "too_large", "non_finite")
 CHOICES = ("device", "model", "optimizer", "data")  # that HPARAMS shows
-PACKAGES = ("downslope", "lightning", "hydra-core", "numpy")
 
 
 @runtime_checkable
@@ -59,8 +57,7 @@ def first_result(config: DictConfig, overrides: list[str]) -> Result:
         mode=config.get("mode", "min"),
         overrides=overrides,
         seed=config.get("seed"),
-        versions={"python": platform.python_version(), "torch": torch.__version__}
-        | {name: version(name) for name in PACKAGES},
+        versions=versions(),
     )
 
 
@@ -105,7 +102,9 @@ class Run:
         if self.config.get("resume"):
             self.checkpoint, state = take("checkpoint", lambda: checkpoint_of(self.folder, data, module))
             progress = state["progress"]
-            self.result.seconds, self.result.metrics = progress["seconds"], dict(progress["metrics"])
+            with what_a_run_saves(self.checkpoint):
+                metrics = {str(name): float(value) for name, value in progress["metrics"].items()}
+            self.result.seconds, self.result.metrics = progress["seconds"], metrics
             if trainer.is_global_zero:
                 for partial in (self.folder / LAST).parent.glob(f"*{PARTIAL}"):  # of a process that was killed
                     partial.unlink()
@@ -120,6 +119,7 @@ class Run:
         if trainer.state.fn == TrainerFn.FITTING:
             self._stop_the_clock()
             self._judge(trainer)
+            self.result.num_validation_rows = num_rows(trainer.val_dataloaders)
             if trainer.enable_validation and self._outside.validated_at != trainer.global_step:
                 trainer.validate(self._module, datamodule=self._data, verbose=False)
                 self.collect(trainer)
@@ -157,8 +157,13 @@ class Run:
             print_interrupted(self.result, self.folder, error.saved)
         elif isinstance(error, Exception):
             log.info("failed", exc_info=error)
-            if self.checkpoint and not self._outside.has_begun:
-                return  # a resume that was refused: what there was of the run stays as it is
+            if self.checkpoint and not self._outside.has_begun:  # what there was of the run stays as it is
+                if any(
+                    frame.f_code.co_filename == checkpoint_connector.__file__ for frame, _ in traceback.walk_tb(trace)
+                ):
+                    with what_a_run_saves(self.checkpoint):
+                        raise error
+                return
             self.result.status = "failed"
             if self._is_of_the_first_step(trace):
                 model, data = (HydraConfig.get().runtime.choices.get(name) for name in ("model", "data"))
@@ -184,6 +189,13 @@ class Run:
             result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
+
+
+def num_rows(loader: Any) -> int | None:
+    """Returns how many rows a data loader serves, where it knows that."""
+    with contextlib.suppress(TypeError):  # a stream of rows has no end
+        return getattr(loader, "num_rows", 0) or len(getattr(loader, "dataset", ())) or None
+    return None
 
 
 def line_of(result: Result) -> tuple[dict[str, Any], dict[str, float | None], int]:
@@ -223,6 +235,8 @@ class Outside(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.has_begun = True
+        if trainer.is_global_zero:
+            keep_changes(self.run.config, HydraConfig.get())  # a resume that is refused until here has changed nothing
         if not trainer.global_step:  # a LearningRateFinder has set another one
             self.run.result.learning_rate = _highest_rate(trainer)
 

@@ -74,6 +74,8 @@ def values(override: Override, points: int | None = None) -> list[str]:
         return [override.input_line or ""]
     if isinstance(value, RangeSweep) and not abs(value.stop - value.start) <= MOST_JOBS * abs(value.step):  # type: ignore[operator]
         raise ValueError(f"`{key}` must have at most {MOST_JOBS:,} values, got {override.input_line}.")
+    if isinstance(value, RangeSweep) and isinstance(value.step, float):  # 0.1 + 0.2 is 0.3 to whoever typed it
+        return [f"{key}={float(each):.12g}" for each in override.sweep_string_iterator()]
     return [f"{key}={each}" for each in override.sweep_string_iterator()]
 
 

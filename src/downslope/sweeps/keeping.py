@@ -25,7 +25,7 @@ from downslope.runs.checkpoints import BEST, LAST, as_bytes, name_of
 from downslope.runs.console import one_line, say
 from downslope.runs.folder import LOCK
 from downslope.runs.result import FILE_NAME, Result, objective_of
-from downslope.runs.run import first_result, line_of
+from downslope.runs.run import first_result, line_of, num_rows
 from downslope.sweeps.groups import Group
 from downslope.sweeps.job import KEY, SOURCES, begun, failure, job_key
 from downslope.sweeps.members import Fit, of_member
@@ -107,6 +107,7 @@ def _results(group: Group, fit: Fit) -> list[Result]:
     known = first_result(group.config, [])
     known.seconds, known.device = fit.seconds / len(group.jobs), str(fit.trainer.strategy.root_device)
     known.critical_learning_rate = fit.critical_learning_rate
+    known.num_validation_rows = num_rows(fit.trainer.val_dataloaders)
     line, excess, first_excess = fit.line, None, None
     if line is not None:
         known.least_squares_loss, known.sharpness = line.loss, line.sharpness

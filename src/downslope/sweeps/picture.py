@@ -5,6 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from downslope.pictures.style import INK, LINES, PAPER, QUIET, new_figure, paint
+from downslope.sweeps.comparison import Average, as_good, as_good_on_average, over_seeds
 from downslope.sweeps.table import GRADIENT_NORM, Job, curve_tags, judged_by, next_rate, varied_keys
 
 if TYPE_CHECKING:
@@ -42,10 +43,12 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
     objective, _ = judged_by(jobs)
     figure = new_figure(9.6, 5.4, layout="constrained")
     axes = figure.add_subplot()
-    lines = lines_of(jobs)
+    lines, averages = lines_of(jobs), over_seeds(jobs)
     is_curve = len(lines) == 1 and len(jobs) > MANY
     if grid := _grid(jobs):
         _draw_map(axes, jobs, *grid)
+    elif averages:
+        lines = _draw_averages(axes, averages)
     elif len(lines) <= MOST_LINES:
         for index, (label, line) in enumerate(lines.items()):
             edge = 1.0 + 0.03 * index  # so that no line hides the next one's
@@ -57,8 +60,9 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
         _draw_lines(axes, lines.values(), f"{len(lines)} lines: {others}", color=LINES[0], alpha=0.35)
     _draw_limits(axes, jobs)
     if not grid:
-        _draw_best(axes, jobs[0], next_rate(jobs))
-        axes.set_ylabel(objective)
+        best, value = (averages[0], averages[0].mean) if averages else (jobs[0], jobs[0].objective)
+        _draw_best(axes, best.learning_rate, value, next_rate(jobs))
+        axes.set_ylabel(f"{objective}, mean and standard deviation over seeds" if averages else objective)
     axes.set_xlabel("learning rate")
     paint(axes)
     values = [] if grid else [job.objective for line in lines.values() for job in line if math.isfinite(job.objective)]
@@ -67,10 +71,29 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
         _scale(axes, "y", values)
     if is_curve:
         _scale_of_most(axes, values)
-    axes.set_title(_headline(jobs, objective), loc="left", pad=22, color=INK, fontsize=13, fontweight="bold")
+    axes.set_title(_headline(jobs, averages, objective), loc="left", pad=22, color=INK, fontsize=13, fontweight="bold")
     drawn = [] if grid else [job for job in jobs if not (is_curve and job.status == "diverged")]
     _legend(axes, drawn, len(lines) > 1 and not grid)
     return figure
+
+
+def _draw_averages(axes: "Axes", averages: Sequence[Average]) -> dict[str, list[Job]]:
+    """A line of means with their spread for whatever was varied beside rate and seed, its jobs as small dots."""
+    lines: dict[str, list[Average]] = {}
+    for each in sorted(averages, key=lambda each: each.learning_rate or 0.0):
+        others = [f"{key}={_short(value)}" for key, value in each.overrides.items() if key != "lr"]
+        lines.setdefault(", ".join(others), []).append(each)
+    drawn = {}
+    for index, (label, line) in enumerate(sorted(lines.items())):
+        color = LINES[index % MOST_LINES]
+        drawn[label] = [job for each in line for job in each.jobs.values() if job.learning_rate]
+        rates, means = [each.learning_rate or math.nan for each in line], [each.mean for each in line]
+        look = {"color": color, "marker": "o", "markersize": 6, "linewidth": 2, "capsize": 5}
+        axes.errorbar(rates, means, [each.spread for each in line], label=label, **look)  # type: ignore[arg-type]
+        seeds = [(job.learning_rate, job.objective) for job in drawn[label] if math.isfinite(job.objective)]
+        axes.plot(*zip(*seeds, strict=True) if seeds else ((), ()), ".", color=color, alpha=0.5)
+        _draw_lines(axes, [[job for job in drawn[label] if not math.isfinite(job.objective)]], "", color=color)
+    return drawn
 
 
 def _draw_lines(
@@ -171,9 +194,9 @@ def _draw_limit(axes: "Axes", rate: float, words: str, style: str) -> None:
     )  # fmt: skip
 
 
-def _draw_best(axes: "Axes", best: Job, rate: float | None) -> None:
-    if best.learning_rate and math.isfinite(best.objective):
-        axes.plot(best.learning_rate, best.objective, "o", markersize=15, markerfacecolor="none",
+def _draw_best(axes: "Axes", learning_rate: float | None, objective: float, rate: float | None) -> None:
+    if learning_rate and math.isfinite(objective):
+        axes.plot(learning_rate, objective, "o", markersize=15, markerfacecolor="none",
                   markeredgecolor=INK, markeredgewidth=1.6, clip_on=False)  # fmt: skip
     if rate:
         axes.plot(rate, 0.0, "^", transform=axes.get_xaxis_transform(), color=INK, markersize=11, clip_on=False)
@@ -181,12 +204,19 @@ def _draw_best(axes: "Axes", best: Job, rate: float | None) -> None:
                       textcoords="offset points", color=INK)  # fmt: skip
 
 
-def _headline(jobs: Sequence[Job], objective: str) -> str:
-    best = jobs[0]
-    if not math.isfinite(best.objective):
-        return f"No job has a {objective}"
-    what = ", ".join(f"{key}={_short(best.overrides[key])}" for key in varied_keys(jobs) if key in best.overrides)
-    return f"Best {objective} {best.objective:.4g}" + (f" at {what}" if what else "")
+def _headline(jobs: Sequence[Job], averages: Sequence[Average], objective: str) -> str:
+    """Names the best, where it is best by more than the noise of the validation rows, or of the seeds."""
+    best: Job | Average = averages[0] if averages else jobs[0]
+    equals: Sequence[Job | Average] = as_good_on_average(averages) if averages else as_good(jobs)
+    values = [each.mean if isinstance(each, Average) else each.objective for each in equals]
+    if not math.isfinite(values[0]):
+        return f"No job has a {objective}" if not averages else f"No {objective} of every seed"
+    if len(equals) > 1:
+        return f"No clear best among {len(equals)}: {objective} {min(values):.4g} to {max(values):.4g}"
+    keys = [key for key in varied_keys(jobs) if key in best.overrides]
+    what = ", ".join(f"{key}={_short(best.overrides[key])}" for key in keys)
+    spread = f" ± {averages[0].spread:.2g} over {len(averages[0].jobs)} seeds" if averages else ""
+    return f"Best {objective} {values[0]:.4g}{spread}" + (f" at {what}" if what else "")
 
 
 def _legend(axes: "Axes", jobs: Sequence[Job], several: bool) -> None:
@@ -243,8 +273,11 @@ def draw_curves(jobs: Sequence[Job]) -> "Figure | None":
                 label = _curve_name(job, jobs) if line == "-" else None
                 axes.plot(steps, [curve[step] for step in steps], line, color=color, label=label, marker=marker)
         paint(axes)
-        axes.set(xlabel="step", ylabel=name)
-        _scale_of_most(axes, [value for job in shown for tag in tags for value in job.curves.get(tag, {}).values()])
+        dotted = "".join(f" (dotted: {tag})" for tag in tags[1:] if any(tag in job.curves for job in shown))
+        axes.set(xlabel="step", ylabel=f"{name}{dotted}")
+        curves = [job.curves[tag] for job in shown for tag in tags if job.curves.get(tag)]
+        begin = max((curve[min(curve)] for curve in curves), default=0.0)
+        _scale_of_most(axes, [value for curve in curves for value in curve.values()], begin)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=4, frameon=False, fontsize=8, labelcolor=INK)
     return figure
@@ -267,9 +300,9 @@ def _curve_name(job: Job, jobs: Sequence[Job]) -> str:
     return (", ".join(varied) or _short(job.name)) + mark
 
 
-def _scale_of_most(axes: "Axes", values: Sequence[float]) -> None:
-    """A logarithmic scale where it can be, on which a job that blew up does not squeeze the others flat."""
+def _scale_of_most(axes: "Axes", values: Sequence[float], begin: float = 0.0) -> None:
+    """A logarithmic scale where it can be, on which a job that blew up rises and does not squeeze the others flat."""
     values = sorted(value for value in values if math.isfinite(value))
     if values and values[0] > 0:
         axes.set_yscale("log")
-        axes.set_ylim(values[0] / 1.3, min(values[-1] * 1.3, values[len(values) // 2] * 100))
+        axes.set_ylim(values[0] / 1.3, min(values[-1] * 1.3, max(values[len(values) // 2] * 100, begin * 30)))

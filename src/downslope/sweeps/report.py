@@ -11,6 +11,7 @@ from typing import Any
 from downslope.pictures.style import png
 from downslope.runs.console import one_line
 from downslope.runs.whole_files import whole_file
+from downslope.sweeps.comparison import as_good, over_seeds, rows_over_seeds
 from downslope.sweeps.picture import MOST_CURVES, draw_curves, draw_learning_rate
 from downslope.sweeps.table import Job, csv_of, judged_by, next_rate, read_jobs, rows, varied_keys
 
@@ -60,17 +61,19 @@ def print_report(report: Report) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=160)  # a file has no edge
-    lines = rows(report.jobs, varied_keys(report.jobs))
-    names = _columns(report.jobs, lines)
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for name in names:
-        is_number = all(isinstance(line[name], int | float | None) for line in lines)
-        table.add_column(Text(one_line(name)), justify="right" if is_number else "left", overflow="fold")
-    for line in lines[:MOST_ROWS]:
-        table.add_row(*(Text(one_line(_text(line[name]))) for name in names))
-    console.print(table)
-    if len(lines) > MOST_ROWS:
-        console.print(f"… and {len(lines) - MOST_ROWS} more")
+    all_rows = rows(report.jobs, varied_keys(report.jobs))
+    over = rows_over_seeds(over_seeds(report.jobs), judged_by(report.jobs)[0])
+    for lines, names in ((all_rows, _columns(report.jobs, all_rows)), (over, list(over[0]) if over else [])):
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for name in names:
+            is_number = all(isinstance(line[name], int | float | None) for line in lines)
+            table.add_column(Text(one_line(name)), justify="right" if is_number else "left", overflow="fold")
+        for line in lines[:MOST_ROWS]:
+            table.add_row(*(Text(one_line(_text(line[name]))) for name in names))
+        if lines:
+            console.print(table)
+        if len(lines) > MOST_ROWS:
+            console.print(f"… and {len(lines) - MOST_ROWS} more")
     for name, file in (("table", report.table), ("picture", report.picture), ("page", report.page)):
         console.print(Text(f"  {name:<10}{one_line(str(file))}"), soft_wrap=True)
 
@@ -93,6 +96,13 @@ def _page(title: str, jobs: Sequence[Job], picture: bytes, curves: bytes | None)
     left_out = {*first, *LONG, "learning_rate" if "lr" in first else ""}
     others = [*(name for name in table[0] if name not in left_out), *(name for name in LONG if name not in first)]
     columns = [*first, *(name for name in others if any(row[name] for row in table))][:MOST_COLUMNS]
+    varies = [name for name in columns if name == monitor or len({str(row[name]) for row in table}) > 1]
+    same = {key: value for key, value in jobs[0].overrides.items() if key not in varied_keys(jobs)}
+    if len(jobs) > 1:
+        same |= {name: _text(table[0][name]) for name in columns if name not in varies}
+        columns = varies
+    best = [f"{key}={jobs[0].overrides[key]}" for key in varied_keys(jobs) if key in jobs[0].overrides]
+    over = rows_over_seeds(over_seeds(jobs), monitor)
     page = Environment(loader=PackageLoader("downslope.sweeps", "."), autoescape=True).get_template("page.html")
     return page.render(
         title=title,
@@ -100,6 +110,9 @@ def _page(title: str, jobs: Sequence[Job], picture: bytes, curves: bytes | None)
         counts=Counter(job.status for job in jobs),
         errors=Counter(job.error for job in jobs if job.error).most_common(MOST_ERRORS),
         best=jobs[0] if math.isfinite(jobs[0].objective) else None,
+        best_name=", ".join(best) or jobs[0].name,
+        same=same,
+        num_as_good=len(as_good(jobs)),
         extreme=EXTREMES.get(mode),
         monitor=monitor,
         suggested=next_rate(jobs),
@@ -107,6 +120,7 @@ def _page(title: str, jobs: Sequence[Job], picture: bytes, curves: bytes | None)
         curves=curves and _data_uri(curves),
         most_curves=MOST_CURVES,
         columns=columns,
+        over_seeds=[list(over[0]), *([_text(value) for value in row.values()] for row in over)] if over else [],
         rows=[(job, [_cell(name, row[name]) for name in columns]) for job, row in zip(jobs, table, strict=True)],
     )
 

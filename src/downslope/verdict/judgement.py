@@ -58,7 +58,7 @@ def judge(evidence: Evidence, thresholds: Thresholds | None = None) -> Verdict:
     if suggestion.decay:
         is_constant = evidence.learning_rate > 0.9 * evidence.peak
         override = "scheduler=cosine" if is_constant else ""
-        sentence += f" A {'rate that decays, or a ' if is_constant else ''}larger batch lets it fall on."
+        sentence += f" A {'decaying rate or a ' if is_constant else ''}larger batch would let it fall further."
     if override:
         sentence += f" Try {override}."
     return Verdict(word, sentence, suggestion, override, _figures(evidence), named)
@@ -153,8 +153,8 @@ def _why_oscillating(seen: Evidence, limits: Thresholds) -> str | None:
         return None
     if _is_held_by_noise(seen, limits):
         return (
-            f"the loss does not fall any more, and {seen.noise_share:.0%} of the gradient is the noise of its batches: "
-            "the rate holds the weights at that distance"
+            f"the loss has stopped falling, and {seen.noise_share:.0%} of the gradient is the noise of its batches: at "
+            "this rate it keeps the weights away from the optimum"
         )
     if seen.best_loss is None or seen.loss is None:
         return None
@@ -234,10 +234,11 @@ def _progress(seen: Evidence, limits: Thresholds) -> str:
     """How quickly it goes, along which direction, and how far there is to go."""
     parts = []
     if seen.learning_rate < 1e-3 * seen.peak:
-        parts.append("the rate has come down to nothing")
+        parts.append("the rate has decayed to almost nothing")
     elif seen.line is not None and seen.method == "gradient_descent":
+        holds = f", which holds {seen.line.share:.0%} of the excess loss" if seen.line.share >= 0.005 else ""
         shrinks = f"the error shrinks by {_percent(1 - seen.line.decay)} a step along its slowest direction"
-        parts.append(f"{shrinks} ({seen.line.direction}, which holds {seen.line.share:.0%} of the excess loss)")
+        parts.append(f"{shrinks} ({seen.line.direction}{holds})")
     elif seen.gradient_decay is not None and seen.gradient_decay < 1 and seen.noise_share <= limits.noisy:
         parts.append(f"the gradient shrinks by {_percent(1 - seen.gradient_decay)} a step")
     elif seen.loss_trend < 0:
@@ -280,7 +281,7 @@ def _figures(seen: Evidence) -> dict[str, float]:
 
 
 def _percent(share: float) -> str:
-    return f"{100 * share:.2g} %"
+    return f"{100 * share:.2g}%"
 
 
 def _rounded(steps: float) -> int:

@@ -142,7 +142,7 @@ class Foreign(LightningModule):
         return SGD(groups, lr=0.1)
 
 
-def fit_foreign(folder: Path, monitor: GradientMonitor, logger: object) -> None:
+def fit_foreign(folder: Path, monitor: GradientMonitor, logger: object, module: Foreign | None = None) -> None:
     Trainer(
         max_epochs=1,
         accelerator="cpu",
@@ -152,7 +152,7 @@ def fit_foreign(folder: Path, monitor: GradientMonitor, logger: object) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
         log_every_n_steps=1,
-    ).fit(Foreign(), DataLoader(torch.randn(8, 20), batch_size=4))
+    ).fit(module or Foreign(), DataLoader(torch.randn(8, 20), batch_size=4))
 
 
 def test_a_foreign_module_is_watched(tmp_path: Path) -> None:
@@ -162,6 +162,19 @@ def test_a_foreign_module_is_watched(tmp_path: Path) -> None:
     assert not any("frozen" in tag or "unused" in tag for tag in tags)
     assert not any(tag.startswith("gradient_value/large.weight") for tag in tags)  # 20 elements are too many
     assert "gradient_value/large.bias[0]" in tags
+
+
+def test_of_a_model_of_more_than_64_elements_no_element_has_a_tag(tmp_path: Path) -> None:
+    class Larger(Foreign):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.unused = nn.Linear(width, 1)  # 20 + 1 elements are in `large`
+
+    for width, has_tags in ((42, True), (43, False)):
+        folder = tmp_path / str(width)
+        logger = TensorBoardLogger(folder, name="", version="")
+        fit_foreign(folder, GradientMonitor(every_n_steps=1), logger, Larger(width))
+        assert ("gradient_value/large.bias[0]" in read_events(folder).Tags()["scalars"]) == has_tags
 
 
 def test_another_logger_gets_the_scalars(tmp_path: Path) -> None:

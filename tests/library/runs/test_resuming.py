@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from downslope.runs.checkpoints import load_checkpoint, write_checkpoint
 from downslope.runs.folder import LOCK
 from tests.conftest import ROOT, Outcome, read_json
 
@@ -151,6 +152,21 @@ def test_another_runs_checkpoint_is_refused(script: Script, stopped: Path) -> No
     assert "made with another set of weights" in ended.err
 
 
+def test_other_versions_are_told_of_and_what_cannot_be_loaded_is_one_message(script: Script, stopped: Path) -> None:
+    saved = load_checkpoint(stopped / LAST)
+    saved["progress"]["versions"]["torch"] = "1.0"
+    write_checkpoint(saved, stopped / LAST)
+    ended = script("train", "resume=run")
+    assert ended.code == 0
+    assert f"the last bits may differ: torch 1.0 there, {torch.__version__} here." in ended.err
+    saved["loops"] = {"fit_loop": 3}
+    write_checkpoint(saved, stopped / LAST)
+    (stopped / "result.json").unlink()
+    ended = script("train", "resume=run")
+    assert ended.code == 1
+    assert "last.ckpt does not hold what a run saves: " in ended.err
+
+
 @pytest.mark.parametrize("what", ["nowhere", "nothing"])
 def test_nothing_to_go_on_from_is_an_error(script: Script, stopped: Path, what: str) -> None:
     shutil.rmtree(stopped / "checkpoints")
@@ -202,6 +218,33 @@ def test_a_schedule_ends_where_the_run_ends_whatever_ends_it(script: Script, tmp
 def rates(run: Path, version: int) -> list[float]:
     with (run / "csv" / f"version_{version}" / "metrics.csv").open() as stream:
         return [float(row["learning_rate/SGD"]) for row in csv.DictReader(stream) if row["learning_rate/SGD"]]
+
+
+def test_a_new_schedule_stands_where_it_would_had_the_run_begun_with_it(script: Script, tmp_path: Path) -> None:
+    every_step = ("data=synthetic", "logger=csv", "callbacks.learning_rate_effects.every_n_steps=1")  # 13 an epoch
+    assert script("train", *every_step, "trainer.max_epochs=1", "hydra.run.dir=run").code == 0
+    changed = ("trainer.max_epochs=3", "scheduler=cosine")
+    assert script("train", "resume=run", "resume_override=[trainer.max_epochs,scheduler]", *changed).code == 0
+    falling = [0.01 * (1 + math.cos(math.pi * step / 39)) for step in range(39)]
+    assert rates(tmp_path / "run", 0) == pytest.approx([0.02] * 13)
+    assert rates(tmp_path / "run", 1) == pytest.approx(falling[13:], abs=1e-8)
+    assert read_json(tmp_path / "run")["overrides"] == ["data=synthetic", *every_step[1:], *changed]
+    constant = ("trainer.max_epochs=4", "scheduler=constant", "lr=0.01")
+    assert script("train", "resume=run", "resume_override=[trainer.max_epochs,scheduler,lr]", *constant).code == 0
+    assert rates(tmp_path / "run", 2) == pytest.approx([0.01] * 13)
+
+
+def test_a_resume_that_is_refused_changes_nothing(script: Script, run: Path) -> None:
+    before = (run / ".hydra" / "config.yaml").read_bytes()
+    refused = script("train", "resume=run", "resume_override=[optimizer]", "optimizer=adam")
+    assert refused.code == 1
+    assert "made with another optimizer: torch.optim.sgd.SGD there, torch.optim.adam.Adam here." in refused.err
+    assert (run / ".hydra" / "config.yaml").read_bytes() == before
+    manual = (*("model=manual", "data=synthetic"), "trainer.max_epochs=1", "hydra.run.dir=manual")
+    assert script("train", *manual).code == 0
+    changed = ("resume_override=[trainer.max_epochs,scheduler]", "trainer.max_epochs=2", "scheduler=cosine")
+    refused = script("train", "resume=manual", *changed)
+    assert "made with another scheduler: none there, torch.optim.lr_scheduler.LambdaLR here." in refused.err
 
 
 @pytest.mark.parametrize("model", ["automatic", "manual"])

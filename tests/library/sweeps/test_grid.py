@@ -23,6 +23,11 @@ def test_an_interval_is_shown_by_its_two_ends_and_is_no_grid() -> None:
         jobs([override])
 
 
+def test_a_range_has_the_numbers_that_its_user_would_write() -> None:
+    assert jobs(parsed({}, ["lr=range(0.1,0.5,0.1)"])) == [["lr=0.1"], ["lr=0.2"], ["lr=0.3"], ["lr=0.4"]]
+    assert jobs(parsed({}, ["seed=range(9007199254740993,9007199254740995)"]))[0] == ["seed=9007199254740993"]
+
+
 @pytest.mark.parametrize(
     "typed",
     [

@@ -106,12 +106,12 @@ def test_odd_values_are_drawn_as_they_stand(make_job: MakeJob, sweep: Path, valu
 
 
 def test_many_lines_are_one_with_gaps_and_none_is_lost(make_job: MakeJob, sweep: Path) -> None:
-    for seed in range(MOST_LINES + 1):
+    for size in range(MOST_LINES + 1):
         for rate in (0.1, 0.2):
-            status = "diverged" if seed == 3 and rate == 0.2 else "completed"
-            make_job(f"lr={rate}", f"seed={seed}", lr=rate, status=status, loss=1.0 + seed)
+            status = "diverged" if size == 3 and rate == 0.2 else "completed"
+            make_job(f"lr={rate}", f"data.batch_size={size}", lr=rate, status=status, loss=1.0 + size)
     axes = drawn(sweep)
-    (line,) = (line for line in axes.lines if line.get_label() == "8 lines: seed")
+    (line,) = (line for line in axes.lines if line.get_label() == "8 lines: data.batch_size")
     assert len(points(line)) == 2 * (MOST_LINES + 1) - 1
     assert sum(x != x for x in line.get_xdata()) == MOST_LINES + 1
     assert [rate for rate, _ in marked(axes, "X")] == [0.2]

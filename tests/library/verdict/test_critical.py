@@ -119,10 +119,12 @@ def test_where_noise_holds_the_weights_no_rate_is_suggested_but_a_decaying_one()
     assert verdict.word == "oscillating"
     assert verdict.suggestion.learning_rate is None
     assert verdict.override == "scheduler=cosine"
-    assert verdict.sentence.endswith("A rate that decays, or a larger batch lets it fall on. Try scheduler=cosine.")
+    assert verdict.sentence.endswith(
+        "A decaying rate or a larger batch would let it fall further. Try scheduler=cosine."
+    )
     decaying = judge(replace(held, peak_learning_rate=1.0))
     assert decaying.override == ""
-    assert decaying.sentence.endswith("A larger batch lets it fall on.")
+    assert decaying.sentence.endswith("A larger batch would let it fall further.")
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_a_rate_that_is_sound_by_the_critical_one_is_not_blamed_for_a_little_noi
 def test_a_schedule_that_has_come_to_its_end_is_not_described_by_its_last_rate() -> None:
     ended = judge(replace(SOUND, learning_rate=0.0, peak_learning_rate=0.1, sharpness=4.0))
     assert ended.word == "converging"
-    assert ended.sentence.startswith("converging: the rate has come down to nothing")
+    assert ended.sentence.startswith("converging: the rate has decayed to almost nothing")
     assert "largest stable" not in ended.sentence
 
 
