@@ -371,7 +371,7 @@ def _begin_schedule(trainer: Trainer, saved: Progress) -> list[dict[str, Any]]:
         count = saved["global_step"] if config.interval == "step" else saved["epoch"]
         with warnings.catch_warnings(action="ignore"):  # torch: the optimizer has not stepped yet
             for _ in range(0 if config.reduce_on_plateau else count // config.frequency):
-                config.scheduler.step()
+                config.scheduler.step()  # type: ignore[call-arg]
     return [{name: value for name, value in group.items() if name != "params"} for group in _groups(trainer)]
 
 

@@ -87,7 +87,7 @@ class VerdictMonitor(Observer):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         has_optimizer = any(each.param_groups for each in trainer.optimizers)
-        if not has_optimizer or not trainer.is_global_zero or trainer.fast_dev_run:  # one batch shows nothing
+        if not has_optimizer or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # one batch shows nothing
             disable(self, *STEP_HOOKS)
             return
         optimizer = trainer.optimizers[0]

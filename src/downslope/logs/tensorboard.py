@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import struct
 import time
@@ -30,10 +31,12 @@ from downslope.logs.non_raising import attempt, is_off, log_values
 
 log = logging.getLogger(__name__)
 
+LOSSES = ("train/loss", "val/loss")
 # Tags by regular expression: what a module logs itself is called as its author likes.
 LAYOUT = {
     "Loss": {
-        "loss": ["Multiline", ["(?!excess_).*loss.*"]],
+        "log₁₀ of the loss": ["Multiline", ["log10/.*"]],
+        "loss": ["Multiline", ["(?!log10/|train/excess_).*loss.*"]],
         "other metrics": ["Multiline", ["(train|val|test)/(?!.*loss).*"]],
     },
     "Gradients": {
@@ -65,8 +68,10 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Writes all values as one event."""
-        _append(self, [_event(step or 0, *_scalars(metrics))])
+        """Writes all values as one event, of a loss the logarithm too: TensorBoard's layouts know no such axis."""
+        values = {tag: float(value) for tag, value in metrics.items() if tag != "epoch"}
+        values |= {f"log10/{tag}": math.log10(value) for tag, value in values.items() if tag in LOSSES and value > 0}
+        _append(self, [_event(step or 0, *_scalars(values))])
 
     def finalize(self, status: str) -> None:
         """Writes what waits, and stays open: a test pass may follow the fit."""

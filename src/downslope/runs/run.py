@@ -202,7 +202,7 @@ def write_line(result: Result, folder: Path) -> None:
     asked["verdict"] = result.verdict or result.status
     came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
     if result.excess_loss is not None:
-        came["excess_loss"] = result.excess_loss
+        came["train/excess_loss"] = result.excess_loss
     write_hparams(folder, asked, came, result.num_optimizer_steps)
 
 
