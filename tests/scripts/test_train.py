@@ -91,7 +91,7 @@ def test_tensorboard_finds_the_tags(script: Script, tmp_path: Path, model: str) 
     elements = [f"linear.weight[0,{index}]" for index in range(10)] + ["linear.bias[0]"]
     assert set(tags["scalars"]) == {
         *("train/loss", "val/loss", "val/mae", "val/r2", "test/loss", "test/mae", "test/r2", "train/excess_loss"),
-        *("log10/train/loss", "log10/val/loss"),
+        *("Loss/log10_train", "Loss/log10_val"),
         *("gradient_norm/total", "gradient_norm/linear.weight", "gradient_norm/linear.bias"),
         "gradient_norm/applied",
         *("learning_rate_effect/critical", "learning_rate_effect/critical_ratio"),

@@ -31,12 +31,14 @@ from downslope.logs.non_raising import attempt, is_off, log_values
 
 log = logging.getLogger(__name__)
 
-LOSSES = ("train/loss", "val/loss")
+# What a dashboard opens on: it sorts by name, capitals first, and its layouts know no logarithmic axis.
+LOGARITHMS = {"train/loss": "Loss/log10_train", "val/loss": "Loss/log10_val"}
+
 # Tags by regular expression: what a module logs itself is called as its author likes.
 LAYOUT = {
     "Loss": {
-        "log₁₀ of the loss": ["Multiline", ["log10/.*"]],
-        "loss": ["Multiline", ["(?!log10/|train/excess_).*loss.*"]],
+        "log₁₀ of the loss": ["Multiline", ["Loss/log10_.*"]],
+        "loss": ["Multiline", ["(?!train/excess_).*loss.*"]],
         "other metrics": ["Multiline", ["(train|val|test)/(?!.*loss).*"]],
     },
     "Gradients": {
@@ -68,10 +70,8 @@ class TensorBoard(TensorBoardLogger):
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Writes all values as one event, of a loss the logarithm too: TensorBoard's layouts know no such axis."""
-        values = {tag: float(value) for tag, value in metrics.items() if tag != "epoch"}
-        values |= {f"log10/{tag}": math.log10(value) for tag, value in values.items() if tag in LOSSES and value > 0}
-        _append(self, [_event(step or 0, *_scalars(values))])
+        """Writes all values as one event."""
+        _append(self, [_event(step or 0, *_scalars(metrics))])
 
     def finalize(self, status: str) -> None:
         """Writes what waits, and stays open: a test pass may follow the fit."""
@@ -93,7 +93,12 @@ def _event(step: int, *values: Summary.Value) -> Event:
 
 
 def _scalars(values: Mapping[str, Any]) -> list[Summary.Value]:
-    return [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
+    """All but the epoch, which says nothing beside the steps, and of a loss the logarithm too."""
+    shown = {tag: float(value) for tag, value in values.items() if tag != "epoch"}
+    for tag in LOGARITHMS.keys() & shown.keys():
+        if shown[tag] > 0:
+            shown[LOGARITHMS[tag]] = math.log10(shown[tag])
+    return [Summary.Value(tag=tag, simple_value=value) for tag, value in shown.items()]
 
 
 def _append(logger: TensorBoardLogger, events: Iterable[Event]) -> None:

@@ -122,7 +122,7 @@ def test_the_values_of_a_call_are_one_event(tmp_path: Path) -> None:
     assert event.step == 7
     assert {each.tag: each.simple_value for each in event.summary.value} == {
         "train/loss": 0.5,
-        "log10/train/loss": pytest.approx(-0.30103),  # log₁₀ ½
+        "Loss/log10_train": pytest.approx(-0.30103),  # log₁₀ ½
     }
 
 
