@@ -104,8 +104,8 @@ chaos: $(VENV)/.installed-dev ## Kill 200 runs at random moments, resume them, c
 	$(BIN)/python scripts/laboratory/chaos.py $(if $(KILLS),--kills $(KILLS)) $(if $(SEED),--seed $(SEED))
 
 .PHONY: peers
-peers: $(VENV)/.installed-dev ## Watch other people's modules, with and without observers: not a bit may change (SEED=, ONLY=)
-	$(BIN)/python scripts/laboratory/peers.py $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
+peers: $(VENV)/.installed-dev ## Watch other people's modules, with and without observers: not a bit may change (SEED=, ONLY=, VOUCHED=1)
+	$(BIN)/python scripts/laboratory/peers.py $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY)) $(if $(VOUCHED),--vouched)
 
 .PHONY: fuzz
 fuzz: $(VENV)/.installed-dev ## Try 10,000 broken inputs

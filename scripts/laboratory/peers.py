@@ -1,6 +1,7 @@
 """Does observing change anybody's training? Other people's modules, optimizers and Trainer options, two at a time.
 
 python scripts/laboratory/peers.py [--seed 0] [--quick] [--only module=QLearner,optimizer=Adam,option=accumulate]
+python scripts/laboratory/peers.py --vouched    # with loss="training_step": measured too is what needs the loss again
 LIGHTNING_TESTS=…/pytorch-lightning/tests/tests_pytorch python scripts/laboratory/peers.py
 """
 
@@ -118,7 +119,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="one case a module, instead of all pairs")
     parser.add_argument("--only", default="", help="module=…,optimizer=…,option=…")
+    parser.add_argument("--vouched", action="store_true", help="every module's training_step may be called again")
     arguments = parser.parse_args()
+    if arguments.vouched:
+        Peer.again = "training_step"
     cases = chosen((short if arguments.quick else pairs)(arguments.seed), arguments.only)
     count = Count()
     for case in track(cases, "Fitting…", transient=True):

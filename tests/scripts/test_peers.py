@@ -24,10 +24,15 @@ SEED = 13
 HARD = ("SelfDistillation", "AlternatingHeads", "HoldsOutsideTensors", "Manual")
 
 
-def test_observing_changes_nothing_of_modules_whose_step_leaves_something_behind(monkeypatch) -> None:
+@pytest.fixture
+def _beartype_may_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     random_states = observing._random_states
     beartype = {"random state: Python": "drawn from by beartype, in tests alone"}
     monkeypatch.setattr(observing, "_random_states", lambda: random_states() | beartype)
+
+
+@pytest.mark.usefixtures("_beartype_may_draw")
+def test_observing_changes_nothing_of_modules_whose_step_leaves_something_behind() -> None:
     count = peers.Count()
     for module in HARD:
         peers.judge(peers.Case(module, "SGD-momentum", "clip-norm" if module != "Manual" else "plain"), count)
@@ -88,12 +93,31 @@ def test_a_second_call_of_a_training_step_is_found(monkeypatch) -> None:
 
 def test_a_norm_that_is_wrong_missing_or_after_clipping_is_found() -> None:
     observed = observing.Outcome()
-    observed.norms["gradient_norm/total"] = {0: 5.0, 1: 2.0, 2: 1.0}
-    observed.curves["gradient_norm/total"] = {0: 5.0001, 2: 1.000001}
+    observed.expected["gradient_norm/total"] = {0: 5.0, 1: 2.0, 2: 1.0}
+    observed.curves["gradient_norm/total"] = {0: 5.0001, 2: 1.000001, 7: 1.0}
     assert observing.wrong_figures(observed) == [
         "gradient_norm/total is missing at step 1",
+        "gradient_norm/total at step 7 is of no step",
         "gradient_norm/total at step 0 is 5.0001, should be 5.0",
     ]
+
+
+@pytest.mark.usefixtures("_beartype_may_draw")
+@pytest.mark.parametrize("part", ["applied", "update_ratio/total", "effective", "gradient_cosine", "learning_rate/SGD"])
+def test_any_figure_that_is_a_thousandth_off_is_found(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, planted = observing.Curves.log_metrics, []
+
+    def log_metrics(self: Any, metrics: Any, step: int | None = None) -> None:
+        wrong = {tag: value * 1.001 if part in tag and step == 3 else value for tag, value in metrics.items()}
+        planted.extend(wrong.keys() - dict(set(metrics.items()) & set(wrong.items())))
+        real(self, wrong, step)
+
+    plain = observing.fit(Regressor, "SGD", "clip-norm", observed=False)
+    assert observing.differences(plain, observing.fit(Regressor, "SGD", "clip-norm", observed=True), Regressor) == []
+    monkeypatch.setattr(observing.Curves, "log_metrics", log_metrics)
+    found = observing.differences(plain, observing.fit(Regressor, "SGD", "clip-norm", observed=True), Regressor)
+    assert len(planted) == 1
+    assert [each.partition(" is ")[0] for each in found] == [f"{planted[0]} at step 3"]
 
 
 def test_the_recorder_takes_the_norm_before_clipping_in_both_modes() -> None:
@@ -120,7 +144,7 @@ def test_the_recorder_takes_the_norm_before_clipping_in_both_modes() -> None:
             optimizer.step()
 
     for kind, option in ((Line, "clip-norm"), (ByHand, "plain")):
-        norms = observing.fit(kind, "SGD", option, observed=False).norms["gradient_norm/total"]
+        norms = observing.fit(kind, "SGD", option, observed=False).expected["gradient_norm/total"]
         assert norms == dict.fromkeys(range(12), pytest.approx(6.0))
 
 

@@ -4,12 +4,13 @@ import contextlib
 import inspect
 import io
 import logging
+import math
 import random
 import re
 import tempfile
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -44,7 +45,8 @@ INTERNAL = re.compile(
     r"|ZeroDivisionError|OverflowError|StopIteration|Cannot write)\b"
 )
 TOTAL = "gradient_norm/total"
-SAME_NORM = 1e-5  # relative: observers add in the gradient's own precision, the recorder in float64
+SAME = 1e-5  # relative: observers add in the gradient's own precision, the recorder in float64
+SAME_IN_HALF = 1e-2  # of parameters in bfloat16, whose difference is again one
 BLOWN_UP = 1e6  # times the first gradient norm: FlightRecorder's own bound for the loss
 OF_OBSERVERS = (
     "gradient_norm/",
@@ -66,7 +68,7 @@ class Outcome:
         calls: Of the module's methods and of `Optimizer.step`, by name.
         error: What ended it.
         curves: What was logged, by tag and step.
-        norms: Of the gradients that arrived, by tag and step: the recorder's.
+        expected: The recorder's figures, by tag and step.
         said: By observers, in the log or as a warning.
         diverged: A FlightRecorder said so.
     """
@@ -75,15 +77,14 @@ class Outcome:
     calls: Counter[str] = field(default_factory=Counter)
     error: str | None = None
     curves: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
-    norms: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
+    expected: dict[str, dict[int, float]] = field(default_factory=lambda: defaultdict(dict))
     said: list[str] = field(default_factory=list)
     diverged: bool = False
 
     def blew_up(self) -> bool:
         """Tells whether a FlightRecorder may end it: a gradient was not finite, or grew out of all proportion."""
-        return any(
-            not value < BLOWN_UP * next(iter(each.values())) for each in self.norms.values() for value in each.values()
-        )
+        norms = [each for tag, each in self.expected.items() if tag.startswith(TOTAL)]
+        return any(not value < BLOWN_UP * next(iter(each.values())) for each in norms for value in each.values())
 
 
 class Curves(Logger):
@@ -110,23 +111,26 @@ class Curves(Logger):
 
 
 class Recorder(Callback):
-    """Takes the norm of the gradient that arrives at each optimizer step, before clipping, in float64.
+    """Takes at each optimizer step, in float64, what the observers write of it.
 
-    Plain hooks, in both modes, and nothing of Downslope's: with automatic optimization after backward and before
-    Lightning clips; with manual optimization whenever a backward has added to a `.grad`. A step within a step is none.
+    Plain hooks, in both modes, and nothing of Downslope's. The gradient that arrives is, with automatic optimization,
+    that after backward and before Lightning clips; with manual optimization that of the last backward. A step within a
+    step is none.
 
     Args:
-        norms: Filled by tag and optimizer step.
+        expected: Filled by tag and optimizer step.
         calls: Of torch's step hooks, counted.
     """
 
-    def __init__(self, norms: dict[str, dict[int, float]], calls: Counter[str]) -> None:
-        self.norms = norms
+    def __init__(self, expected: dict[str, dict[int, float]], calls: Counter[str]) -> None:
+        self.expected = expected
         self.calls = calls
         self.arrived: dict[Tensor, Tensor] = {}
+        self.start: dict[Tensor, Tensor] = {}
+        self.last: dict[int, dict[int, Tensor]] = {}  # each optimizer's last gradient, by parameter
         self.hooked: set[int] = set()
         self.depth: Counter[int] = Counter()
-        self.batch = self.num_steps = 0
+        self.num_steps = 0
         self.trainer: Trainer | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -147,9 +151,7 @@ class Recorder(Callback):
     def keep(self, tensor: Tensor) -> None:
         """Copies a gradient."""
         assert tensor.grad is not None
-        gradient = tensor.grad.detach()
-        gradient = gradient.to_dense() if gradient.layout != torch.strided else gradient
-        self.arrived[tensor] = gradient.to(torch.complex128 if gradient.is_complex() else torch.float64, copy=True)
+        self.arrived[tensor] = _wide(tensor.grad)
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if pl_module.automatic_optimization:
@@ -162,24 +164,74 @@ class Recorder(Callback):
     on_before_optimizer_step.__module__ = "downslope.recorder"
 
     def before_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Counts, for every optimizer there is."""
+        """Counts, for every optimizer there is, and keeps where a step begins."""
         self.calls["optimizer.step"] += 1
         self.depth[id(optimizer)] += 1
+        if self.depth[id(optimizer)] == 1:
+            self.start = {tensor: _wide(tensor) for tensor in _held([optimizer])}
 
     def after_step(self, optimizer: Optimizer, *_: Any) -> None:
-        """Notes the norm of what arrived at a step of the trainer's."""
+        """Notes the figures of a step of the trainer's."""
         self.depth[id(optimizer)] -= 1
         optimizers = self.trainer.optimizers if self.trainer else []
         if self.depth[id(optimizer)] or not any(optimizer is each for each in optimizers):
             return
-        held = [tensor for tensor in _held([optimizer]) if tensor.grad is not None]
-        arrived = [self.arrived[tensor] for tensor in held if tensor in self.arrived]
-        if arrived:
-            suffix = "" if len(optimizers) == 1 else f"/{_name(optimizers, optimizer)}"
-            self.norms[TOTAL + suffix][self.num_steps] = float(torch.stack([each.norm() for each in arrived]).norm())
-        for tensor in held:
-            self.arrived.pop(tensor, None)
+        name = _name(optimizers, optimizer)
+        figures = self.figures(optimizer, name, "" if len(optimizers) == 1 else f"/{name}")
+        for tag, value in figures.items():
+            self.expected[tag][self.num_steps] = value
         self.num_steps += 1
+
+    def figures(self, optimizer: Optimizer, name: str, suffix: str) -> dict[str, float]:
+        """Returns them by tag."""
+        assert self.trainer
+        named = self.trainer.lightning_module.named_parameters()
+        names = {id(each): name.replace("_orig_mod.", "") for name, each in named}
+        held = _held([optimizer])
+        gradients = {tensor: _wide(tensor.grad) for tensor in held if tensor.grad is not None}
+        arrived = {tensor: self.arrived[tensor] for tensor in gradients if tensor in self.arrived}
+        changes = {tensor: _wide(tensor) - self.start.get(tensor, _wide(tensor)) for tensor in held}
+        for tensor in gradients:
+            self.arrived.pop(tensor, None)
+        found: dict[str, float] = {}
+        if arrived:
+            found[TOTAL + suffix] = _norm(arrived.values())
+            found[f"gradient_norm/applied{suffix}"] = _norm([gradients[tensor] for tensor in arrived])
+            found |= {
+                f"gradient_norm/{names[id(each)]}": _norm([g]) for each, g in arrived.items() if id(each) in names
+            }
+        if not gradients:
+            return found
+        last, self.last[id(optimizer)] = self.last.get(id(optimizer)), {id(each): g for each, g in gradients.items()}
+        length, gradient_norm = _norm(changes.values()), _norm(gradients.values())
+        found[f"update_ratio/total{suffix}"] = _ratio(length, _norm(self.start.values()))
+        found[f"learning_rate_effect/effective{suffix}"] = _ratio(length, gradient_norm)
+        for tensor in gradients:
+            if id(tensor) in names and tensor in self.start:
+                ratio = _ratio(_norm([changes[tensor]]), _norm([self.start[tensor]]))
+                found[f"update_ratio/{names[id(tensor)]}"] = ratio
+        several = len(optimizer.param_groups) > 1
+        for index, group in enumerate(optimizer.param_groups):
+            rate = float("nan") if group.get("lr") is None else float(group["lr"])
+            found[f"learning_rate/{name}{f'/{index}' if several else ''}"] = rate
+        if last is not None and list(last) == list(map(id, gradients)):
+            dot = sum(float((g.conj() * last[id(each)]).sum().real) for each, g in gradients.items())
+            cosine = _ratio(dot, gradient_norm * _norm(last.values()))
+            found[f"learning_rate_effect/gradient_cosine{suffix}"] = cosine
+        return found
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    dense = tensor.detach().to_dense() if tensor.layout != torch.strided else tensor.detach()
+    return dense.to(torch.complex128 if dense.is_complex() else torch.float64, copy=True)
+
+
+def _norm(tensors: Iterable[Tensor]) -> float:
+    return math.sqrt(sum(float(each.abs().square().sum()) for each in tensors))
+
+
+def _ratio(over: float, under: float) -> float:
+    return over / under if under else float("nan") if over in (0, float("nan")) else float("inf")
 
 
 def _held(optimizers: list[Optimizer]) -> list[Tensor]:
@@ -217,7 +269,7 @@ def fit(kind: type[Peer], optimizer: str, option: str, observed: bool, on_diverg
         random.seed(1)
         module = _counted(kind, outcome.calls)()
         module.make_optimizer = OPTIMIZERS[optimizer]
-        recorder = Recorder(outcome.norms, outcome.calls)
+        recorder = Recorder(outcome.expected, outcome.calls)
         watching = observers(Path(name), on_divergence, kind.again, progress=option != "barebones") if observed else []
         handles = [
             register_optimizer_step_pre_hook(recorder.before_step),
@@ -385,17 +437,26 @@ def _free(kind: type[Peer]) -> set[str]:
 
 
 def wrong_figures(observed: Outcome) -> list[str]:
-    """Holds every logged norm against the recorder's."""
+    """Holds every figure that an observer has of the steps against the recorder's."""
+    if not any(tag.startswith(TOTAL) for tag in observed.curves):
+        return []
     found = []
-    if observed.curves and any(tag.startswith(TOTAL) for tag in observed.curves):
-        for tag, norms in observed.norms.items():
-            logged = observed.curves.get(tag, {})
-            found += [f"{tag} is missing at step {step}" for step in sorted(norms.keys() - logged.keys())]
-            found += [
-                f"{tag} at step {step} is {logged[step]!r}, should be {norms[step]!r}"
-                for step in sorted(norms.keys() & logged.keys())
-                if not np.isclose(logged[step], norms[step], rtol=SAME_NORM, atol=1e-12, equal_nan=True)
-            ]
+    is_half = any("bfloat16" in repr(each)[:80] for name, each in observed.state.items() if name.startswith("weight"))
+    for tag, expected in observed.expected.items():
+        logged = observed.curves.get(tag, {})
+        found += [f"{tag} is missing at step {step}" for step in sorted(expected.keys() - logged.keys())]
+        found += [f"{tag} at step {step} is of no step" for step in sorted(logged.keys() - expected.keys())]
+        found += [
+            f"{tag} at step {step} is {logged[step]!r}, should be {expected[step]!r}"
+            for step in sorted(expected.keys() & logged.keys())
+            if not np.isclose(
+                logged[step],
+                expected[step],
+                rtol=SAME_IN_HALF if is_half else SAME,
+                atol=SAME if "cosine" in tag else 1e-12,
+                equal_nan=True,
+            )
+        ]
     return found[:3]
 
 

@@ -20,8 +20,17 @@ from torchmetrics import Metric
 
 from downslope.callbacks.flight_recorder import FlightRecorder
 from downslope.logs.tensorboard import announce_restart, event_files, flush_step_writer
-from downslope.runs.checkpoints import SafeCheckpointIO, check_same, fingerprint, keep_previous, name_of
+from downslope.runs.checkpoints import (
+    SafeCheckpointIO,
+    check_same,
+    fingerprint,
+    keep_previous,
+    name_of,
+    versions,
+    what_a_run_saves,
+)
 from downslope.runs.signals import Interrupted, StopRequest
+from downslope.steps.due import check_count
 from downslope.steps.random_state import RandomState
 
 log = logging.getLogger(__name__)
@@ -61,8 +70,8 @@ class Checkpoints(Checkpoint):
         every_n_steps: int | None = None,
         max_share: float = 0.02,
     ) -> None:
-        if every_n_steps is not None and every_n_steps < 1:
-            raise ValueError(f"`every_n_steps` must be a whole number of at least 1, or null, got {every_n_steps}.")
+        if every_n_steps is not None:
+            check_count("every_n_steps", every_n_steps)
         if not 0 < max_share <= 1:
             raise ValueError(f"`max_share` must be a number above 0 and at most 1, got {max_share}.")
         if mode not in ("min", "max"):
@@ -114,7 +123,8 @@ class Checkpoints(Checkpoint):
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
         if self._resumed:
-            self._go_on(trainer, pl_module, self._resumed)
+            with what_a_run_saves(self.folder / "last.ckpt"):
+                self._go_on(trainer, pl_module, self._resumed)
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._step = trainer.global_step
         self._is_shared = trainer.world_size > 1
@@ -254,6 +264,7 @@ class Checkpoints(Checkpoint):
             "batch": self._batch,
             "processes": processes,
             "seconds": self._seconds_before + time.perf_counter() - self._started_at,
+            "versions": versions(),
             "model": name_of(pl_module),
             "data": fingerprint(getattr(trainer, "datamodule", None)),
             "metrics": {name: float(value) for name, value in trainer.callback_metrics.items()},
@@ -371,7 +382,7 @@ def _begin_schedule(trainer: Trainer, saved: Progress) -> list[dict[str, Any]]:
         count = saved["global_step"] if config.interval == "step" else saved["epoch"]
         with warnings.catch_warnings(action="ignore"):  # torch: the optimizer has not stepped yet
             for _ in range(0 if config.reduce_on_plateau else count // config.frequency):
-                config.scheduler.step()  # type: ignore[call-arg]
+                config.scheduler.step()  # type: ignore[call-arg]  # a plateau's needs the metric, and has none here
     return [{name: value for name, value in group.items() if name != "params"} for group in _groups(trainer)]
 
 

@@ -11,10 +11,8 @@ from downslope.gradients.critical_learning_rate import critical_learning_rate
 from downslope.gradients.vectors import flat
 from downslope.logs.tensorboard import Measurement, step_writer
 from downslope.runs.result import Result
-from downslope.steps.batch_step import why_no_batch_step
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss
+from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off, why_no_loss_of_a_step
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -36,7 +34,7 @@ class CriticalLearningRate(Observer):
         steps: Optimizer steps, counted from 0, that are measured in the beginning.
         every_n_steps: After the last of them; a measurement of 8 forwards is then a three-hundredth of the time. Not by
             the clock: what was measured decides the verdict, and the same seed is to have the same one.
-        loss: Maps module and batch to the loss, or `"training_step"` where calling that again has no consequences.
+        loss: As for `downslope.steps.loss.BatchLoss`.
 
     Attributes:
         least: The least η_c that was seen; None before the first.
@@ -53,13 +51,11 @@ class CriticalLearningRate(Observer):
         self.steps = tuple(sorted(steps))
         self.every_n_steps = every_n_steps
         self.loss = loss
+        self.reset()
+
+    def reset(self) -> None:
         self.least: float | None = None
         self.measured: list[tuple[int, float, float]] = []
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.least, self.measured = None, []
 
     def state_dict(self) -> dict[str, Any]:
         return {"least": self.least}
@@ -72,13 +68,12 @@ class CriticalLearningRate(Observer):
         result.critical_learning_rate = self.least
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        disable(self, *STEP_HOOKS)
+        self.listen_only()
         self._batch_loss: BatchLoss | None = None
-        if reason := why_no_batch_step(trainer, module, self.loss):
-            say_no_loss(trainer, TAGS[0], reason)
+        if said_off(trainer, TAGS[0], why_no_loss_of_a_step(trainer, module, self.loss)):
             return
         self._writer = step_writer(trainer)
-        enable(self, "on_train_batch_start", when=self._is_due(trainer.global_step))
+        self.listen("on_train_batch_start", when=self._is_due(trainer.global_step))
         self.follow(trainer, self._before, self._after)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -92,14 +87,16 @@ class CriticalLearningRate(Observer):
         loss, self._batch_loss = self._batch_loss, None
         if loss:
             self._measure(step, loss)
-        enable(self, "on_train_batch_start", when=self._is_due(step.step + 1))
+        self.listen("on_train_batch_start", when=self._is_due(step.step + 1))
 
     def _is_due(self, step: int) -> bool:
         is_late = step > max(self.steps, default=-1)
         return step in self.steps or (is_late and step % self.every_n_steps == 0)
 
     def _measure(self, step: OptimizerStep, loss: BatchLoss) -> None:
-        rate = float(step.optimizer.param_groups[0].get("lr") or 0.0)
+        if (rate := step.optimizer.param_groups[0].get("lr")) is None:
+            raise ValueError("the optimizer has no learning rate")
+        rate = float(rate)
         before = self._start.pop()
         change = flat(step.parameters).sub_(before)
         start, direction = (loss.pieces(step.parameters, vector) for vector in (before, change))

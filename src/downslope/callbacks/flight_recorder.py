@@ -18,10 +18,9 @@ from torch.optim import Optimizer
 from downslope.runs.result import Result
 from downslope.runs.whole_files import whole_file
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable, overrides
 from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms
 from downslope.steps.observer import Observer, say_off
-from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, held, overrides
 from downslope.steps.snapshot import Copies, Snapshot
 from downslope.steps.unclipped_gradients import may_be_clipped
 from downslope.verdict.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
@@ -43,10 +42,10 @@ class FlightRecorder(Observer):
     """Stops a run that diverges before its weights are spoiled, and writes down how it came to that.
 
     Diverged: a loss, gradient or parameter is not finite, or the loss exceeds `diverged_beyond` times the first one of
-    its optimizer that was not 0, and the parameters have grown with it: a loss that grows alone has another weight than
-    at first, and is the one to compare with from there on. What was infinite before training is left alone, and so is a
-    gradient that somebody mends before it is applied. `flight_record.json` is written, and training ends as any
-    training that is stopped early: validated, saved, `fit` returns. What that costs is the `mode`:
+    its optimizer that was not 0, and the parameters have grown with it: a loss that grows alone was weighed anew, and
+    is compared with from there on. What was infinite before training is left alone, and so is a gradient that somebody
+    mends before it is applied. `flight_record.json` is written, and training ends as any that is stopped early:
+    validated, saved, `fit` returns. What that costs is the `mode`:
 
     - exact: The step is taken back: parameters, optimizer state and buffers are, to the bit, those before it. So all of
       these are copied before each step, into as much memory again (3 times the parameters' under Adam), and on a GPU
@@ -54,10 +53,9 @@ class FlightRecorder(Observer):
     - late: Nothing is copied, and nothing waited for: a step is judged when the next one is done. The weights stay as
       the two have left them, and the last checkpoint is one of before.
 
-    It is judged when the step is done, with automatic optimization at the end of its batch, which is right for every
-    optimizer: a gradient is known only in the middle of the step, LBFGS tries several, and a finite one can still
-    overflow a weight. With several processes a judgement is one exchange: `every_n_steps` makes them rarer. A step that
-    a GradScaler skips is no divergence.
+    It is judged when the step is done, because a finite gradient can still overflow a weight, and LBFGS tries several.
+    With several processes a judgement is one exchange: `every_n_steps` makes them rarer. A step that a GradScaler skips
+    is no divergence.
 
     Args:
         num_steps: How many of the last good steps are kept.
@@ -89,12 +87,9 @@ class FlightRecorder(Observer):
         mode: Mode | None = None,
         max_batch_values: int = 10_000,
     ) -> None:
-        for name, value in (
-            ("num_steps", num_steps),
-            ("every_n_steps", every_n_steps),
-            ("max_batch_values", max_batch_values),
-        ):
-            check_count(name, value)
+        check_count("num_steps", num_steps)
+        check_count("every_n_steps", every_n_steps)
+        check_count("max_batch_values", max_batch_values)
         if on_divergence not in get_args(OnDivergence):
             raise ValueError(f"`on_divergence` must be stop, raise or continue, got {on_divergence!r}.")
         if mode is not None and mode not in get_args(Mode):
@@ -108,18 +103,13 @@ class FlightRecorder(Observer):
         self.every_n_steps = every_n_steps
         self.mode = mode
         self.max_batch_values = max_batch_values
+        self.reset()
+
+    def reset(self) -> None:
         self.flight_record: FlightRecord | None = None
         self.diverged = self.is_taken_back = False
         self._first: dict[str, tuple[float, float]] = {}  # an optimizer's first loss, and its parameters' norm
-        self._steps: deque[MeasuredStep | StepRecord] = deque(maxlen=num_steps)
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.flight_record = None
-            self.diverged = self.is_taken_back = False
-            self._first = {}
-            self._steps.clear()
+        self._steps: deque[MeasuredStep | StepRecord] = deque(maxlen=self.num_steps)
 
     def add_to(self, result: Result) -> None:
         """Fills in what the recorder saw: the weights are already those before the offending step."""
@@ -136,7 +126,7 @@ class FlightRecorder(Observer):
         return {"first": first, "steps": [asdict(step) for step in self._records()]}
 
     def _records(self) -> list[StepRecord]:
-        return [step.record() if isinstance(step, MeasuredStep) else step for step in self._steps]
+        return [step if isinstance(step, StepRecord) else step.record() for step in self._steps]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         steps = [StepRecord(**step) for step in state_dict["steps"]]
@@ -174,14 +164,14 @@ class FlightRecorder(Observer):
             self._keep()  # for a step that is taken before the first batch
 
     def _mode(self, trainer: Trainer) -> Mode:
-        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-        num_elements = sum(each.numel() for group in groups for each in group["params"])
+        num_elements = sum(each.numel() for each in held(trainer.optimizers))
         if self.mode or num_elements <= SMALL or self.on_divergence == "continue":
             return self.mode or "exact"
-        words = (
-            "FlightRecorder copies nothing of %s million elements: a run that diverges ends one step late ('late'). "
+        log.warning(
+            "FlightRecorder copies nothing of %.0f million elements: a run that diverges ends one step late ('late'). "
+            "With mode='exact' the step is taken back.",
+            num_elements / 1e6,
         )
-        log.warning(words + "With mode='exact' the step is taken back.", f"{num_elements / 1e6:.0f}")
         return "late"
 
     def _sleep_where_nothing_is_to_see(self, clips: bool) -> None:
@@ -194,8 +184,7 @@ class FlightRecorder(Observer):
             "on_before_optimizer_step": clips if self._automatic else self._scaler,
             "on_train_batch_end": not self._is_quick,
         }
-        disable(self, *STEP_HOOKS)
-        enable(self, *(name for name, is_needed in needed.items() if is_needed))
+        self.listen_only(*(name for name, is_needed in needed.items() if is_needed))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._epoch = trainer.current_epoch
@@ -246,7 +235,8 @@ class FlightRecorder(Observer):
             self._take_back()  # training ends, but not before the module's own code does
             return
         measured = self._measured = self._new(step.step)
-        measured.optimizer, measured.learning_rate = step.name, _learning_rate(step.optimizer)
+        rates = [float(group["lr"]) for group in step.optimizer.param_groups if group.get("lr") is not None]
+        measured.optimizer, measured.learning_rate = step.name, rates[0] if len(rates) == 1 else rates or None
         measured.arrived, self._arrived = self._arrived, None
         self._look(lambda: self._norms.measure(step, measured))
         if self._is_quick or not self._automatic:  # otherwise it comes with what `training_step` returns
@@ -259,7 +249,7 @@ class FlightRecorder(Observer):
         measured.read()
         if self._diagnose(measured):
             self._unjudged.append(measured)
-            enable(self, "on_train_batch_end")  # by then other observers have seen what is taken back
+            self.listen("on_train_batch_end")  # by then other observers have seen what is taken back
 
     def _new(self, step: int) -> MeasuredStep:
         return MeasuredStep(step, self._epoch, max(self._batch_count.ready - 1, 0), self._batch)
@@ -281,7 +271,7 @@ class FlightRecorder(Observer):
         if self.diverged:
             return
         if self._is_quick:
-            disable(self, "on_train_batch_end")
+            self.listen("on_train_batch_end", when=False)
             for measured in self._unjudged:
                 measured.batch = batch if measured.loss is not None else None  # it was not the step of a batch
             self.judge()
@@ -298,12 +288,9 @@ class FlightRecorder(Observer):
         if self._mends or (not self._automatic and self._num_steps > self._first_step):
             return measured
         if not self._scaler:  # which skips a step whose gradients are inf, and tries a smaller scale
-            self._look(lambda: self._take_gradients(measured))
+            self._look(lambda: setattr(measured, "arrived", self._norms.of_gradients(self._trainer.optimizers)))
         self._unjudged.append(measured)
         return measured
-
-    def _take_gradients(self, measured: MeasuredStep) -> None:
-        measured.arrived = self._norms.of_gradients(self._trainer.optimizers)
 
     def _take_loss(self, measured: MeasuredStep, loss: Tensor) -> None:
         """Takes what came out of a batch: with automatic optimization its share of what the step differentiated."""
@@ -316,11 +303,7 @@ class FlightRecorder(Observer):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.judge()  # whoever saves the best weights does it after this
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.judge()  # the next epoch shall not begin after a step that diverged
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.judge()
+    on_train_epoch_end = on_train_end = on_validation_start  # and no epoch shall begin after a step that diverged
 
     def _judge_if_due(self) -> None:
         if self._is_late and self._unjudged:
@@ -341,13 +324,11 @@ class FlightRecorder(Observer):
         diagnosis = None
         for measured in unjudged:
             measured.read()
-            diagnosis = self._diagnose(measured)
-            if diagnosis:
+            if diagnosis := self._diagnose(measured):
                 break
-        diverged, writes = self._agree(diagnosis)
-        if not diverged:
+        self.diverged, writes = self._agree(diagnosis)
+        if not self.diverged:
             return
-        self.diverged = True
         self._take_back()
         if diagnosis:
             self._record(measured, diagnosis, unjudged[0].step if self.is_taken_back else None, writes)
@@ -357,10 +338,9 @@ class FlightRecorder(Observer):
         """Judges a step, and remembers a good one."""
         name, loss, first_loss = measured.optimizer, measured.loss, self._first_loss(measured)
         has_grown = first_loss is not None and loss is not None and loss > self.diverged_beyond * abs(first_loss)
-        if (has_grown or not measured.is_finite()) and not measured.was_mended():
-            diagnosis = diagnose(measured.record(), first_loss, self.diverged_beyond)
-            if diagnosis:
-                return diagnosis
+        is_odd = (has_grown or not measured.is_finite()) and not measured.was_mended()
+        if is_odd and (diagnosis := diagnose(measured.record(), first_loss, self.diverged_beyond)):
+            return diagnosis
         if name:
             self._steps.append(measured)
             measured.batch = None
@@ -425,8 +405,3 @@ class FlightRecorder(Observer):
             self._trainer.fit_loop.min_epochs = 0
             self._trainer.fit_loop.epoch_loop.min_steps = None
         warnings.warn(message, stacklevel=2)
-
-
-def _learning_rate(optimizer: Optimizer) -> float | list[float] | None:
-    rates = [float(group["lr"]) for group in optimizer.param_groups if group.get("lr") is not None]
-    return rates[0] if len(rates) == 1 else rates or None

@@ -8,8 +8,7 @@ from lightning import LightningModule, Trainer
 
 from downslope.steps.due import check_count
 from downslope.steps.gradient_check import GradientReport, check
-from downslope.steps.hooks import disable
-from downslope.steps.loss import Loss, check_loss, say_no_loss, why_no_loss
+from downslope.steps.loss import Loss, check_loss, said_off, why_no_loss
 from downslope.steps.observer import Observer
 
 log = logging.getLogger(__name__)
@@ -29,8 +28,7 @@ class GradientCheck(Observer):
         on_disagreement: `raise` ends the training before its first step; `warn` says it and continues.
         num_directions: Random directions a parameter.
         seed: Of the directions.
-        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
-            module's method `loss(batch)` when None.
+        loss: As for `downslope.steps.loss.BatchLoss`.
 
     Attributes:
         report: What the check saw; None before it ran.
@@ -56,11 +54,10 @@ class GradientCheck(Observer):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Checks, once. Not on_train_start: to take a batch there would move the dataloader on."""
-        disable(self, "on_train_batch_start")
+        self.listen("on_train_batch_start", when=False)
         if self.report:  # by an earlier fit
             return
-        if reason := why_no_loss(pl_module, self.loss):
-            say_no_loss(trainer, "GradientCheck", reason)
+        if said_off(trainer, "GradientCheck", why_no_loss(pl_module, self.loss)):
             return
         self.report = check(pl_module, batch, self.loss, self.num_directions, self.seed)
         if self.report.passed:

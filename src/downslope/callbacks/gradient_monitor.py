@@ -1,7 +1,6 @@
 """What arrives at each optimizer step: gradient norms before and after clipping, gradients, parameters."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from itertools import accumulate, chain, product
 from math import inf
@@ -17,7 +16,6 @@ from downslope.gradients.norms import part_norms, total_norm
 from downslope.gradients.vectors import flat, num_elements
 from downslope.logs.tensorboard import Measurement, step_writer
 from downslope.steps.due import check_count, is_due
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 from downslope.steps.unclipped_gradients import UnclippedGradients
@@ -72,11 +70,11 @@ class GradientMonitor(Observer):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self._writer = step_writer(trainer)
-        disable(self, *STEP_HOOKS)
+        self.listen_only()
         if not self._writer.is_open:
             return
         self._names = ParameterNames(module)
-        self._plans: dict[object, Plan] = {}
+        self._plans: dict[object, tuple[Measurement, dict[str, slice]]] = {}
         self._held: list[Parameter] = []
         self._small: list[Parameter] = []
         steps = self.follow(trainer, self._before, self._after, self.every_n_steps, num_first=self.num_first_steps)
@@ -84,10 +82,10 @@ class GradientMonitor(Observer):
         if unclipped.are_applied:
             return
         is_automatic = module.automatic_optimization
-        enable(self, "on_after_backward", when=not is_automatic and trainer.world_size > 1)
+        self.listen("on_after_backward", when=not is_automatic and trainer.world_size > 1)
 
         def prepare() -> None:
-            enable(self, "on_before_optimizer_step" if is_automatic else "on_train_batch_start", when=steps.are_due())
+            self.listen("on_before_optimizer_step" if is_automatic else "on_train_batch_start", when=steps.are_due())
             unclipped.watch()
 
         steps.on_next = self.guarded(prepare)
@@ -115,25 +113,22 @@ class GradientMonitor(Observer):
         self._values = flat(self._small)
 
     def _after(self, step: OptimizerStep) -> None:
-        if self._unclipped.are_applied:
-            parameters: tuple[Tensor, ...] = step.moved
-            vectors = [step.flat_gradient] if parameters else []
-        else:
-            unclipped = self._unclipped.take(step)
-            parameters = tuple(unclipped)
-            applied = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            vectors = [flat(list(unclipped.values())), flat(applied)] if parameters else []
+        unclipped = {} if self._unclipped.are_applied else self._unclipped.take(step)
+        parameters: tuple[Tensor, ...] = step.moved if self._unclipped.are_applied else tuple(unclipped)
         if not parameters:
             return
+        applied = [parameter.grad for parameter in unclipped if parameter.grad is not None]
+        vectors = [flat(list(unclipped.values())), flat(applied)] if unclipped else [step.flat_gradient]
         key = (step.name, len(self._small), *map(id, parameters))  # a parameter's hash takes longer
         if key not in self._plans:
             self._plans[key] = self._plan(parameters, step.suffix)
-        plan = self._plans[key]
-        self._writer.add(step.step, plan.measurement, self._values, *vectors)
+        measurement, histograms = self._plans[key]
+        self._writer.add(step.step, measurement, self._values, *vectors)
         if is_due(step.count, self.histogram_every_n_steps):
-            self._writer.add_histograms(step.step, vectors[0], plan.histograms)
+            self._writer.add_histograms(step.step, vectors[0], histograms)
 
-    def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> "Plan":
+    def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> tuple[Measurement, dict[str, slice]]:
+        """What is measured of a set of parameters, and where in a vector of them each histogram's stand."""
         names, sizes = self._names.of(parameters), [num_elements(each) for each in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
         kept = {id(each) for each in self._small}
@@ -152,18 +147,8 @@ class GradientMonitor(Observer):
             return torch.cat([totals[0][:, None], totals[-1][:, None], each[:, shown], *elements], dim=1)
 
         ends = list(accumulate(sizes, initial=0))
-        return Plan(
-            Measurement(tags, derive),
-            {f"gradient/{names[index]}": slice(ends[index], ends[index + 1]) for index in shown},
-        )
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What is measured of a set of parameters, and where in a vector of them those stand that get a histogram."""
-
-    measurement: Measurement
-    histograms: Mapping[str, slice]
+        histograms = {f"gradient/{names[index]}": slice(ends[index], ends[index + 1]) for index in shown}
+        return Measurement(tags, derive), histograms
 
 
 def _columns(chosen: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

@@ -14,8 +14,7 @@ from downslope.gradients.steps import cosine, descent_ratio, effective_learning_
 from downslope.gradients.vectors import flat, num_elements
 from downslope.logs.tensorboard import Measurement, step_writer
 from downslope.steps.due import check_count, is_due
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss, why_no_loss_of_a_step
+from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off, why_no_loss_of_a_step
 from downslope.steps.observer import Observer, say_off
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
 
@@ -44,8 +43,7 @@ class LearningRateEffects(Observer):
         num_first_steps: So many steps at the beginning are all measured, less the descent ratio.
         descent_ratio_every_n_steps: The same for the descent ratio, which is more expensive; a multiple of
             `every_n_steps`, None for never.
-        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
-            module's method `loss(batch)` when None.
+        loss: As for `downslope.steps.loss.BatchLoss`.
 
     Raises:
         ValueError: A setting is out of its range.
@@ -62,16 +60,15 @@ class LearningRateEffects(Observer):
         check_count("every_n_steps", every_n_steps)
         if descent_ratio_every_n_steps is not None:
             check_count("descent_ratio_every_n_steps", descent_ratio_every_n_steps)
-        self.every_n_steps = every_n_steps
         check_count("num_first_steps", num_first_steps, least=0)
+        self.every_n_steps = every_n_steps
         self.num_first_steps = num_first_steps
         self.descent_ratio_every_n_steps = descent_ratio_every_n_steps
         self.loss = loss
-        self._last: dict[str, tuple[list[str], Tensor]] = {}  # each optimizer's last gradient, and whose it was
+        self.reset()
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._last = {}
+    def reset(self) -> None:
+        self._last: dict[str, tuple[list[str], Tensor]] = {}  # each optimizer's last gradient, and whose it was
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -83,7 +80,7 @@ class LearningRateEffects(Observer):
         self._last = {optimizer: (last["parameters"], last["gradient"]) for optimizer, last in state_dict.items()}
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        disable(self, *STEP_HOOKS)
+        self.listen_only()
         self._writer = step_writer(trainer)
         if not self._writer.is_open:
             return
@@ -96,17 +93,15 @@ class LearningRateEffects(Observer):
         self._before_step: Tensor | None = None
         self._taken: Taken | None = None
         self._is_watched = False
-        first = self.num_first_steps
-        self._steps = self.follow(trainer, self._before, self._after, self.every_n_steps, num_first=first)
-        self.follow(trainer, None, self._keep_gradient, self.every_n_steps, ahead=1, num_first=first)
-        self._has_loss = self.descent_ratio_every_n_steps is not None
-        if not self._has_loss:
-            return
-        if reason := why_no_loss_of_a_step(trainer, module, self.loss):
-            self._has_loss = False
-            say_no_loss(trainer, DESCENT_RATIO.tags[0], reason)
-        self._steps.on_next = self.guarded(self._sleep_till_due)
-        self._sleep_till_due()
+        every, first = self.every_n_steps, self.num_first_steps
+        self._steps = self.follow(trainer, self._before, self._after, every, num_first=first)
+        self.follow(trainer, None, self._keep_gradient, every, ahead=1, num_first=first)
+        self._has_loss = self.descent_ratio_every_n_steps is not None and not said_off(
+            trainer, DESCENT_RATIO.tags[0], why_no_loss_of_a_step(trainer, module, self.loss, one_batch=False)
+        )
+        if self._has_loss:
+            self._steps.on_next = self.guarded(self._sleep_till_due)
+            self._sleep_till_due()
 
     def detach(self) -> None:
         self._writer.flush()
@@ -119,7 +114,7 @@ class LearningRateEffects(Observer):
     def _sleep_till_due(self) -> None:
         every = self.descent_ratio_every_n_steps or 1
         due = self._steps.are_due() and any(is_due(state.count, every) for state in self._steps.states)
-        enable(self, "on_train_batch_start", when=self._has_loss and due)
+        self.listen("on_train_batch_start", when=self._has_loss and due)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if not self._window:
@@ -129,7 +124,7 @@ class LearningRateEffects(Observer):
         except Exception as error:  # such as a batch that cannot be copied: the other figures are written all the same
             self._leave_out_descent_ratio(error)
         self._is_watched = self._has_loss
-        enable(self, "on_train_batch_end", when=self._is_watched)
+        self.listen("on_train_batch_end", when=self._is_watched)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -137,7 +132,7 @@ class LearningRateEffects(Observer):
         returned = outputs.get("loss") if isinstance(outputs, dict) else None
         self._returned += [returned] if isinstance(returned, Tensor) else []
         skipped = trainer.global_step != self._window_began_at  # by a GradScaler, which calls no optimizer
-        taken, self._taken = self._taken, None
+        taken, self._taken, self._is_watched = self._taken, None, False
         if taken:
             try:
                 self._write_descent_ratio(trainer, pl_module, taken)
@@ -146,8 +141,7 @@ class LearningRateEffects(Observer):
         if taken or skipped:
             self._window.clear()
             self._returned.clear()
-        self._is_watched = False
-        disable(self, "on_train_batch_end")
+        self.listen("on_train_batch_end", when=False)
         self._sleep_till_due()
 
     def _write_descent_ratio(self, trainer: Trainer, module: LightningModule, taken: "Taken") -> None:
@@ -162,14 +156,11 @@ class LearningRateEffects(Observer):
                 before, after = before + along(0.0), after + along(1.0)
         num_batches = trainer.accumulate_grad_batches
         if module.automatic_optimization and not self._is_compared:
-            self._compare(float(before) / num_batches, float(sum(self._returned)))
+            self._is_compared = True  # once: is it the loss whose gradient was taken?
+            computed, returned = float(before) / num_batches, float(sum(self._returned))
+            if not math.isclose(computed, returned, rel_tol=SAME_LOSS) and math.isfinite(returned):
+                raise ValueError(f"the loss is {computed:.6g} where `training_step` returned {returned:.6g}")
         self._writer.add(taken.step, DESCENT_RATIO, before / num_batches, after / num_batches, taken.promise)
-
-    def _compare(self, computed: float, returned: float) -> None:
-        """Refuses, once, a loss that is not the one whose gradient was taken."""
-        self._is_compared = True
-        if not math.isclose(computed, returned, rel_tol=SAME_LOSS) and math.isfinite(returned):
-            raise ValueError(f"the loss is {computed:.6g} where `training_step` returned {returned:.6g}")
 
     def _before(self, step: OptimizerStep) -> None:
         self._before_step = flat(step.parameters)
@@ -193,7 +184,9 @@ class LearningRateEffects(Observer):
         change = flat(step.parameters).sub_(before)
         products = [torch.dot(gradient, last), torch.dot(last, last)] if has_cosine else []
         self._writer.add(step.step, self._plans[key], rates, before, change, square, *products)
-        if self._is_watched:
+        if self._is_watched and any(map(math.isnan, rates)):
+            self._leave_out_descent_ratio(ValueError("a parameter group has no learning rate"))
+        elif self._is_watched:
             self._taken = Taken(step.step, step.parameters, before, change, _promise(step))
 
     def _plan(self, step: OptimizerStep, names: list[str], has_cosine: bool) -> Measurement:

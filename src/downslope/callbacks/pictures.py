@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,10 +18,9 @@ from downslope.logs.tensorboard import write_picture
 from downslope.pictures.loss_surface import draw_loss_surface
 from downslope.pictures.step_along_gradient import draw_step_along_gradient
 from downslope.pictures.style import QUIET, png
-from downslope.steps.batch_step import BatchStep, why_no_batch_step
+from downslope.steps.batch_step import BatchStep
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import BatchLoss, Loss, check_loss, say_no_loss
+from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off, why_no_loss_of_a_step
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
@@ -57,8 +57,7 @@ class Pictures(Observer):
         every_n_steps: Optimizer steps between two drawings. Each takes a few tenths of a second; TensorBoard is shown
             the first, second, fourth, eighth, …, and the last.
         num_points: Of the path, at most: beyond it every third is kept. Wide models keep fewer, 64 MiB in all.
-        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
-            module's method `loss(batch)` when None.
+        loss: As for `downslope.steps.loss.BatchLoss`.
     """
 
     def __init__(self, folder: str, every_n_steps: int = 1000, num_points: int = 900, loss: Loss | None = None) -> None:
@@ -72,17 +71,16 @@ class Pictures(Observer):
         self._is_drawing = False
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
-        disable(self, *STEP_HOOKS)
+        self.listen_only()
         self._is_drawing = False
         self._told: set[str] = set()
         self._line = module.least_squares() if isinstance(module, HasLeastSquares) else None
         self._batch_step: BatchStep | None = None
-        reason = why_no_batch_step(trainer, module, self.loss)
-        if reason and self._line is None:
-            say_no_loss(trainer, "step_along_gradient.png", reason)
+        reason = why_no_loss_of_a_step(trainer, module, self.loss)
+        is_off = self._line is None and said_off(trainer, "step_along_gradient.png", reason)
         follows_all_rows = trainer.num_training_batches == 1 and trainer.limit_train_batches == 1.0
         self._is_of_a_batch = not reason and not (self._line and follows_all_rows)
-        if (reason and self._line is None) or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
+        if is_off or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
             return
         self._parameters = [parameter.detach() for parameter in module.parameters()]
         self._path: list[Place] = []
@@ -97,11 +95,11 @@ class Pictures(Observer):
         )
         self.follow(trainer, before=self._before)
         self._is_drawing = True
-        enable(self, "on_train_batch_start", when=self._is_of_a_batch)
+        self.listen("on_train_batch_start", when=self._is_of_a_batch)
 
     def _before(self, step: OptimizerStep) -> None:
         self._num_steps = step.step + 1
-        enable(self, "on_train_batch_end", when=self._num_steps % self.every_n_steps == 0 or self._is_of_a_batch)
+        self.listen("on_train_batch_end", when=self._num_steps % self.every_n_steps == 0 or self._is_of_a_batch)
         if self._line is None:
             return
         place = clones(self._parameters)
@@ -136,14 +134,14 @@ class Pictures(Observer):
         shown = last or not drawing & (drawing - 1)  # the 1st, 2nd, 4th, 8th, …: else a long run's events are pictures
         self._drawn_at = self._num_steps
         self._shown_at = self._num_steps if shown else self._shown_at
-        for name, figure in self.figures(trainer).items():
+        for name, figure in self.figures().items():
             figure.text(0.99, 0.015, self._run, color=QUIET, fontsize=8, ha="right")
             picture = png(figure)  # drawn and packed once, for all who show it
             (self.folder / f"{name}.png").write_bytes(picture)
             if shown:
                 write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
 
-    def figures(self, trainer: Trainer) -> "dict[str, Figure]":
+    def figures(self) -> "dict[str, Figure]":
         """Returns the pictures of the run so far by name; the log says why one is left out."""
         figures: dict[str, Figure] = {}
         try:
@@ -156,11 +154,15 @@ class Pictures(Observer):
                 step = self._step_on_the_batch() if is_kept else self._step_on_the_line(self._line, end)
                 figures["step_along_gradient"] = step
         except ValueError as error:
-            self._tell(str(error))
+            reason = str(error)  # who keeps log records shall not keep a traceback, and with it the run
+            if reason not in self._told:
+                log.warning("step_along_gradient.png is left out. This is because %s.", reason)
+            self._told.add(reason)
         return figures
 
     def _surface(self, line: LeastSquares, end: Tensor) -> "Figure":
-        path = torch.stack([*until([flat(place) for place in self._path], end), end])
+        points = takewhile(lambda point: not torch.equal(point, end), map(flat, self._path))
+        path = torch.stack([*points, end])
         finite = path.isfinite().all(dim=1)
         labels = PARAMETER_AXES if len(end) == 2 else EIGENVECTOR_AXES
         num_steps = self._num_steps - self._first if finite[-1] else (int(finite.sum()) - 1) * self._stride
@@ -187,17 +189,7 @@ class Pictures(Observer):
         step = self._num_steps - (2 if taken_back else 1)
         return draw_step_along_gradient(parabola, rate, step, line.largest_stable_learning_rate)
 
-    def _tell(self, reason: str) -> None:
-        if reason not in self._told:
-            self._told.add(reason)
-            log.warning("step_along_gradient.png is left out. This is because %s.", reason)
-
 
 def flat(parameters: Place) -> Tensor:
     """Returns a copy of all parameters in a row, on the CPU in float64."""
     return torch.cat([parameter.flatten().cpu().double() for parameter in parameters])
-
-
-def until(path: Sequence[Tensor], end: Tensor) -> Sequence[Tensor]:
-    """Returns the points before the first that equals `end`; all of them where none does."""
-    return next((path[:place] for place, point in enumerate(path) if torch.equal(point, end)), path)

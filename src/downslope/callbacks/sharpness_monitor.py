@@ -2,6 +2,7 @@
 
 from typing import Any, Literal
 
+import torch
 from lightning import LightningModule, Trainer
 from lightning.fabric.utilities import move_data_to_device
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
@@ -9,12 +10,20 @@ from torch import Tensor
 
 from downslope.gradients.curvature import Hessian, largest_eigenvalue
 from downslope.gradients.least_squares import HasLeastSquares
+from downslope.gradients.vectors import real
 from downslope.logs.tensorboard import write_scalars
 from downslope.steps.due import check_count, is_due
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
-from downslope.steps.loss import SEVERAL_OPTIMIZERS, BatchLoss, Loss, check_loss, copied, say_no_loss, why_no_loss
+from downslope.steps.loss import (
+    BatchLoss,
+    Loss,
+    check_loss,
+    copied,
+    said_off,
+    why_no_loss,
+    why_not_one_optimizer,
+)
 from downslope.steps.observer import Observer
-from downslope.steps.optimizer_steps import OptimizerStep
+from downslope.steps.optimizer_steps import OptimizerStep, held
 
 COLD_PRODUCTS = 10  # from a random vector: a relative error of 1e-6 and less on MLPs
 
@@ -29,12 +38,8 @@ class SharpnessMonitor(Observer):
     λ is that of one batch: of every process's batch together under DDP, and of the loss without weight decay. By
     default it is the first batch that was measured, kept: as a probe it makes a curve that moves because the parameters
     do. From one training batch of 64 rows to the next λ jumped by ± 10 % where the probe's ran 6 to 8 % above that of
-    all rows; three products left an error of 1e-5 on the probe and of 3e-3 on the training batch. Below about 16 rows
-    neither is the full data's limit. A module with `least_squares`, such as our linear regression, is asked once, and
-    its λ is that of all training rows.
-
-    The loss is computed on copies of parameters and buffers before the step's own batch; training is the same to the
-    bit. Where it cannot be had again, one warning says why, and training continues without.
+    all rows. Below about 16 rows neither is the full data's limit. A module with `least_squares`, such as our linear
+    regression, is asked once, and its λ is that of all training rows.
 
     Args:
         every_n_steps: Optimizer steps between two measurements. One costs 3 to 6 training steps of a small network,
@@ -42,8 +47,7 @@ class SharpnessMonitor(Observer):
         num_products: Hessian-vector products a measurement, from the last eigenvector on; the first takes at least 10.
         batch: Measure on the first batch, kept (`probe`), or on the batch of the step (`training`), the first of
             several where gradients are accumulated.
-        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
-            module's method `loss(batch)` when None.
+        loss: As for `downslope.steps.loss.BatchLoss`.
 
     Attributes:
         sharpness: λ, as measured last; None before.
@@ -66,15 +70,11 @@ class SharpnessMonitor(Observer):
         self.batch = batch
         self.loss = loss
         self.sharpness: float | None = None
-        self._forget()
+        self.reset()
 
-    def _forget(self) -> None:
+    def reset(self) -> None:
         self._measured_on: tuple[Any, int] | None = None
         self._eigenvector: Tensor | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         if self._measured_on is None or not _is_plain(self._measured_on):
@@ -86,16 +86,15 @@ class SharpnessMonitor(Observer):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         if not trainer.loggers:
-            disable(self, *STEP_HOOKS)
+            self.listen_only()
             return
         self._measured_on, self._eigenvector = move_data_to_device(
             (self._measured_on, self._eigenvector), module.device
         )
         line = module.least_squares() if isinstance(module, HasLeastSquares) else None
         self._exact = None if line is None else line.sharpness
-        if self._exact is None and (reason := _why_not(trainer, module, self.loss)):
-            say_no_loss(trainer, "curvature/sharpness", reason)
-            disable(self, *STEP_HOOKS)
+        if self._exact is None and said_off(trainer, "curvature/sharpness", _why_not(trainer, module, self.loss)):
+            self.listen_only()
             return
         self._num_steps, self._measured_at = trainer.global_step, -1
         steps = self.follow(trainer, after=self._count)
@@ -106,7 +105,7 @@ class SharpnessMonitor(Observer):
         self._num_steps = taken.step + 1
 
     def _sleep_till_due(self) -> None:
-        enable(self, "on_train_batch_start", when=is_due(self._num_steps, self.every_n_steps))
+        self.listen("on_train_batch_start", when=is_due(self._num_steps, self.every_n_steps))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         step = max(trainer.global_step, self._num_steps)  # the former stands still for a raw torch optimizer
@@ -114,24 +113,30 @@ class SharpnessMonitor(Observer):
             return
         self._measured_at = step
         self.sharpness = self._measure(trainer, pl_module, batch, batch_idx) if self._exact is None else self._exact
-        rate = max(float(group["lr"]) for group in trainer.optimizers[0].param_groups)
-        stability = rate * self.sharpness / 2
-        write_scalars(
-            trainer, {"curvature/sharpness": self.sharpness, "learning_rate_effect/stability": stability}, step
-        )
+        values = {"curvature/sharpness": self.sharpness}
+        groups = trainer.optimizers[0].param_groups
+        if rates := [float(group["lr"]) for group in groups if group.get("lr") is not None]:
+            values["learning_rate_effect/stability"] = max(rates) * self.sharpness / 2
+        write_scalars(trainer, values, step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._forget()
+        self.reset()
 
     def _measure(self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int) -> float:
         if self._measured_on is None or self.batch == "training":
             self._measured_on = copied(batch), batch_idx
         kept, kept_index = self._measured_on
-        stepped = {id(parameter) for group in trainer.optimizers[0].param_groups for parameter in group["params"]}
         function = BatchLoss(module, kept, self.loss, kept_index, precise=True)
         with function.measuring():
-            leaves = function.leaves(function.parameters)
-            theta = [leaves[name] for name, parameter in module.named_parameters() if id(parameter) in stepped]
+            leaves: dict[str, Tensor] = function.leaves(function.parameters)
+            theta = []
+            moving = set(function.names(held(trainer.optimizers)))
+            for name in [name for name in leaves if name in moving]:
+                leaf = leaves[name]
+                if leaf.is_complex():  # λ is that of the loss as a function of real and imaginary parts
+                    leaf = real(leaf.detach()).requires_grad_(leaf.requires_grad)
+                    leaves[name] = torch.view_as_complex(leaf)
+                theta.append(leaf)
             hessian = Hessian(function(leaves), theta)
 
             def product(vector: Tensor) -> Tensor:
@@ -139,18 +144,18 @@ class SharpnessMonitor(Observer):
                 mean: Tensor = trainer.strategy.reduce(hessian.product(vector), reduce_op="mean")
                 return mean
 
-            if self._eigenvector is None:
-                found = largest_eigenvalue(product, hessian.random_direction(), max(self.num_products, COLD_PRODUCTS))
-            else:
-                found = largest_eigenvalue(product, self._eigenvector, self.num_products)
+            start, num_products = self._eigenvector, self.num_products
+            if start is None or len(start) != hessian.num_rows:  # parameters were frozen until now
+                start, num_products = hessian.random_direction(), max(num_products, COLD_PRODUCTS)
+            found = largest_eigenvalue(product, start, num_products)
         self._eigenvector = found.vector
         return found.value
 
 
 def _why_not(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
     """Why there is no Hessian of one loss, None where there is."""
-    if len(trainer.optimizers) != 1:
-        return SEVERAL_OPTIMIZERS
+    if reason := why_not_one_optimizer(trainer):
+        return reason
     if not isinstance(trainer.strategy, SingleDeviceStrategy | DDPStrategy):
         return f"{type(trainer.strategy).__name__} does not keep the whole module on each device"
     return why_no_loss(module, loss)

@@ -19,9 +19,8 @@ from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.logs.tensorboard import write_markdown
 from downslope.runs.result import Result
 from downslope.steps.due import check_count
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
 from downslope.steps.observer import Observer
-from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, num_steps
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, held, num_steps
 from downslope.verdict import Evidence, EvidenceCollector, Thresholds, Verdict, judge
 from downslope.verdict.traces import broken_rows, input_size, traces_of_modules
 
@@ -68,16 +67,14 @@ class VerdictMonitor(Observer):
         self.every_n_steps = every_n_steps
         self.window = window
         self.print_verdict = print_verdict
+        self._resumed: dict[str, Any] | None = None
+        self.reset()
+
+    def reset(self) -> None:
         self.verdict: Verdict | None = None
         self.first_diverging_step: int | None = None
         self._collector: EvidenceCollector | None = None
         self._evidence: Evidence | None = None  # what the verdict was made of
-        self._resumed: dict[str, Any] | None = None
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if stage == "fit":
-            self.verdict = self.first_diverging_step = self._collector = self._evidence = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"evidence": self._collector.state_dict()} if self._collector else {}
@@ -87,45 +84,39 @@ class VerdictMonitor(Observer):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         has_optimizer = any(each.param_groups for each in trainer.optimizers)
-        if not has_optimizer or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # one batch shows nothing
-            disable(self, *STEP_HOOKS)
+        is_one_batch = trainer.fast_dev_run  # type: ignore[attr-defined]  # which shows nothing
+        if not has_optimizer or not trainer.is_global_zero or is_one_batch:
+            self.listen_only()
             return
         optimizer = trainer.optimizers[0]
         if any(group.get("lr") is None for group in optimizer.param_groups):
             raise ValueError(f"{type(optimizer).__name__} has no learning rate to judge")
-        make = partial(
-            EvidenceCollector,
-            optimizer,
-            ParameterNames(module),
-            self.every_n_steps,
-            self.window,
-            full_batch=trainer.limit_train_batches == 1.0
-            and trainer.num_training_batches <= trainer.accumulate_grad_batches
-            and trainer.world_size == 1,
-            step=trainer.global_step,
-            last_step=num_steps(trainer),
-        )
+        num_batches, a_step = trainer.num_training_batches, trainer.accumulate_grad_batches
+        sees_all = trainer.limit_train_batches == 1.0 and num_batches <= a_step and trainer.world_size == 1
+        names = ParameterNames(module)
+        make = partial(EvidenceCollector, optimizer, names, self.every_n_steps, self.window, sees_all)
+        make = partial(make, step=trainer.global_step, last_step=num_steps(trainer))
         self._collector = make()
         if self._resumed and not self.restored(self._collector.load_state_dict, self._resumed):
             self._collector = make()
         self._resumed = None
         if line := _line(trainer, module):
             table = getattr(getattr(trainer, "datamodule", None), "table", None)
-            names = tuple(getattr(table, "feature_names", ()))
-            self._collector.set_line(line, list(module.parameters()), self.thresholds.tolerance, names)
-        if trainer.num_training_batches < trainer.accumulate_grad_batches:
-            num, most = trainer.num_training_batches, trainer.accumulate_grad_batches
+            features = tuple(getattr(table, "feature_names", ()))
+            self._collector.set_line(line, list(module.parameters()), self.thresholds.tolerance, features)
+        if num_batches < a_step:
             text = "accumulate_grad_batches=%d exceeds the %d of an epoch: each step is %d/%d of their mean gradient."
-            log.warning(text, most, num, num, most)
+            log.warning(text, a_step, num_batches, num_batches, a_step)
         self._losses: list[Tensor] = []
+        self._differentiated_at = -1  # the batch, whose loss an optimizer may ask for many times
         self._taken = trainer.global_step
-        self._critical = next(iter(_beside(trainer, CriticalLearningRate)), None)
+        self._critical = _beside(trainer, CriticalLearningRate)
         self._is_quick = each_batch_is_a_step(trainer, module)
         steps = self.follow(trainer, after=self._after)
         if self._is_quick:
             steps.on_loss = self.guarded(self._catch)
-        enable(self, "on_train_batch_end", when=not self._is_quick)
-        enable(self, "on_before_backward", when=self._collector.is_watching)
+        self.listen("on_train_batch_end", when=not self._is_quick)
+        self.listen("on_before_backward", when=self._collector.is_watching)
 
     def _catch(self, loss: Tensor | None) -> None:
         self._losses = [] if loss is None else [loss.detach().mean()]
@@ -137,10 +128,10 @@ class VerdictMonitor(Observer):
         collector.add_step()
         if self._critical and self._critical.measured and self._critical.measured[-1][0] == step.step:
             collector.add_critical(*self._critical.measured[-1][:2])
-        enable(self, "on_before_backward", when=collector.is_watching)
+        self.listen("on_before_backward", when=collector.is_watching)
         if self._is_quick:
             self._add_loss(collector)
-            enable(self, "on_train_batch_end", when=collector.is_due)
+            self.listen("on_train_batch_end", when=collector.is_due)
 
     def _add_loss(self, collector: EvidenceCollector) -> None:
         if self._losses:
@@ -149,9 +140,12 @@ class VerdictMonitor(Observer):
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._collector:
-            # A scaler has multiplied it; of several optimizers nobody knows whose it is.
+            # A scaler has multiplied it; of several optimizers nobody knows whose it is; L-BFGS has it again and again.
             is_known = len(trainer.optimizers) == 1 and getattr(trainer.precision_plugin, "scaler", None) is None
-            self._collector.add_backward(loss if is_known else None)
+            batch, before = trainer.fit_loop.total_batch_idx, self._differentiated_at
+            self._differentiated_at = batch
+            is_again = pl_module.automatic_optimization and batch == before
+            self._collector.add_backward(loss if is_known and not is_again else None)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -160,8 +154,8 @@ class VerdictMonitor(Observer):
         assert collector
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         if isinstance(loss, Tensor) and not self._is_quick:
-            divided_by = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
-            self._losses.append(loss.detach().mean() * divided_by)
+            share = trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1
+            self._losses.append(loss.detach().mean() * share)
         if collector.step == self._taken:
             return  # the batch was one of several before a step
         self._taken = collector.step
@@ -174,7 +168,8 @@ class VerdictMonitor(Observer):
     def _seen(self, trainer: Trainer, collector: EvidenceCollector, has_ended: bool = False) -> Evidence:
         still = _not_held(trainer)
         forgotten = [name for name, each in still.items() if each.requires_grad and each.grad is not None]
-        return collector.evidence(still, _sharpness(trainer), forgotten, has_ended)
+        monitor = _beside(trainer, SharpnessMonitor)
+        return collector.evidence(still, monitor.sharpness if monitor else None, forgotten, has_ended)
 
     def _judge(self, trainer: Trainer, evidence: Evidence) -> None:
         last, self._evidence = self.verdict, evidence
@@ -226,8 +221,7 @@ class VerdictMonitor(Observer):
             evidence = replace(last, has_ended=True)
         else:
             evidence = self._seen(trainer, self._collector, has_ended=True)
-        if last:
-            unseen = [name for name, value in vars(evidence).items() if value is None]
+            unseen = [name for name, value in vars(evidence).items() if value is None] if last else []
             evidence = replace(evidence, **{name: getattr(last, name) for name in unseen})
         evidence = _as_recorded(evidence, trainer)
         if evidence.gradient_norm is not None or evidence.num_non_finite:
@@ -236,8 +230,8 @@ class VerdictMonitor(Observer):
 
 def _as_recorded(evidence: Evidence, trainer: Trainer) -> Evidence:
     """What was seen, and what a FlightRecorder stopped the run for: perhaps in a step that was not watched."""
-    record = next((each.flight_record for each in _beside(trainer, FlightRecorder) if each.flight_record), None)
-    if not record:
+    recorder = _beside(trainer, FlightRecorder)
+    if not recorder or not (record := recorder.flight_record):
         return evidence
     evidence = replace(evidence, broken_rows=broken_rows(record.batch))
     if record.diagnosis.reason == "growth":
@@ -245,21 +239,14 @@ def _as_recorded(evidence: Evidence, trainer: Trainer) -> Evidence:
     return replace(evidence, num_non_finite=max(1, evidence.num_non_finite))
 
 
-def _beside(trainer: Trainer, kind: type[Kind]) -> list[Kind]:
-    return [each for each in trainer.callbacks if isinstance(each, kind)]  # type: ignore[attr-defined]
-
-
-def _sharpness(trainer: Trainer) -> float | None:
-    return next((each.sharpness for each in _beside(trainer, SharpnessMonitor)), None)
+def _beside(trainer: Trainer, kind: type[Kind]) -> Kind | None:
+    return next((each for each in trainer.callbacks if isinstance(each, kind)), None)  # type: ignore[attr-defined]
 
 
 def _not_held(trainer: Trainer) -> dict[str, Parameter]:
     """The parameters that no optimizer can move now."""
-    held = {
-        id(each) for optimizer in trainer.optimizers for group in optimizer.param_groups for each in group["params"]
-    }
-    named = trainer.lightning_module.named_parameters()
-    return {name: each for name, each in named if not each.requires_grad or id(each) not in held}
+    moving = {id(each) for each in held(trainer.optimizers) if each.requires_grad}
+    return {name: each for name, each in trainer.lightning_module.named_parameters() if id(each) not in moving}
 
 
 def _line(trainer: Trainer, module: LightningModule) -> LeastSquares | None:

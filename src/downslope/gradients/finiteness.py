@@ -43,8 +43,13 @@ class RowNorms:
                 norms: list[float] = np.sqrt(squares).tolist()
                 if math.isfinite(sum(norms)):
                     return norms
-        wide = wide_norms(tensors)
-        return wide.tolist() if wide.device.type == "cpu" else wide
+        return norms_now(tensors)
+
+
+def norms_now(tensors: Sequence[Tensor]) -> Tensor | list[float]:
+    """Returns `wide_norms`, on a CPU as numbers at once: there nothing has to be waited for."""
+    wide = wide_norms(tensors)
+    return wide.tolist() if wide.is_cpu else wide
 
 
 def wide_norms(tensors: Sequence[Inexact[Tensor, "..."]]) -> Float[Tensor, " num_tensors"]:

@@ -47,6 +47,18 @@ def flat(tensors: Sequence[Shaped[Tensor, "..."]]) -> Shaped[Tensor, " num_eleme
     return torch.cat([real(each.detach().to_dense()).flatten().to(tensors[0].device) for each in tensors])
 
 
+def shaped(row: Shaped[Tensor, " num_elements"], like: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
+    """Returns a tensor's part of a `flat` vector in the tensor's own shape and kind.
+
+    Example:
+        >>> shaped(torch.tensor([3.0, 4.0]), torch.tensor([0j]))
+        tensor([3.+4.j])
+    """
+    if like.is_complex():
+        row = torch.view_as_complex(row.reshape(*like.shape, 2))
+    return row.view_as(like).to(like)
+
+
 def clones(tensors: Sequence[Shaped[Tensor, "..."]]) -> list[Tensor]:
     """Returns a copy of each tensor, detached."""
     return [each.detach().clone() for each in tensors]

@@ -87,11 +87,16 @@ def _nodes(node: DictConfig, path: str) -> Iterator[tuple[str, DictConfig]]:
 def _check_type(key: str, node: DictConfig, name: str, annotation: Any) -> None:
     union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
     allowed = typing.get_args(annotation) if union else (annotation,)
-    if not all(kind in WORDS for kind in allowed):
+    is_made = typing.get_origin(annotation) is Callable
+    if not (is_made or all(kind in WORDS for kind in allowed)):
         return
     try:
         value = node[name]
     except OmegaConfBaseException:  # an interpolation into Hydra's runtime, which is not there yet
+        return
+    if is_made:
+        if not (value is None or has_target(value) or callable(value)):
+            raise ValueError(f"`{key}` must be a `_target_` with `_partial_: true`, got {show(value)}.")
         return
     if type(value) not in allowed and not (type(value) is int and float in allowed):
         way_out = f" As text it is written in both quotes: '{key}=\"{value}\"'." if str in allowed else ""

@@ -229,7 +229,8 @@ def _writable(path: str, key: str) -> Path:
 def _variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig, str, bool]]:
     """Configurations that show each value of a sweep once, not each combination: what was typed, and must it be built?
 
-    A number that the optimizer alone is set to builds nothing else: a thousand are checked while twenty are built.
+    Of an interval its ends are shown. A number that the optimizer alone is set to builds nothing else: a thousand are
+    checked while twenty are built.
     """
     parser, loader = OverridesParser.create(), GlobalHydra.instance().config_loader()
     overrides = typed_overrides(config)
@@ -241,7 +242,8 @@ def _variants(config: DictConfig, config_name: str) -> Iterator[tuple[DictConfig
         key, variant = override.key_or_group, base.copy()
         is_group = len(choices[index]) > 1 and bool(loader.get_group_options(key))
         is_setting = key == "lr" or key.startswith("optimizer.")
-        for choice in choices[index][1:]:
+        rest = choices[index][1:]
+        for choice in rest[-1:] if override.is_interval_sweep() else rest:  # what a number may be is a range
             if is_group:
                 others = [*first[:index], choice, *first[index + 1 :]]
                 variant = compose(config_name, others, return_hydra_config=True)

@@ -1,6 +1,6 @@
 """TensorBoard's event files, record by record, with a compiled checksum."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from struct import pack
 
@@ -34,33 +34,34 @@ def records(content: bytes) -> Iterator[bytes]:
 
 
 @cache
-def _scalar(tag: str, step: int, wall_time: float) -> bytes:
-    """A scalar's event less the four bytes of its value, which end it."""
-    value = Summary.Value(tag=tag, simple_value=1.0)
-    data: bytes = Event(wall_time=wall_time, step=step, summary=Summary(value=[value])).SerializeToString()
-    return data[:-4]
+def _around_values(tags: tuple[str, ...], step: int, wall_time: float) -> list[bytes]:
+    """What stands before, between and after the four bytes of each value in an event."""
+    mark = 1.2345678e-30
+    values = [Summary.Value(tag=tag, simple_value=mark) for tag in tags]
+    event = Event(wall_time=wall_time, step=step, summary=Summary(value=values))
+    parts: list[bytes] = event.SerializeToString().split(pack("<f", mark))
+    return parts
 
 
-def encoded_scalars(scalars: Iterable[tuple[str, int, float]], wall_time: float) -> bytes:
-    """Returns events of one scalar each, quickly where many runs measured the same tags at the same steps."""
-    parts = []
-    for tag, step, value in scalars:
-        data = _scalar(tag, step, wall_time) + pack("<f", value)
-        length = len(data).to_bytes(8, "little")
-        parts += [length, masked_checksum(length).to_bytes(4, "little")]
-        parts += [data, masked_checksum(data).to_bytes(4, "little")]
-    return b"".join(parts)
+def encoded_scalars(scalars: Mapping[int, Mapping[str, float]], wall_time: float) -> bytes:
+    """Returns an event for each step of its values by tag, quickly where many runs measured alike."""
+    records = []
+    for step, values in scalars.items():
+        first, *parts = _around_values(tuple(values), step, wall_time)
+        pairs = zip(values.values(), parts, strict=True)
+        records.append(first + b"".join(pack("<f", value) + part for value, part in pairs))
+    return _framed(records)
 
 
 def encoded(events: Iterable[Event]) -> bytes:
-    """Returns events as they stand in a file: each behind its length, and either with its checksum."""
-    parts = (part for event in events for part in _length_and_data(event))
+    """Returns events as they stand in a file."""
+    return _framed(event.SerializeToString() for event in events)
+
+
+def _framed(records: Iterable[bytes]) -> bytes:
+    """Puts each record behind its length, either with its checksum."""
+    parts = (part for record in records for part in (len(record).to_bytes(8, "little"), record))
     return b"".join(part + masked_checksum(part).to_bytes(4, "little") for part in parts)
-
-
-def _length_and_data(event: Event) -> tuple[bytes, bytes]:
-    data = event.SerializeToString()
-    return len(data).to_bytes(8, "little"), data
 
 
 def append(writer: EventFileWriter, events: Iterable[Event]) -> None:

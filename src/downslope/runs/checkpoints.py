@@ -1,10 +1,14 @@
 """A run's checkpoints: plain tensors and plain data, written whole or not at all, and read as nothing else."""
 
+import contextlib
 import hashlib
 import io
 import logging
 import os
 import pickle
+import platform
+from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +24,16 @@ BEST = "checkpoints/best.ckpt"
 LAST = "checkpoints/last.ckpt"
 PREVIOUS = "checkpoints/previous.ckpt"
 CHECKSUM = b"downslope sha256 "
+PACKAGES = ("lightning", "hydra-core", "numpy", "downslope")
 COMMENT_LENGTH = len(CHECKSUM) + 64
+SAVED: dict[str, type] = {  # what is resumed from, by Lightning and by ourselves
+    "global_step": int, "state_dict": dict, "loops": dict, "callbacks": dict, "optimizer_states": list,
+    "lr_schedulers": list, "progress": dict,
+}  # fmt: skip
+PROGRESS: dict[str, type] = {
+    "batch": int, "processes": list, "seconds": float, "model": str, "metrics": dict, "optimizers": list,
+    "schedulers": list, "settings": list, "event_files": dict,
+}  # fmt: skip
 
 
 class UnreadableCheckpointError(ValueError):
@@ -117,6 +130,8 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
     for file in (run / LAST, run / PREVIOUS):
         try:
             checkpoint = load_checkpoint(file)
+            if "progress" in checkpoint:
+                _check_kinds(file, checkpoint)
         except FileNotFoundError:
             continue
         except (UnreadableCheckpointError, OSError) as error:
@@ -143,14 +158,40 @@ def checkpoint_of(run: Path, data: object, module: LightningModule) -> tuple[Pat
         ValueError: There is none that is whole, or it is of something else; the message names both.
     """
     file, checkpoint = newest_checkpoint(run)
-    try:
+    with what_a_run_saves(file):
         progress = checkpoint["progress"]
         check_same(file, "model", progress["model"], name_of(module))
         check_same(file, "set of weights", _shapes(checkpoint["state_dict"]), _shapes(module.state_dict()))
         check_same(file, "set of data", progress["data"], fingerprint(data))
-    except (AttributeError, LookupError, TypeError) as error:
-        raise UnreadableCheckpointError(f"{file} does not hold what a run saves: {error}.") from error
+        there, here = dict(progress.get("versions", {})), versions()
+        changed = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
+    if changed:
+        log.warning("Saved by other versions, so that the last bits may differ: %s.", ", ".join(changed))
     return file, checkpoint
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of what makes a run's numbers."""
+    build = {"python": platform.python_version(), "torch": str(torch.__version__)}
+    return build | {name: version(name) for name in PACKAGES}
+
+
+@contextlib.contextmanager
+def what_a_run_saves(file: Path) -> Iterator[None]:
+    """Turns what Python says of a checkpoint that lacks something, or holds something else, into one message."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        missing = f"{error} is missing" if isinstance(error, KeyError) else error
+        raise UnreadableCheckpointError(f"{file} does not hold what a run saves: {missing}.") from error
+
+
+def _check_kinds(file: Path, checkpoint: dict[str, Any]) -> None:
+    with what_a_run_saves(file):
+        for holder, kinds in ((checkpoint, SAVED), (checkpoint["progress"], PROGRESS)):
+            for key, kind in kinds.items():
+                if not isinstance(holder[key], kind):
+                    raise TypeError(f"{key!r} is a {type(holder[key]).__name__}, not a {kind.__name__}")
 
 
 def check_same(file: Path, what: str, saved: Any, here: Any) -> None:

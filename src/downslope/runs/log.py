@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from io import TextIOWrapper
 from logging.handlers import MemoryHandler
 
-from downslope.runs.plain_files import open_regular
+from downslope.runs.plain_files import open_regular, printable
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EMFILE)  # nothing more is written
 GONE = (errno.EACCES, errno.ENOENT)  # nor where the folder has become read-only, or was moved away
@@ -27,6 +27,13 @@ class LogFile(logging.FileHandler):
         """Says it, and closes the file's door."""
         self.addFilter(lambda _: False)
         logging.getLogger(__name__).warning("Cannot write %s any more: %s", self.baseFilename, sys.exception())
+
+
+class Printable(logging.Formatter):
+    """Shows of what came from a run's folder nothing that steers a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return str(printable(super().format(record)))
 
 
 class Quiet(logging.Filter):

@@ -3,18 +3,16 @@
 import contextlib
 import logging
 import math
-import platform
 import time
 import traceback
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self, runtime_checkable
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
 from torch.nn.utils import parameters_to_vector
@@ -22,7 +20,7 @@ from torch.nn.utils import parameters_to_vector
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
-from downslope.runs.checkpoints import LAST, checkpoint_of
+from downslope.runs.checkpoints import LAST, checkpoint_of, versions, what_a_run_saves
 from downslope.runs.command_line import typed
 from downslope.runs.console import explain, print_header, print_interrupted, print_result
 from downslope.runs.folder import is_main_process
@@ -39,7 +37,6 @@ log = logging.getLogger(__name__)
 DIVERGED_BEYOND = 1e6
 DIVERGED_WORDS = ("diverging", "too_large", "non_finite")
 CHOICES = ("device", "model", "optimizer", "data")  # that HPARAMS shows
-PACKAGES = ("downslope", "lightning", "hydra-core", "numpy")
 
 
 @runtime_checkable
@@ -60,8 +57,7 @@ def first_result(config: DictConfig, overrides: list[str]) -> Result:
         mode=config.get("mode", "min"),
         overrides=overrides,
         seed=config.get("seed"),
-        versions={"python": platform.python_version(), "torch": torch.__version__}
-        | {name: version(name) for name in PACKAGES},
+        versions=versions(),
     )
 
 
@@ -106,7 +102,9 @@ class Run:
         if self.config.get("resume"):
             self.checkpoint, state = take("checkpoint", lambda: checkpoint_of(self.folder, data, module))
             progress = state["progress"]
-            self.result.seconds, self.result.metrics = progress["seconds"], dict(progress["metrics"])
+            with what_a_run_saves(self.checkpoint):
+                metrics = {str(name): float(value) for name, value in progress["metrics"].items()}
+            self.result.seconds, self.result.metrics = progress["seconds"], metrics
             if trainer.is_global_zero:
                 for partial in (self.folder / LAST).parent.glob(f"*{PARTIAL}"):  # of a process that was killed
                     partial.unlink()
@@ -159,8 +157,13 @@ class Run:
             print_interrupted(self.result, self.folder, error.saved)
         elif isinstance(error, Exception):
             log.info("failed", exc_info=error)
-            if self.checkpoint and not self._outside.has_begun:
-                return  # a resume that was refused: what there was of the run stays as it is
+            if self.checkpoint and not self._outside.has_begun:  # what there was of the run stays as it is
+                if any(
+                    frame.f_code.co_filename == checkpoint_connector.__file__ for frame, _ in traceback.walk_tb(trace)
+                ):
+                    with what_a_run_saves(self.checkpoint):
+                        raise error
+                return
             self.result.status = "failed"
             if self._is_of_the_first_step(trace):
                 model, data = (HydraConfig.get().runtime.choices.get(name) for name in ("model", "data"))
@@ -182,7 +185,7 @@ class Run:
             text = "`monitor` names %s, which was not logged, so that there is no objective. Logged: %s."
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
-            write_line(result, self.folder)
+            write_hparams(self.folder, *line_of(result))
             result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
@@ -195,15 +198,15 @@ def num_rows(loader: Any) -> int | None:
     return None
 
 
-def write_line(result: Result, folder: Path) -> None:
-    """Adds the run's line to TensorBoard's HPARAMS."""
+def line_of(result: Result) -> tuple[dict[str, Any], dict[str, float | None], int]:
+    """Returns what TensorBoard's HPARAMS say of a run: what was asked for, what came of it, and its steps."""
     choices = HydraConfig.get().runtime.choices
     asked = {"lr": result.learning_rate, **{name: choices.get(name) for name in CHOICES}}
     asked["verdict"] = result.verdict or result.status
     came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
     if result.excess_loss is not None:
         came["train/excess_loss"] = result.excess_loss
-    write_hparams(folder, asked, came, result.num_optimizer_steps)
+    return asked, came, result.num_optimizer_steps
 
 
 class Outside(Callback):

@@ -2,17 +2,11 @@
 
 import math
 
-from lightning import LightningModule, Trainer
+from torch import Tensor
 
 from downslope.gradients.line_search import Profile, look_for_best
-from downslope.steps.loss import BatchLoss, Loss, Parameters, why_no_loss_of_a_step
-
-
-def why_no_batch_step(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
-    """Returns why a step cannot be held against the loss of its batch, None where it can."""
-    if trainer.accumulate_grad_batches > 1:
-        return "gradients are accumulated: a step follows several batches, and not one"
-    return why_no_loss_of_a_step(trainer, module, loss)
+from downslope.gradients.vectors import real
+from downslope.steps.loss import BatchLoss, Parameters
 
 
 class BatchStep:
@@ -45,15 +39,15 @@ class BatchStep:
         """
         assert self._after is not None
         _, gradient = self._loss.value_and_gradient(self._before)
-        slope = sum(float(each.cpu().double().square().sum()) for each in gradient.values())
+        slope = sum(_product(each, each) for each in gradient.values())
         if not 0 < slope < math.inf:
             raise ValueError("the gradient is zero" if slope == 0 else "the gradient is not finite")
-        followed = sum(
-            float(((self._before[name] - self._after[name]).cpu().double() * each.cpu()).sum())
-            for name, each in gradient.items()
-        )
-        rate = followed / slope
+        rate = sum(_product(self._before[name] - self._after[name], each) for name, each in gradient.items()) / slope
         if not math.isfinite(rate):
             raise ValueError("the parameters are not finite")
         loss = self._loss.along(self._before, {name: -each for name, each in gradient.items()})
         return look_for_best(lambda learning_rate: float(loss(learning_rate)), abs(rate) or 1.0), rate
+
+
+def _product(one: Tensor, other: Tensor) -> float:
+    return float((real(one).cpu().double() * real(other).cpu()).sum())

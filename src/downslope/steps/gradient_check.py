@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from downslope.gradients.slope import central_difference, measure_slope
+from downslope.gradients.vectors import real
 from downslope.steps.loss import BatchLoss, Loss, Parameters
 
 NUM_PLACES = 4  # looked at nearby, until one has no kink
@@ -25,9 +26,8 @@ class Comparison:
     Attributes:
         parameter: Its name.
         reverse: From autograd's gradient.
-        numeric: From central differences.
+        numeric: From central differences, `error` of it uncertain.
         forward: From forward mode; None where an operation does not support it.
-        error: Of `numeric`.
         tolerance: Relative, of any two of them.
         noise: What rounding may add to any of them.
     """
@@ -43,8 +43,9 @@ class Comparison:
     @property
     def agrees(self) -> bool:
         """Whether autograd is right, as far as the other two can tell."""
-        forward_agrees = self.forward is None or self._is_near(self.forward, self.noise)
-        return forward_agrees and self._is_near(self.numeric, self.error)
+        return self._is_near(self.numeric, self.error) and (
+            self.forward is None or self._is_near(self.forward, self.noise)
+        )
 
     def _is_near(self, other: float, error: float) -> bool:
         return abs(self.reverse - other) <= self.tolerance * max(abs(self.reverse), abs(other)) + error
@@ -52,8 +53,7 @@ class Comparison:
     @property
     def difference(self) -> float:
         """By how much autograd is off: from central differences, or from forward mode if that is more."""
-        others = [self.numeric] if self.forward is None else [self.numeric, self.forward]
-        return max(abs(self.reverse - other) for other in others)
+        return max(abs(self.reverse - other) for other in (self.numeric, self.forward) if other is not None)
 
     def __str__(self) -> str:
         forward = "" if self.forward is None else f", forward mode {self.forward:.6g}"
@@ -82,11 +82,10 @@ class GradientReport:
     """What a check saw.
 
     Attributes:
+        precision: What the check computed in: float64, or the module's own where it works in no other.
         disagreements: One for each parameter whose gradient is wrong.
         num_parameters: Parameter tensors that were checked.
-        precision: What the check computed in: float64, or the module's own where it works in no other.
-        largest_difference: Between autograd and central differences where they agree, over the gradient's
-            norm.
+        largest_difference: Between autograd and central differences where they agree, over the gradient's norm.
         undecided: Parameters along which the loss had a kink wherever it was looked at.
         without_forward_mode: Why forward mode was left out, where it was.
         error: Why autograd gave no gradient at all, where it did not.
@@ -109,19 +108,16 @@ class GradientReport:
         if self.error is not None:
             return f"gradient check: backward fails: {self.error}"
         if self.disagreements:
-            wrong = "\n".join(f"  {each}" for each in self.disagreements)
             share = f"{len(self.disagreements)} of {self.num_parameters} parameters"
-            return f"gradient check: {share} disagree\n{wrong}"
+            return "\n  ".join([f"gradient check: {share} disagree", *map(str, self.disagreements)])
         methods = "central differences" if self.without_forward_mode else "central differences and forward mode"
-        text = (
+        parts = [
             f"gradient check: autograd, {methods} agree on {self.num_parameters} parameters "
-            f"(to {self.largest_difference:.1g} of the gradient's norm, in {self.precision})"
-        )
-        if self.undecided:
-            text += f"; at a kink, so undecided: {', '.join(self.undecided)}"
-        if self.without_forward_mode:
-            text += f"; forward mode left out: {self.without_forward_mode}"
-        return text
+            f"(to {self.largest_difference:.1g} of the gradient's norm, in {self.precision})",
+            f"at a kink, so undecided: {', '.join(self.undecided)}" if self.undecided else "",
+            f"forward mode left out: {self.without_forward_mode}" if self.without_forward_mode else "",
+        ]
+        return "; ".join(filter(None, parts))
 
 
 def check(
@@ -135,22 +131,19 @@ def check(
     numbers agree when they differ by less than ε^(1/3) = 6e-6 of the larger: half of the digits are left for
     functions less tame than the estimate, and a smaller error does no harm.
 
-    Before it complains it looks closely: at a place nearby, since at a kink (a ReLU at 0, a tie of a maximum)
-    autograd is free to give any slope in between; and with seven steps, allowing for ten times the spread of
-    what they give. A disagreement can be meant: a straight-through estimator is one, and so is spectral
-    normalisation, whose power iteration autograd takes for constant.
+    Before it complains it looks closely: at a place nearby, since at a kink (a ReLU at 0, a tie of a maximum) autograd
+    is free to give any slope in between; and with seven steps, allowing for ten times the spread of what they give. A
+    disagreement can be meant: a straight-through estimator is one, and so is spectral normalisation, whose power
+    iteration autograd takes for constant.
 
-    The check works on copies of parameters, buffers and batch, in float64 where the module's code allows it: weights,
-    gradients, buffers, metrics, training mode and all random states stay as they are. The loss is computed about
-    4 times a parameter.
+    The loss is computed about 4 times a parameter, on copies, in float64 where the module's code allows it
+    (`downslope.steps.loss.BatchLoss`).
 
     Args:
         module: Any LightningModule, in the mode (training or evaluation) in which it is to be checked.
         batch: One batch, as `training_step` gets it.
-        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
-            module's method `loss(batch)` when None.
-        num_directions: Random directions a parameter. One misses a wrong gradient only if the error happens
-            to be perpendicular to it.
+        loss: As for `downslope.steps.loss.BatchLoss`.
+        num_directions: Random ones a parameter. One misses a wrong gradient only if the error is perpendicular to it.
         seed: Of the directions.
 
     Returns:
@@ -194,16 +187,13 @@ def _evaluate_twice(function: BatchLoss) -> None:
 
 def _epsilon(parameters: Parameters) -> float:
     """The relative rounding error of the coarsest parameter."""
-    return max((torch.finfo(each.dtype).eps for each in parameters.values() if each.is_floating_point()), default=0.0)
-
-
-def _precision(parameters: Parameters) -> str:
-    """What the parameters are kept in, such as `float64`."""
-    return " and ".join(sorted({str(each.dtype).removeprefix("torch.") for each in parameters.values()}))
+    reals = [each for each in map(real, parameters.values()) if each.is_floating_point()]
+    return max((torch.finfo(each.dtype).eps for each in reals), default=0.0)
 
 
 def _report(function: BatchLoss, num_directions: int, seed: int) -> GradientReport:
-    report = GradientReport(precision=_precision(function.parameters))
+    kinds = {str(each.dtype).removeprefix("torch.") for each in function.parameters.values()}
+    report = GradientReport(precision=" and ".join(sorted(kinds)))
     try:
         here = _Place(function, function.parameters)
     except RuntimeError as error:  # such as an edit in place of what backward needs
@@ -238,18 +228,13 @@ class _Place:
         self.gradient_norm = math.hypot(*(float(gradient.norm()) for gradient in self.gradient.values()))
         self.without_forward_mode: str | None = None
 
-    def reverse(self, name: str, direction: Tensor) -> float:
-        return float((self.gradient[name] * direction).sum())
-
     def forward(self, name: str, direction: Tensor) -> float | None:
         leaves = self.function.leaves(self.parameters)
         try:
-            # torch.func.jvp would refuse a custom autograd.Function in the older style, which may well have a
-            # jvp.
+            # torch.func.jvp would refuse a custom autograd.Function in the older style, which may well have a jvp.
             with forward_ad.dual_level():
                 dual = forward_ad.make_dual(leaves[name], direction.to(leaves[name]))
-                loss = self.function({**leaves, name: dual})
-                tangent = forward_ad.unpack_dual(loss).tangent
+                tangent = forward_ad.unpack_dual(self.function({**leaves, name: dual})).tangent
         except RuntimeError as error:  # an operation, or a custom Function, without a formula for it
             self.without_forward_mode = str(error).splitlines()[0]
             return None
@@ -266,46 +251,42 @@ class _Place:
         }
         return _Place(self.function, moved)
 
+    def compare(self, name: str, direction: Tensor) -> Comparison:
+        """Compares with one central difference."""
+        tolerance = self.epsilon ** (1 / 3)
+        step = tolerance * _scale(self.parameters[name])
+        noise = ROUNDING * self.epsilon * abs(self.loss) / step
+        return Comparison(
+            parameter=name,
+            reverse=float((real(self.gradient[name]) * real(direction)).sum()),
+            numeric=central_difference(self.along(name, direction), step),
+            forward=self.forward(name, direction),
+            error=noise,
+            tolerance=tolerance,
+            noise=noise,
+        )
+
 
 def _compare(here: _Place, name: str, generator: torch.Generator) -> Comparison | None:
     """Compares along one random direction; None where the loss has a kink wherever it is looked at."""
     direction = _unit_vector(here.parameters[name], generator)
-    comparison = _look_once(here, name, direction)
+    comparison = here.compare(name, direction)
     if comparison.agrees or not math.isfinite(comparison.reverse):
         return comparison
     for _ in range(NUM_PLACES):
-        comparison, is_smooth = _look_closely(here.nearby(generator), name, direction)
-        if comparison.agrees or is_smooth:
-            return comparison
+        place = here.nearby(generator)
+        once = place.compare(name, direction)
+        slope = measure_slope(place.along(name, direction), _scale(place.parameters[name]))
+        closely = replace(once, numeric=slope.value, error=10 * slope.uncertainty + once.noise)
+        is_smooth = slope.kink <= 0.1 * abs(once.reverse - slope.value)
+        if closely.agrees or is_smooth:
+            return closely
     return None
 
 
-def _look_once(place: _Place, name: str, direction: Tensor) -> Comparison:
-    """Compares with one central difference."""
-    epsilon = place.epsilon
-    tolerance = epsilon ** (1 / 3)
-    step = tolerance * _scale(place.parameters[name])
-    return Comparison(
-        parameter=name,
-        reverse=place.reverse(name, direction),
-        numeric=central_difference(place.along(name, direction), step),
-        forward=place.forward(name, direction),
-        error=ROUNDING * epsilon * abs(place.loss) / step,
-        tolerance=tolerance,
-        noise=ROUNDING * epsilon * abs(place.loss) / step,
-    )
-
-
-def _look_closely(place: _Place, name: str, direction: Tensor) -> tuple[Comparison, bool]:
-    """Compares with a slope whose error was measured; tells also whether the loss is smooth there."""
-    once = _look_once(place, name, direction)
-    slope = measure_slope(place.along(name, direction), _scale(place.parameters[name]))
-    closely = replace(once, numeric=slope.value, error=10 * slope.uncertainty + once.noise)
-    return closely, slope.kink <= 0.1 * abs(once.reverse - slope.value)
-
-
 def _unit_vector(like: Tensor, generator: torch.Generator) -> Tensor:
-    direction = torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device)
+    dtype = torch.complex128 if like.is_complex() else torch.float64
+    direction = torch.randn(like.shape, generator=generator, dtype=dtype).to(like.device)
     return direction.div(direction.norm())
 
 

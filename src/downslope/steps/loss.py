@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import Any, Literal, Protocol
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from downslope.gradients.vectors import clones
+from downslope.gradients.vectors import clones, num_elements, shaped
 from downslope.steps.attributes import Attributes
 from downslope.steps.random_state import RandomState, own_generators, random_state
 
 log = logging.getLogger(__name__)
 
-SEVERAL_OPTIMIZERS = "there is not one optimizer, and it is not known which loss belongs to whom"
 
 Loss = Callable[[Any, Any], Tensor] | Literal["training_step"]
 Parameters = dict[str, Tensor]  # by name
@@ -40,24 +39,19 @@ class HasLoss(Protocol):
         ...
 
 
-def has_loss(module: nn.Module) -> bool:
+@lru_cache(maxsize=16)
+def has_loss(kind: type) -> bool:
     """Tells whether a module's class has a method `loss` with exactly one required argument, the batch.
 
     An attribute called `loss` is rather a criterion, and a method of two arguments takes predictions.
     """
-    has_method = inspect.isroutine(getattr(type(module), "loss", None))
-    return has_method and _takes_a_batch(type(module))  # type: ignore[arg-type]
-
-
-@lru_cache(maxsize=16)
-def _takes_a_batch(kind: type) -> bool:
-    arguments = inspect.signature(kind.loss).parameters.values()  # type: ignore[attr-defined]
+    if not inspect.isroutine(method := getattr(kind, "loss", None)):
+        return False
+    arguments = inspect.signature(method).parameters.values()
     num_bound = 0 if isinstance(inspect.getattr_static(kind, "loss"), staticmethod | classmethod) else 1
-    required = [each for each in arguments if each.default is each.empty and each.kind not in VARIADIC][num_bound:]
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [each for each in arguments if each.default is each.empty and each.kind not in variadic][num_bound:]
     return len(required) == 1 and required[0].kind is not inspect.Parameter.KEYWORD_ONLY
-
-
-VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 def check_loss(loss: object) -> None:
@@ -78,7 +72,7 @@ def why_no_loss(module: nn.Module, loss: Loss | None) -> str | None:
             return "under manual optimization `training_step` takes a step: give the module a method `loss(batch)`"
         if "dataloader_iter" in inspect.signature(module.training_step).parameters:  # type: ignore[arg-type]
             return "`training_step` takes its batch from an iterator: give the module a method `loss(batch)`"
-    elif loss is None and not has_loss(module):
+    elif loss is None and not has_loss(type(module)):  # type: ignore[arg-type]
         return (
             f"{name} has no method `loss(batch)`: add one, or give the callback `loss=`, a function of module and "
             'batch, or "training_step" where calling that again has no consequences'
@@ -86,10 +80,22 @@ def why_no_loss(module: nn.Module, loss: Loss | None) -> str | None:
     return None
 
 
-def why_no_loss_of_a_step(trainer: Trainer, module: LightningModule, loss: Loss | None) -> str | None:
-    """Returns why a step cannot be held against the loss of its batches, None where it can."""
-    if len(trainer.optimizers) != 1:
-        return SEVERAL_OPTIMIZERS
+def why_not_one_optimizer(trainer: Trainer) -> str | None:
+    """Returns why it is not known which loss belongs to whom, None where it is."""
+    if len(trainer.optimizers) > 1:
+        return "there is not one optimizer, and it is not known which loss belongs to whom"
+    has_one = any(optimizer.param_groups for optimizer in trainer.optimizers)  # Lightning's stand-in has no groups
+    return None if has_one else "there is no optimizer"
+
+
+def why_no_loss_of_a_step(
+    trainer: Trainer, module: LightningModule, loss: Loss | None, one_batch: bool = True
+) -> str | None:
+    """Returns why a step cannot be held against the loss of its batch (or its batches), None where it can."""
+    if one_batch and trainer.accumulate_grad_batches > 1:
+        return "gradients are accumulated: a step follows several batches, and not one"
+    if reason := why_not_one_optimizer(trainer):
+        return reason
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         return "LBFGS evaluates the loss many times a step"
     if trainer.world_size > 1:
@@ -100,8 +106,8 @@ def why_no_loss_of_a_step(trainer: Trainer, module: LightningModule, loss: Loss 
 _TOLD: WeakKeyDictionary[Trainer, set[str]] = WeakKeyDictionary()
 
 
-def say_no_loss(trainer: Trainer, what: str, reason: str) -> None:
-    """Warns of what cannot be measured for want of the loss: one line for all observers of a trainer.
+def said_off(trainer: Trainer, what: str, reason: str | None) -> bool:
+    """Tells whether there is a reason not to measure, and warns of it: one line for all observers of a trainer.
 
     Args:
         trainer: Fits the module.
@@ -109,9 +115,11 @@ def say_no_loss(trainer: Trainer, what: str, reason: str) -> None:
         reason: As `why_no_loss` and its like give it.
     """
     told = _TOLD.setdefault(trainer, set())
-    level = logging.INFO if reason in told else logging.WARNING
-    told.add(reason)
-    log.log(level, "%s, like all that needs the loss of a step again, is off: %s.", what, reason)
+    if reason is not None:
+        level = logging.INFO if reason in told else logging.WARNING
+        log.log(level, "%s, like all that needs the loss of a step again, is off: %s.", what, reason)
+        told.add(reason)
+    return reason is not None
 
 
 class BatchLoss:
@@ -126,7 +134,8 @@ class BatchLoss:
     Args:
         module: Trains, or is to be checked.
         batch: As `training_step` gets it.
-        loss: Gives the loss; the module's own `loss(batch)` when None.
+        loss: A function of module and batch, or "training_step" where calling that again has no consequences; the
+            module's own `loss(batch)` when None.
         batch_index: The batch's place in the epoch, for `"training_step"`.
         dtype: The precision of all copies; their own when None.
         precise: Compute what can be derived twice: in the parameters' precision instead of the trainer's autocast,
@@ -180,16 +189,21 @@ class BatchLoss:
         copies = self._copies(parameters)
         return {name: nn.Parameter(tensor, self._own[name].requires_grad) for name, tensor in copies.items()}
 
-    def pieces(self, parameters: Sequence[Tensor], vector: Tensor) -> Parameters:
-        """Returns the parts of a vector, which holds these parameters in a row, by the parameters' names.
+    def names(self, parameters: Iterable[Tensor]) -> list[str]:
+        """Returns the names of what an optimizer holds.
 
         Raises:
             ValueError: One is no parameter of the module.
         """
-        if any(id(parameter) not in self._names for parameter in parameters):
-            raise ValueError("the optimizer holds a tensor that is no parameter of the module")
-        rows = zip(parameters, vector.split([parameter.numel() for parameter in parameters]), strict=True)
-        return {self._names[id(parameter)]: row.view_as(parameter).to(parameter) for parameter, row in rows}
+        try:
+            return [self._names[id(parameter)] for parameter in parameters]
+        except KeyError:
+            raise ValueError("the optimizer holds a tensor that is no parameter of the module") from None
+
+    def pieces(self, parameters: Sequence[Tensor], vector: Tensor) -> Parameters:
+        """Returns the parts of a vector, which holds these parameters in a row, by the parameters' names."""
+        rows = vector.split(list(map(num_elements, parameters)))
+        return dict(zip(self.names(parameters), map(shaped, rows, parameters), strict=True))
 
     @contextmanager
     def measuring(self) -> Iterator[None]:
@@ -216,12 +230,10 @@ class BatchLoss:
             )
 
     def _contexts(self) -> Iterator[Any]:
-        trainer = attached_trainer(self._module)
-        if trainer is not None:
-            yield silent(trainer)
+        trainer = _attached_trainer(self._module)
+        if trainer:
             yield trainer.precision_plugin.train_step_context()  # its autocast; 16-true makes tensors in 16 bits
-        yield _mute([part for _, part in self._parts if isinstance(part, LightningModule)])
-        yield _default_dtype(self._dtype)
+        yield _silent(trainer, [part for _, part in self._parts if isinstance(part, LightningModule)], self._dtype)
         yield torch.compiler.set_stance("force_eager")
         if self._precise:
             yield sdpa_kernel(SDPBackend.MATH)
@@ -263,10 +275,10 @@ class BatchLoss:
         self._start.restore()
         with torch.enable_grad():
             value = functional_call(self._function, placed, (batch,), tie_weights=False)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"`{self._name}` must return the loss, one number, got {got}")
-        return value.reshape(())
+        if isinstance(value, Tensor) and value.numel() == 1:
+            return value.reshape(())
+        got = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"`{self._name}` must return the loss, one number, got {got}")
 
     def along(self, start: Mapping[str, Tensor], direction: Mapping[str, Tensor]) -> Callable[[float], Tensor]:
         """Returns the function t ↦ L(start + t · direction), detached.
@@ -322,8 +334,7 @@ class _Function(nn.Module):
         return output.get("loss") if isinstance(output, Mapping) else output
 
 
-def attached_trainer(module: nn.Module) -> Trainer | None:
-    """Returns the trainer of a LightningModule that has one by now."""
+def _attached_trainer(module: nn.Module) -> Trainer | None:
     try:
         trainer = getattr(module, "trainer", None)
     except RuntimeError:  # not attached yet
@@ -332,39 +343,25 @@ def attached_trainer(module: nn.Module) -> Trainer | None:
 
 
 @contextmanager
-def silent(trainer: Trainer) -> Iterator[None]:
-    """Takes the trainer's loggers away: a module may write to its logger directly."""
-    loggers, trainer.loggers = trainer.loggers, [DummyLogger() for _ in trainer.loggers]
-    try:
-        yield
-    finally:
-        trainer.loggers = loggers
-
-
-def _say_nothing(*args: Any, **kwargs: Any) -> None:
-    """Stands in for `self.log`: an evaluation is no training step."""
-
-
-@contextmanager
-def _mute(speakers: Sequence[nn.Module]) -> Iterator[None]:
+def _silent(trainer: Trainer | None, speakers: Sequence[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+    """Silences `self.log` and the loggers, and lets a tensor that the loss creates fit the precision of the copies."""
+    loggers, default = trainer.loggers if trainer else [], torch.get_default_dtype()
     for part in speakers:
         vars(part).update(log=_say_nothing, log_dict=_say_nothing)
+    if trainer:
+        trainer.loggers = [DummyLogger() for _ in loggers]  # a module may write to its logger directly
+    torch.set_default_dtype(dtype or default)
     try:
         yield
     finally:
+        torch.set_default_dtype(default)
+        if trainer:
+            trainer.loggers = loggers
         for part in speakers:
             del vars(part)["log"], vars(part)["log_dict"]
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype | None) -> Iterator[None]:
-    """Makes a tensor that the loss creates fit the precision of the copies."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def _say_nothing(*args: Any, **kwargs: Any) -> None: ...
 
 
 def copied(batch: Any, dtype: torch.dtype | None = None) -> Any:

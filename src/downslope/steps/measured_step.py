@@ -2,15 +2,17 @@
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import compress
 from math import isfinite, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.gradients.finiteness import RowNorms, wide_norms
-from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
+from downslope.gradients.finiteness import RowNorms, norms_now, wide_norms
+from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, held
 from downslope.verdict.flight_record import StepRecord
 
 
@@ -107,47 +109,29 @@ class StepNorms:
 
     def __init__(self, names: ParameterNames, optimizers: Iterable[Optimizer]) -> None:
         self._names = names
-        self._moved: dict[str, _Moved] = {}
-        held = _held(optimizers)
+        self._rows: dict[str, tuple[tuple[Parameter, ...], list[bool], list[str], RowNorms]] = {}  # by optimizer
+        tensors = held(optimizers)
         self._left_out = {
-            id(each) for each, norm in zip(held, wide_norms(held).tolist(), strict=True) if not isfinite(norm)
+            id(each) for each, norm in zip(tensors, wide_norms(tensors).tolist(), strict=True) if not isfinite(norm)
         }
 
     def of_gradients(self, optimizers: Iterable[Optimizer]) -> Norms:
         """Returns the norms of the gradients that are there."""
-        present = [each for each in _held(optimizers) if each.grad is not None and id(each) not in self._left_out]
+        present = [each for each in held(optimizers) if each.grad is not None and id(each) not in self._left_out]
         return Norms(self._names.of(present), norms_now([each.grad for each in present if each.grad is not None]))
 
     def measure(self, step: OptimizerStep, measured: MeasuredStep) -> None:
         """Looks after the step at what moved, and at the gradients that were applied."""
-        moved = self._moved.get(step.name)
-        if moved is None or moved.all_of_them is not step.moved:
-            moved = self._moved[step.name] = _Moved(step, self._names, self._left_out)
-        values, half = moved.row.of(moved.chosen(step)), len(moved.names)
-        measured.applied, measured.parameters = Norms(moved.names, values[:half]), Norms(moved.names, values[half:])
+        row = self._rows.get(step.name)
+        if row is None or row[0] is not step.moved:
+            kept = [id(each) not in self._left_out for each in step.moved]
+            names = self._names.of(compress(step.moved, kept))
+            row = self._rows[step.name] = step.moved, kept, names, RowNorms(_both(step, kept))
+        _, kept, names, norms = row
+        values = norms.of(_both(step, kept))
+        measured.applied, measured.parameters = Norms(names, values[: len(names)]), Norms(names, values[len(names) :])
 
 
-class _Moved:
-    """What an optimizer's steps move, as long as it is the same."""
-
-    def __init__(self, step: OptimizerStep, names: ParameterNames, left_out: set[int]) -> None:
-        self.all_of_them = step.moved
-        self._places = [place for place, each in enumerate(step.moved) if id(each) not in left_out]
-        self.names = names.of([step.moved[place] for place in self._places])
-        self.row = RowNorms(self.chosen(step))
-
-    def chosen(self, step: OptimizerStep) -> list[Tensor]:
-        """The gradients, and after them the parameters."""
-        if len(self._places) == len(step.moved):
-            return [*step.gradients, *step.moved]
-        return [tensors[place] for tensors in (step.gradients, step.moved) for place in self._places]
-
-
-def norms_now(tensors: Sequence[Tensor]) -> Tensor | list[float]:
-    """Returns the norms of tensors, on a CPU as numbers at once: there nothing has to be waited for."""
-    norms = wide_norms(tensors)
-    return norms.tolist() if norms.is_cpu else norms
-
-
-def _held(optimizers: Iterable[Optimizer]) -> list[Tensor]:
-    return [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]
+def _both(step: OptimizerStep, kept: list[bool]) -> list[Tensor]:
+    """The gradients, and after them the parameters."""
+    return [*compress(step.gradients, kept), *compress(step.moved, kept)]

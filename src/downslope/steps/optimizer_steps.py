@@ -1,9 +1,8 @@
 """Around every optimizer step, in every mode: where θₜ and θₜ₊₁ can be read, and the gradient between them."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import InitVar, dataclass, field
 from functools import partial
-from itertools import compress
 from operator import is_
 from typing import Any
 from weakref import WeakKeyDictionary, ref
@@ -19,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from downslope.gradients.norms import HALF
 from downslope.gradients.vectors import flat
 from downslope.steps.due import is_due
-from downslope.steps.hooks import overrides
 
 
 @dataclass
@@ -44,7 +42,6 @@ class OptimizerStep:
     moved: tuple[Parameter, ...] = ()
     gradients: list[Tensor] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
-    _has_gradient: list[bool] = field(default_factory=list)
     _flat: Tensor | None = None
     _square: Tensor | None = None
     _depth: int = 0
@@ -53,10 +50,8 @@ class OptimizerStep:
     @property
     def parameters(self) -> list[Parameter]:
         """What it steps; the same list while they are the same."""
-        held = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        if len(held) != len(self._parameters) or not all(map(is_, held, self._parameters)):
-            self._parameters = held
-            self._has_gradient = []
+        parameters = held([self.optimizer])
+        self._parameters = self._parameters if _are_same(parameters, self._parameters) else parameters
         return self._parameters
 
     def begins(self, batch: int) -> bool:
@@ -76,12 +71,9 @@ class OptimizerStep:
 
     def look(self) -> None:
         """Finds `moved` and `gradients`, after the step."""
-        gradients = [parameter.grad for parameter in self.parameters]
-        has_gradient = [gradient is not None for gradient in gradients]
-        if has_gradient != self._has_gradient:
-            self._has_gradient = has_gradient
-            self.moved = tuple(compress(self._parameters, has_gradient))
-        self.gradients = [gradient for gradient in gradients if gradient is not None]
+        moved = tuple(each for each in self.parameters if each.grad is not None)
+        self.moved = self.moved if _are_same(moved, self.moved) else moved
+        self.gradients = [each.grad for each in moved if each.grad is not None]
 
     @property
     def flat_gradient(self) -> Tensor:
@@ -103,6 +95,11 @@ class OptimizerStep:
         self.gradients, self._flat, self._square = [], None, None
 
 
+def _are_same(some: Sequence[Parameter], others: Sequence[Parameter]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+@dataclass(eq=False)
 class OptimizerSteps:
     """Calls a function before, and one after, each step that an optimizer of the trainer really takes.
 
@@ -113,36 +110,27 @@ class OptimizerSteps:
 
     All observers of a trainer share one pair of hooks, and see the same states.
 
-    Args:
-        trainer: Its optimizers are set up: from `on_train_start` on.
+    Attributes:
         before: Called with θₜ in place.
         after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
         every_n_steps: Both are called at an optimizer's steps 0, n, 2n, … alone.
         ahead: And so many steps before those instead.
         num_first: The first so many steps are due too.
-
-    Attributes:
         on_next: Called where a step that is due begins or stops to be the coming one.
         on_loss: Called in the middle of each step that is given a closure, with the loss that this returns: gradients
             are final, parameters still θₜ.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        before: Callable[[OptimizerStep], None] | None = None,
-        after: Callable[[OptimizerStep], None] | None = None,
-        every_n_steps: int = 1,
-        ahead: int = 0,
-        num_first: int = 0,
-    ) -> None:
-        self.before = before
-        self.after = after
-        self.every_n_steps = every_n_steps
-        self.ahead = ahead
-        self.num_first = num_first
-        self.on_next: Callable[[], None] | None = None
-        self.on_loss: Callable[[Tensor | None], None] | None = None
+    trainer: InitVar[Trainer]  # its optimizers are set up: from `on_train_start` on
+    before: Callable[[OptimizerStep], None] | None = None
+    after: Callable[[OptimizerStep], None] | None = None
+    every_n_steps: int = 1
+    ahead: int = 0
+    num_first: int = 0
+    on_next: Callable[[], None] | None = None
+    on_loss: Callable[[Tensor | None], None] | None = None
+
+    def __post_init__(self, trainer: Trainer) -> None:
         hooks = _HOOKS.get(trainer)
         if hooks is None or [state.optimizer for state in hooks.states] != trainer.optimizers:  # of a fit that failed
             hooks = _HOOKS[trainer] = _Hooks(trainer)
@@ -257,6 +245,16 @@ def each_batch_is_a_step(trainer: Trainer, module: LightningModule) -> bool:
         and not any(isinstance(each, GradientAccumulationScheduler) for each in callbacks)
         and not overrides(module, "optimizer_step")
     )
+
+
+def held(optimizers: Iterable[Optimizer]) -> list[Parameter]:
+    """Returns what optimizers step, in their order."""
+    return [each for optimizer in optimizers for group in optimizer.param_groups for each in group["params"]]
+
+
+def overrides(module: LightningModule, *hooks: str) -> bool:
+    """Tells whether a module has any of Lightning's hooks of its own."""
+    return any(getattr(type(module), hook) is not getattr(LightningModule, hook) for hook in hooks)
 
 
 def num_steps(trainer: Trainer) -> int | None:

@@ -3,7 +3,8 @@
 import contextlib
 import random
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class RandomState:
         has_cuda = torch.cuda.is_initialized()  # to ask for more would start it
         self._cuda: Any = torch.cuda.get_rng_state_all() if has_cuda else None
         self._mps: Any = torch.mps.get_rng_state() if torch.backends.mps.is_available() else None
-        self._generators = [(generator, _state(generator)) for generator in generators]
+        self._generators = [(each, _kinds()[type(each)][0](each)) for each in generators]
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the process-wide states as plain tensors and plain data."""
@@ -57,15 +58,25 @@ class RandomState:
             torch.cuda.set_rng_state_all(self._cuda)
         if self._mps is not None:
             torch.mps.set_rng_state(self._mps)
-        for generator, state in self._generators:
-            _set_state(generator, state)
+        for each, state in self._generators:
+            _kinds()[type(each)][1](each, state)
+
+
+def _kinds() -> dict[type, tuple[Callable[[Any], Any], Callable[[Any, Any], object]]]:
+    """How the state of a generator is taken, and how it is put back."""
+    kinds: dict[type, tuple[Any, Any]] = {
+        torch.Generator: (torch.Generator.get_state, torch.Generator.set_state),
+        random.Random: (random.Random.getstate, random.Random.setstate),
+    }
+    if "numpy" in sys.modules:
+        state = attrgetter("bit_generator.state")
+        kinds[sys.modules["numpy"].random.Generator] = state, lambda each, to: setattr(each.bit_generator, "state", to)
+    return kinds
 
 
 def own_generators(parts: Iterable[nn.Module]) -> list[Any]:
     """Returns the generators, of torch, Python and NumPy, that modules keep as attributes."""
-    kinds = {torch.Generator, random.Random}
-    if "numpy" in sys.modules:
-        kinds.add(sys.modules["numpy"].random.Generator)
+    kinds = _kinds()
     return [value for part in parts for value in vars(part).values() if type(value) in kinds]
 
 
@@ -76,21 +87,6 @@ def _packed(words: Sequence[int]) -> Tensor:
 
 def _plain(value: Any) -> Any:
     return tuple(value.tolist()) if isinstance(value, Tensor) else value
-
-
-def _state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    return generator.getstate() if isinstance(generator, random.Random) else generator.bit_generator.state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, torch.Generator):
-        generator.set_state(state)
-    elif isinstance(generator, random.Random):
-        generator.setstate(state)
-    else:
-        generator.bit_generator.state = state
 
 
 @contextlib.contextmanager

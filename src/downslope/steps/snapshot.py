@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from downslope.gradients.vectors import copy
+from downslope.steps.optimizer_steps import held
 
 
 class Copies:
@@ -51,9 +52,7 @@ class Snapshot(Copies):
 
     def take_all(self) -> None:
         """Remembers how everything is now."""
-        tensors = [
-            each for optimizer in self._optimizers for group in optimizer.param_groups for each in group["params"]
-        ]
+        tensors: list[Tensor] = [*held(self._optimizers)]
         self._states = [
             {parameter: _outline(state, tensors) for parameter, state in optimizer.state.items()}
             for optimizer in self._optimizers

@@ -1,6 +1,6 @@
 """The gradient that arrives at an optimizer step, before anybody clips it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from lightning import Callback, LightningModule, Trainer
 from torch import Tensor
@@ -8,8 +8,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from downslope.gradients.vectors import clones
-from downslope.steps.hooks import overrides
-from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps
+from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps, held, overrides
 
 
 class UnclippedGradients:
@@ -43,41 +42,33 @@ class UnclippedGradients:
         self.are_applied = not may_be_clipped(trainer, module)
         self._copies: dict[Tensor, Tensor] = {}
         self._handles: dict[Tensor, RemovableHandle] = {}
-        self._hook = guarded(self._keep)
+        self._hook = guarded(lambda parameter: self._keep([parameter]))
 
     def watch(self) -> None:
         """Begins to look, or stops, as the coming steps ask for, with manual optimization.
 
         To be called when a step has been taken, and when a batch begins: a module may have grown.
         """
-        if not self._manual:
-            return
-        if not self._steps.are_due():
+        if self._manual and not self._steps.are_due():
             self.detach()
-            return
-        for parameter in [parameter for state in self._steps.states for parameter in state.parameters]:
+        for parameter in held(self._trainer.optimizers) if self._manual and self._steps.are_due() else ():
             if parameter not in self._handles and parameter.requires_grad:
                 self._handles[parameter] = parameter.register_post_accumulate_grad_hook(self._hook)
 
-    def _keep(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._copies[parameter] = parameter.grad.detach().clone()
+    def _keep(self, parameters: Iterable[Tensor]) -> None:
+        present = {each: each.grad for each in parameters if each.grad is not None}
+        self._copies |= zip(present, clones([*present.values()]), strict=True)
 
     def on_after_backward(self) -> None:
         """Takes the mean over processes instead of this one's own gradients."""
         if self._manual and self._trainer.world_size > 1:
-            for parameter in self._copies:
-                self._keep(parameter)
+            self._keep(self._copies)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Copies the gradients of an optimizer whose step is due, with automatic optimization."""
-        if self._manual:
-            return
-        for state in self._steps.states:
-            if state.optimizer is optimizer:
-                parameters = [parameter for parameter in state.parameters if parameter.grad is not None]
-                gradients = [parameter.grad.detach() for parameter in parameters if parameter.grad is not None]
-                self._copies = dict(zip(parameters, clones(gradients), strict=True))
+        if not self._manual:
+            self._copies.clear()
+            self._keep(held([optimizer]))
 
     def take(self, state: OptimizerStep) -> dict[Tensor, Tensor]:
         """Returns the copies for the step that an optimizer has just taken, and forgets them.
@@ -86,11 +77,9 @@ class UnclippedGradients:
         """
         scaler = getattr(self._trainer.precision_plugin, "scaler", None) if self._manual else None
         scale = scaler.get_scale() if scaler is not None else 1.0
-        return {
-            parameter: self._copies.pop(parameter) / scale if scale != 1.0 else self._copies.pop(parameter)
-            for parameter in state.parameters
-            if parameter in self._copies and parameter.grad is not None
-        }
+        taken = [each for each in state.parameters if each in self._copies and each.grad is not None]
+        copies: dict[Tensor, Tensor] = {each: self._copies.pop(each) for each in taken}
+        return copies if scale == 1.0 else {each: copy / scale for each, copy in copies.items()}
 
     def detach(self) -> None:
         """Leaves the parameters as they were."""

@@ -1,8 +1,10 @@
 """Which jobs of a sweep differ only in numbers of the optimizer; each such group is composed once."""
 
 import re
+from ast import literal_eval
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +20,11 @@ from downslope.sweeps.stacked import CannotStackError
 
 Jobs = dict[int, list[str]]  # the overrides of each, by its number in the sweep
 
-NUMBER = r"[+-]?(?:\d[\d_]*(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"
+NUMBER = r"[+-]?(?:(?:0|[1-9][\d_]*)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d+)?"  # as Hydra and Python both read it
 VALUE = re.compile(rf"{NUMBER}|\[{NUMBER}(?:,\s*{NUMBER})*\]")
 CLIP = "trainer.gradient_clip_val"
-TRAINER = ("_target_", "max_epochs", "max_steps", "accelerator", "devices", "deterministic", "gradient_clip_val",
-           "gradient_clip_algorithm", "num_sanity_val_steps", "log_every_n_steps", "enable_model_summary",
-           "enable_progress_bar")  # fmt: skip
-OBSERVERS = ("GradientMonitor", "LearningRateEffects", "CriticalLearningRate", "SharpnessMonitor", "FlightRecorder",
-             "Pictures", "VerdictMonitor", "Checkpoints", "Progress")  # fmt: skip
-LOGGERS = ("downslope.logs.tensorboard.TensorBoard",)
+OURS, MAY_RAISE = "downslope.callbacks.", "downslope.callbacks.GradientCheck"
+LOGGER = "downslope.logs.tensorboard.TensorBoard"
 JOB, FOLDER = 987654321, "/OUTPUT/FOLDER/HERE"  # stand for a job's number and folder
 
 
@@ -51,13 +49,11 @@ class Group:
     def members(self) -> dict[str, Any]:
         """Returns what `Members` takes beside the module."""
         values = [by_key(job) for job in self.jobs.values()]
-        settings = [{name: number(each[key]) for name, key in self.arguments.items()} for each in values]
-        clips = [number(each[CLIP]) for each in values] if CLIP in self.keys else None
-        clip = self.config.trainer.get("gradient_clip_val")
-        if clips is None and clip is not None:
-            clips = [clip] * len(values)
+        settings = [{name: literal_eval(each[key]) for name, key in self.arguments.items()} for each in values]
+        clip = self.config.trainer.get("gradient_clip_val") or 0
+        clips = [literal_eval(each[CLIP]) if CLIP in self.keys else clip for each in values]
         monitor = OmegaConf.select(self.config, "callbacks.gradient_monitor") or {}
-        due = {name: monitor.get(name, usual) for name, usual in (("every_n_steps", 50), ("num_first_steps", 100))}
+        due = {name: monitor[name] for name in ("every_n_steps", "num_first_steps") if name in monitor}
         by_value = self.config.trainer.get("gradient_clip_algorithm") == "value"
         return {"settings": settings, "clips": clips, "clips_values": by_value, **due}
 
@@ -67,36 +63,17 @@ class Group:
 
     def files(self, place: int, folder: Path) -> dict[str, str]:
         """Returns the files in `.hydra` of the job with this number."""
-        job = by_key(self.jobs[place])
-        found = {}
-        for name, text in self.texts.items():
-            for index, key in enumerate(self.keys):
-                value = number(job[key])
-                shown = f"{value}" if isinstance(value, int) else yaml.safe_dump(value, default_flow_style=True)
-                text = text.replace(f"={marker(index)}", f"={job[key]}")
-                text = text.replace(marker(index), shown.removesuffix("\n").removesuffix("\n..."))
-            found[name] = text.replace(str(JOB), str(place)).replace(FOLDER, str(folder))
-        return found
+        job, told = by_key(self.jobs[place]), {str(JOB): str(place), FOLDER: str(folder)}
+        for index, key in enumerate(self.keys):
+            shown = yaml.safe_dump(literal_eval(job[key]), default_flow_style=True)
+            told |= {f"={marker(index)}": f"={job[key]}", marker(index): shown.removesuffix("...\n").rstrip("\n")}
+        return {name: reduce(lambda text, each: text.replace(*each), told.items(), text)
+                for name, text in self.texts.items()}  # fmt: skip
 
 
 def marker(index: int) -> str:
     """Stands in a composed configuration for a value that differs from job to job."""
     return f"DIFFERS{index}HERE"
-
-
-def number(text: str) -> Any:
-    """Reads a number, or a list of them, as Hydra does.
-
-    Example:
-        >>> number("1e-3"), number("2"), number("[0.9,0.99]")
-        (0.001, 2, [0.9, 0.99])
-    """
-    if text.startswith("["):
-        return [number(each.strip()) for each in text[1:-1].split(",")]
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
 
 
 def by_key(job: Sequence[str]) -> dict[str, str]:
@@ -197,12 +174,10 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 def _check(config: DictConfig) -> None:
     """Raises for a configuration that does more than a stacked fit can."""
-    observers = [f"downslope.callbacks.{name}" for name in OBSERVERS]
-    odd = [f"trainer.{key}" for key in config.trainer if key not in TRAINER]
-    odd += [f"callbacks.{key}" for key, node in config.callbacks.items() if node._target_ not in observers]
-    odd += [f"logger.{key}" for key, node in config.logger.items() if node._target_ not in LOGGERS]
-    if config.trainer.devices not in (1, "auto"):
-        odd.append("trainer.devices")
+    odd = [f"trainer.{key}" for key, node in config.trainer.items() if OmegaConf.is_config(node)]  # a profiler, say
+    targets = {f"callbacks.{key}": str(node._target_) for key, node in config.callbacks.items()}
+    odd += [key for key, target in targets.items() if not target.startswith(OURS) or target == MAY_RAISE]
+    odd += [f"logger.{key}" for key, node in config.logger.items() if node._target_ != LOGGER]
     if odd:
         raise CannotStackError(f"the vectorized launcher does not know {', '.join(odd)}")
     if (config.monitor, config.mode) != ("val/loss", "min"):

@@ -6,24 +6,26 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import reduce
 from pathlib import Path
 
 import torch
 from filelock import FileLock, Timeout
 from tensorboard.compat.proto.event_pb2 import Event
-from torch import Tensor
 from torch.nn.utils import parameters_to_vector
 from torch.utils.tensorboard.summary import custom_scalars
 
 from downslope.logs.event_files import encoded, encoded_scalars
+from downslope.logs.hparams import hparams_line
 from downslope.logs.tensorboard import LAYOUT
 from downslope.runs.checkpoints import BEST, LAST, as_bytes, name_of
 from downslope.runs.console import one_line, say
 from downslope.runs.folder import LOCK
 from downslope.runs.result import FILE_NAME, Result, objective_of
-from downslope.runs.run import first_result, num_rows, write_line
+from downslope.runs.run import first_result, line_of, num_rows
 from downslope.sweeps.groups import Group
 from downslope.sweeps.job import KEY, SOURCES, begun, failure, job_key
 from downslope.sweeps.members import Fit, of_member
@@ -46,13 +48,14 @@ def keep(group: Group, sweep: Path, fit: Fit) -> dict[int, float]:
     as one that has ended, or as one that has not begun.
     """
     results = _results(group, fit)
-    curves = _curves(fit)
-    files: dict[int, dict[str, bytes]] = {}
-    for index, place in enumerate(group.jobs):
-        files[place] = _checkpoints(fit, index, results[index]) if fit.checkpoint else {}
-        if group.config.logger:
-            files[place][_event_file()] = curves[index]
-    return _place(group, sweep, results, files)
+    event_file = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
+
+    def files() -> Iterator[dict[str, bytes]]:  # of one job at a time: those of all might not fit into memory
+        for index, (result, curves) in enumerate(zip(results, _curves(fit), strict=True)):
+            mine = _checkpoints(fit, index, result) if fit.checkpoint else {}
+            yield mine | ({event_file: curves + hparams_line(*line_of(result))} if group.config.logger else {})
+
+    return _place(group, sweep, results, files())
 
 
 def fail(group: Group, sweep: Path, error: Exception) -> dict[int, float]:
@@ -60,28 +63,24 @@ def fail(group: Group, sweep: Path, error: Exception) -> dict[int, float]:
     known = replace(first_result(group.config, []), error=failure(error).error)
     say(f"  failed    {one_line(known.error['message'] if known.error else '')}")
     results = [replace(known, overrides=job) for job in group.jobs.values()]
-    return _place(group, sweep, results, {place: {} for place in group.jobs})
+    return _place(group, sweep, results, [{} for _ in results])
 
 
-def _place(
-    group: Group, sweep: Path, results: list[Result], files: Mapping[int, Mapping[str, bytes]]
-) -> dict[int, float]:
+def _place(group: Group, sweep: Path, results: list[Result], files: Iterable[dict[str, bytes]]) -> dict[int, float]:
     unfinished = sweep / f"{UNFINISHED}{secrets.token_hex(4)}"
     unfinished.mkdir()
     with FileLock(unfinished / LOCK):
-        for (place, job), result in zip(group.jobs.items(), results, strict=True):
+        for (place, job), result, contents in zip(group.jobs.items(), results, files, strict=True):
             folder = unfinished / group.folder(place)
             texts = {f".hydra/{name}": text for name, text in group.files(place, sweep / folder.name).items()}
             if sources := group.config.hydra.job.env_set.get(SOURCES):
                 texts[KEY] = job_key(sources, job)
             texts[FILE_NAME] = result.json()
-            contents = {**files[place], **{name: text.encode() for name, text in texts.items()}}
-            for name in (".hydra", "checkpoints") if len(files[place]) > 1 else (".hydra",):
-                (folder / name).mkdir(parents=True)
+            contents |= {name: text.encode() for name, text in texts.items()}
+            for parent in {(folder / name).parent for name in contents} - {folder}:
+                parent.mkdir(parents=True)
             for name, content in contents.items():
                 (folder / name).write_bytes(content)
-            if group.config.logger and files[place]:
-                write_line(result, folder)
         os.sync()
         for place in group.jobs:
             _bring(unfinished / group.folder(place), sweep / group.folder(place))
@@ -117,17 +116,20 @@ def _results(group: Group, fit: Fit) -> list[Result]:
         excess = [line.excess(each) for each in weights.cpu()]
         first_excess = line.excess(parameters_to_vector(members.member.parameters()))
     steps, stopped = members.optimizer.num_steps.tolist(), members.stopped_at.tolist()
-    metrics = {tag: _last(curve) for tag, curve in members.curves.items() if tag.endswith("/loss")}
+    metrics = {}
+    for tag, curve in members.curves.items():
+        if tag.endswith("/loss"):  # each one's last
+            metrics[tag] = reduce(lambda last, new: new.where(~new.isnan(), last), [each for _, each in curve]).tolist()
     results = []
     for index, job in enumerate(group.jobs.values()):
-        group_of_settings = members.recipe.param_groups[index]
+        settings = members.recipe.param_groups[index]
         result = replace(known, overrides=job, num_optimizer_steps=steps[index])
         result.status = "completed" if stopped[index] < 0 else "diverged"
         result.verdict = None if stopped[index] < 0 else "diverging"
         left = result.excess_loss = excess[index] if excess else None
         if left is not None and first_excess is not None and left <= Thresholds.tolerance * first_excess:
             result.verdict = "converged"  # the one word that the closed form alone decides
-        result.learning_rate = float(group_of_settings.get("initial_lr", group_of_settings["lr"]))
+        result.learning_rate = float(settings.get("initial_lr", settings["lr"]))
         result.metrics = {tag: values[index] for tag, values in metrics.items()}
         result.objective = result.metrics.get(result.monitor or "")
         result.evidence = {"trained_at_once": len(group.jobs)}
@@ -135,37 +137,25 @@ def _results(group: Group, fit: Fit) -> list[Result]:
     return results
 
 
-def _last(curve: list[tuple[int, Tensor]]) -> list[float]:
-    """The last value that each member has."""
-    last = curve[0][1].clone()
-    for _, values in curve[1:]:
-        last = torch.where(values.isnan(), last, values)
-    return last.tolist()
-
-
-def _event_file() -> str:
-    return f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.0"
-
-
-def _curves(fit: Fit) -> list[bytes]:
+def _curves(fit: Fit) -> Iterator[bytes]:
     """The event file of each member: what was measured, until it stopped."""
     now = time.time()
     begin = encoded(
         [Event(wall_time=now, file_version="brain.Event:2"), Event(wall_time=now, summary=custom_scalars(LAYOUT))]
     )
-    stopped = fit.members.stopped_at.tolist()
-    points = [(step, tag, values.tolist()) for tag, curve in fit.members.curves.items() for step, values in curve]
-    points.sort(key=lambda point: point[0])
-    found = []
-    for index, end in enumerate(stopped):
-        mine = []
-        for step, tag, values in points:
-            if end < 0 or step < end:
-                mine.append((tag, step, values[index]))
-            elif "/loss" in tag and not any(each[:2] == (tag, end) for each in mine[-3:]):
-                mine.append((tag, end, values[index]))  # it was validated once more, when it had stopped
-        found.append(begin + encoded_scalars(mine, now))
-    return found
+    points: dict[int, dict[str, list[float]]] = defaultdict(dict)
+    for tag, curve in fit.members.curves.items():
+        for step, measured in curve:
+            points[step][tag] = measured.tolist()
+    for index, end in enumerate(fit.members.stopped_at.tolist()):
+        mine: dict[int, dict[str, float]] = defaultdict(dict)
+        for step in sorted(points):
+            for tag, values in points[step].items():
+                if end < 0 or step < end:
+                    mine[step][tag] = values[index]
+                elif "/loss" in tag:
+                    mine[end].setdefault(tag, values[index])  # it was validated once more, when it had stopped
+        yield begin + encoded_scalars(mine, now)
 
 
 def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
@@ -173,16 +163,15 @@ def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
     members, whole = fit.members, fit.checkpoint
     assert whole
     common = {key: value for key, value in whole.items() if key not in RUN_KEYS}
-    weights = {"epoch": whole["epoch"], "global_step": whole["global_step"], "state_dict": members.state_of(index)}
-    last = common | weights
+    last = common | {name: whole[name] for name in ("epoch", "global_step")}
+    last["state_dict"] = members.state_of(index, members.optimizer.frozen)
     if result.status == "completed":
         mine = whole["progress"]["processes"][0]
-        own = {name.removeprefix("member."): state for name, state in mine["metrics"].items()}
         told = {**members.recipe.defaults, **members.settings[index]}
         settings = {name: value for name, value in told.items() if isinstance(value, int | float | tuple)}
         schedulers = [each.scheduler for each in members.schedulers]
         last["progress"] = whole["progress"] | {
-            "processes": [mine | {"metrics": own, "sums": {}}],
+            "processes": [mine | {"metrics": {}, "sums": {}}],  # an epoch has ended: nothing is added up yet
             "seconds": result.seconds,
             "model": name_of(members.member),
             "metrics": result.metrics,
@@ -199,7 +188,7 @@ def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
         place = {"epoch": int(members.best_epochs[index]), "global_step": int(members.best_steps[index])}
         if members.stopped_at[index] >= 0:
             place["global_step"] = min(place["global_step"], int(members.stopped_at[index]))
-        files[BEST] = as_bytes(common | place | {"state_dict": members.best_of(index)})
+        files[BEST] = as_bytes(common | place | {"state_dict": members.state_of(index, members.best_weights)})
     return files
 
 

@@ -12,6 +12,7 @@ import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.core.optimizer import _configure_optimizers, _configure_schedulers_automatic_opt
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.types import LRSchedulerConfig
 from omegaconf import DictConfig, open_dict, read_write
@@ -20,6 +21,7 @@ from torch.optim import SGD, Optimizer
 
 from downslope.gradients.least_squares import HasLeastSquares, LeastSquares
 from downslope.runs.checkpoints import load_checkpoint
+from downslope.runs.console import explain
 from downslope.runs.result import Result
 from downslope.runs.stored import passes
 from downslope.steps.due import is_due
@@ -27,6 +29,7 @@ from downslope.sweeps.stacked import CannotStackError, StackedOptimizer, stacked
 
 NUM_CHECKED = 3  # steps in which a member is held against an ordinary run
 MOST_DIFFERENT = 1e-4
+KEPT_FOR = {"momentum_buffer": "momentum", "grad_avg": "centered"}  # a state of an optimizer, by the setting it is for
 
 Curve = tuple[int, Tensor]  # an optimizer step, and a value for each member: NaN where it had stopped
 
@@ -49,7 +52,7 @@ class Members(LightningModule):
     Args:
         member: With `loss(batch)`; automatic optimization; one optimizer over all its parameters.
         settings: Of each member's optimizer, those that differ from `member`'s own.
-        clips: Largest gradient norm of each member, or largest element; None clips nothing.
+        clips: Largest gradient norm of each member, or largest element; none clips nothing, nor does 0.
         clips_values: Which of the two.
         every_n_steps: How often the gradient's norm and the rate are kept.
         num_first_steps: After so many steps, which are all kept.
@@ -64,7 +67,7 @@ class Members(LightningModule):
         self,
         member: Any,
         settings: Sequence[Mapping[str, Any]],
-        clips: Sequence[float] | None = None,
+        clips: Sequence[float] = (),
         clips_values: bool = False,
         every_n_steps: int = 50,
         num_first_steps: int = 100,
@@ -85,19 +88,18 @@ class Members(LightningModule):
         So settings, defaults and schedules of all members are torch's own.
         """
         num_members = len(self.settings)
-        trained = [each for each in self.member.parameters() if each.requires_grad]
+        state = [*(each for each in self.member.parameters() if each.requires_grad), *self.member.buffers()]
+        stacked = [each.detach().repeat(num_members, *[1] * each.dim()) for each in state]
         self.recipe, self.schedulers = _recipe(self.member, self.settings)
         self.recipe.step()  # without a gradient: a scheduler wants the first step before its own
-        self.stack = nn.ParameterList(nn.Parameter(_repeated(each, num_members)) for each in trained)
-        self.buffer_stack = [_repeated(each, num_members) for each in self.member.buffers()]
-        clip = None
-        if self.clips is not None:
-            limits = [math.inf if each is None else each for each in self.clips]
-            clip = torch.tensor(limits, dtype=torch.float64, device=self.device)
+        self.stack = nn.ParameterList(map(nn.Parameter, stacked[: self.num_trained]))
+        self.buffer_stack = stacked[self.num_trained :]
+        limits = [each if each > 0 else math.inf for each in self.clips]
+        clips = any(each < math.inf for each in limits)
+        clip = torch.tensor(limits, dtype=torch.float64, device=self.device) if clips else None
         kind, settings = type(self.recipe), _together(self.recipe.param_groups, self.device)
         self.optimizer = StackedOptimizer(list(self.stack), kind, settings, self.buffer_stack, clip, self.clips_values)
-        state = dict(zip(self.names, self.optimizer.frozen, strict=True))
-        self.best_weights = {name: each.clone() for name, each in state.items()}
+        self.best_weights = [each.clone() for each in self.optimizer.frozen]
         self.best = torch.full((num_members,), math.inf, device=self.device)
         self.best_steps, self.best_epochs = torch.zeros(2, num_members, dtype=torch.long)
         self.stopped_at = torch.full((num_members,), -1, dtype=torch.long)  # the step after which it was frozen
@@ -108,17 +110,12 @@ class Members(LightningModule):
         buffers = {name: named.pop(name) for name in self.names[self.num_trained :]}
         return stacked_loss(self.member, buffers)(named, batch)
 
-    def on_train_epoch_start(self) -> None:
-        self._begin("train")
-
     def training_step(self, batch: Any) -> Tensor:
         """Returns the loss of each member that trains."""
         try:
             losses = self._losses([*self.stack, *self.buffer_stack], batch)
         except Exception as error:
-            raise CannotStackError(
-                f"{type(self.member).__name__}.loss cannot be stacked: {_first_line(error)}"
-            ) from error
+            raise CannotStackError(f"{type(self.member).__name__}.loss cannot be stacked: {explain(error)}") from error
         self._rates = [group["lr"] for group in self.recipe.param_groups]
         self._alive = self.optimizer.alive
         self._add("train", losses, batch, self._alive)
@@ -135,24 +132,22 @@ class Members(LightningModule):
         """Keeps what is due, and what has ended."""
         step = self.trainer.global_step - 1
         if is_due(step, self.every_n_steps, self.num_first_steps):
-            self._keep("gradient_norm/total", step, self._of_all(self.optimizer.norms, self._alive))
+            norms = torch.full((len(self.settings),), torch.nan, dtype=torch.float64, device=self.device)
+            norms[self._alive] = self.optimizer.norms
+            self._keep("gradient_norm/total", step, norms)
             self._keep(f"learning_rate/{type(self.recipe).__name__}", step, torch.tensor(self._rates))
         if step + 1 == NUM_CHECKED:
             chosen = least_rate(self.settings)
             self.checked = [each[chosen].clone() for each in self.optimizer.weights()[: self.num_trained]]
-        if len(self.optimizer.alive) < len(self._alive):
-            ended = set(self._alive.tolist()) - set(self.optimizer.alive.tolist())
-            self.stopped_at[list(ended)] = step + 1
-            self.trainer.should_stop = not len(self.optimizer.alive)
+        ended = self._alive[torch.isin(self._alive, self.optimizer.alive, invert=True)]
+        self.stopped_at[ended.cpu()] = step + 1
+        self.trainer.should_stop = not len(self.optimizer.alive)
         self._schedule("step")
 
     def on_train_epoch_end(self) -> None:
         """Keeps the mean loss of the epoch, and of members that diverged in it that of their part of it."""
         self._end("train")
         self._schedule("epoch")
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin("val")
 
     def validation_step(self, batch: Any) -> None:
         """Adds a batch to the mean of every member."""
@@ -165,11 +160,8 @@ class Members(LightningModule):
         self.best = torch.where(better, losses, self.best)
         self.best_steps[better.cpu()] = self.trainer.global_step
         self.best_epochs[better.cpu()] = self.trainer.current_epoch
-        for name, each in zip(self.names, self.optimizer.weights(), strict=True):
-            self.best_weights[name][better] = each[better]
-
-    def on_test_epoch_start(self) -> None:
-        self._begin("test")
+        for best, each in zip(self.best_weights, self.optimizer.weights(), strict=True):
+            best[better] = each[better]
 
     def test_step(self, batch: Any) -> None:
         """Adds a batch to the mean of every member."""
@@ -181,24 +173,18 @@ class Members(LightningModule):
     def _keep(self, tag: str, step: int, values: Tensor) -> None:
         self.curves.setdefault(tag, []).append((step, values.detach().cpu()))
 
-    def _begin(self, part: str) -> None:
-        self._sums[part] = torch.zeros(2, len(self.settings), dtype=torch.float64, device=self.device)
-
-    def _add(self, part: str, losses: Tensor, batch: Any, members: Tensor | None = None) -> None:
-        rows, whose = extract_batch_size(batch), slice(None) if members is None else members
-        self._sums[part][0, whose] += rows * losses.detach().double()
-        self._sums[part][1, whose] += rows
+    def _add(self, part: str, losses: Tensor, batch: Any, members: Any = slice(None)) -> None:
+        if part not in self._sums:
+            self._sums[part] = torch.zeros(2, len(self.settings), dtype=torch.float64, device=self.device)
+        rows = extract_batch_size(batch)
+        self._sums[part][0, members] += rows * losses.detach().double()
+        self._sums[part][1, members] += rows
 
     def _end(self, part: str) -> Tensor:
-        losses, rows = self._sums[part]
+        losses, rows = self._sums.pop(part)
         self._keep(f"{part}/loss", self.trainer.global_step, losses / rows)
         means: Tensor = (losses / rows).to(self.best.dtype)
         return means
-
-    def _of_all(self, values: Tensor, members: Tensor) -> Tensor:
-        every = torch.full((len(self.settings),), torch.nan, dtype=values.dtype, device=values.device)
-        every[members[: len(values)]] = values
-        return every
 
     def _schedule(self, interval: str) -> None:
         for each in self.schedulers:
@@ -208,15 +194,8 @@ class Members(LightningModule):
                 told = torch.tensor(rates, dtype=torch.float64, device=self.device)
                 self.optimizer.param_groups[0]["lr"] = told
 
-    def state_of(self, index: int) -> dict[str, Tensor]:
-        """Returns the last weights of a member, named as its module's are."""
-        return self._named(self.optimizer.frozen, index)
-
-    def best_of(self, index: int) -> dict[str, Tensor]:
-        """Returns its best weights."""
-        return self._named(list(self.best_weights.values()), index)
-
-    def _named(self, weights: Sequence[Tensor], index: int) -> dict[str, Tensor]:
+    def state_of(self, index: int, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Returns a member's share of the last weights, or of the best ones, named as its module's are."""
         stacked = dict(zip(self.names, weights, strict=True))
         own = self.member.state_dict()
         return {name: (stacked[name][index] if name in stacked else each).clone() for name, each in own.items()}
@@ -227,11 +206,9 @@ class Members(LightningModule):
         place = int((self.optimizer.alive == index).nonzero()[0, 0])
         states: dict[int, dict[str, Tensor]] = {}
         for number, parameter in enumerate(self.stack):
-            state = {name: each[place].clone() for name, each in self.optimizer.state[parameter].items()}
-            if not group.get("momentum"):
-                state.pop("momentum_buffer", None)
-            if not group.get("centered"):
-                state.pop("grad_avg", None)
+            unused = {kept for kept, asked in KEPT_FOR.items() if not group.get(asked)}
+            kept = self.optimizer.state[parameter].items()
+            state = {name: each[place].clone() for name, each in kept if name not in unused}
             if state and not isinstance(self.recipe, SGD):
                 state["step"] = torch.tensor(float(self.optimizer.param_groups[0]["step"]))
             if state:
@@ -244,14 +221,6 @@ def least_rate(settings: Sequence[Mapping[str, Any]]) -> int:
     return min(range(len(settings)), key=lambda index: float(settings[index].get("lr", 0.0)))
 
 
-def _repeated(each: Tensor, times: int) -> Tensor:
-    return each.detach().repeat(times, *[1] * each.dim())
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 def _recipe(member: Any, settings: Sequence[Mapping[str, Any]]) -> tuple[Optimizer, list[LRSchedulerConfig]]:
     """Has the module make its optimizer and scheduler over a group for each member."""
     groups = [{"params": [nn.Parameter(torch.zeros(()))], **each} for each in settings]
@@ -260,7 +229,7 @@ def _recipe(member: Any, settings: Sequence[Mapping[str, Any]]) -> tuple[Optimiz
         optimizers, schedulers, monitor = _configure_optimizers(member.configure_optimizers())
         made = _configure_schedulers_automatic_opt(schedulers, monitor)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CannotStackError(f"the optimizer takes no group for each job: {_first_line(error)}") from error
+        raise CannotStackError(f"the optimizer takes no group for each job: {explain(error)}") from error
     finally:
         del member.parameters
     if len(optimizers) != 1 or len(optimizers[0].param_groups) != len(groups):
@@ -371,13 +340,9 @@ def _ordinary(
     quiet = _quiet(config, "CriticalLearningRate")
     with open_dict(quiet), read_write(quiet):
         quiet.optimizer.update(members["settings"][chosen])
-        if members["clips"] is not None:
-            quiet.trainer.gradient_clip_val = members["clips"][chosen]
+        quiet.trainer.gradient_clip_val = members["clips"][chosen] or None
     data, module, trainer = build(quiet)
-    if not module.automatic_optimization:
-        raise CannotStackError(f"{type(module).__name__} takes its steps by itself")
-    if not hasattr(module, "loss"):
-        raise CannotStackError(f"{type(module).__name__} has no `loss(batch)`")
+    _check_parts(module, trainer)
 
     def stop(trainer: Trainer, *_: Any) -> None:
         trainer.should_stop = trainer.global_step >= NUM_CHECKED  # with max_steps a schedule would end there
@@ -392,6 +357,19 @@ def _ordinary(
         if hasattr(callback, "add_to"):
             callback.add_to(result)
     return weights, result.critical_learning_rate
+
+
+def _check_parts(module: Any, trainer: Trainer) -> None:
+    """Raises for what trains otherwise than by one step a batch, in float32, in this process."""
+    if not module.automatic_optimization:
+        raise CannotStackError(f"{type(module).__name__} takes its steps by itself")
+    if not hasattr(module, "loss"):
+        raise CannotStackError(f"{type(module).__name__} has no `loss(batch)`")
+    usual = {"accumulate_grad_batches": trainer.accumulate_grad_batches == 1,
+             "precision": trainer.precision == "32-true",
+             "strategy": isinstance(trainer.strategy, SingleDeviceStrategy)}  # fmt: skip
+    if odd := [f"trainer.{name}" for name, is_usual in usual.items() if not is_usual]:
+        raise CannotStackError(f"the vectorized launcher does not know {', '.join(odd)}")
 
 
 def _check_validation_loss(trainer: Trainer, module: Any) -> None:

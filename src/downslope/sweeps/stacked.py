@@ -68,11 +68,6 @@ class _Loss(nn.Module):
         return loss
 
 
-def _defaults(kind: Any) -> dict[str, Any]:
-    defaults: dict[str, Any] = kind([nn.Parameter(torch.zeros(1))]).defaults
-    return defaults
-
-
 class StackedOptimizer(Optimizer):
     """Steps every member as its own optimizer would, and freezes one that diverges at its last finite weights.
 
@@ -104,7 +99,8 @@ class StackedOptimizer(Optimizer):
     ) -> None:
         if kind not in RULES:
             raise CannotStackError(f"{kind.__name__} has no stacked form")
-        super().__init__(parameters, {"step": 0, **_defaults(kind), **settings})
+        defaults: dict[str, Any] = kind([nn.Parameter(torch.zeros(1))]).defaults  # type: ignore[call-arg]
+        super().__init__(parameters, {"step": 0, **defaults, **settings})
         self.rule = RULES[kind]
         if told := [name for name in REFUSED for group in self.param_groups if group.get(name)]:
             raise CannotStackError(f"{kind.__name__} with {told[0]} has no stacked form")
@@ -126,8 +122,8 @@ class StackedOptimizer(Optimizer):
         with torch.enable_grad():
             losses = closure().detach()
         gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in self.held]
-        norms = [torch.linalg.vector_norm(each.flatten(1), dim=1, dtype=torch.float64) for each in gradients]
-        self.norms = torch.linalg.vector_norm(torch.stack(norms), dim=0)
+        norms = [torch.linalg.vector_norm(each.flatten(1), dim=1) for each in gradients]
+        self.norms = torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
         gradients = self._clipped(gradients)
         self.first = torch.where(self.first.isnan(), losses, self.first)
         before = [*(each.detach() for each in self.held), *before]
@@ -175,7 +171,7 @@ class StackedOptimizer(Optimizer):
 def _of(value: Any, members: Tensor) -> Any:
     if isinstance(value, tuple):
         return tuple(_of(each, members) for each in value)
-    return value[members] if isinstance(value, Tensor) else value
+    return value[members] if isinstance(value, Tensor) and len(members) < len(value) else value
 
 
 def _wide(value: Any, like: Tensor) -> Any:
@@ -190,15 +186,17 @@ def _narrow(value: Any, like: Tensor) -> Any:
 
 
 def _sgd(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:
-    rate, decay, momentum = (_narrow(told[name], parameter) for name in ("lr", "weight_decay", "momentum"))
-    gradient = gradient + decay * parameter
+    decay, momentum = (_narrow(told[name], parameter) for name in ("weight_decay", "momentum"))
+    rate = torch.as_tensor(told["lr"], dtype=gradient.dtype, device=gradient.device)
+    if torch.as_tensor(decay).any():
+        gradient = gradient + decay * parameter
     if torch.as_tensor(momentum).any():
         kept = 1 - _narrow(told["dampening"], parameter)
         old = state.get("momentum_buffer")
         buffer = state["momentum_buffer"] = gradient.clone() if old is None else momentum * old + kept * gradient
         moved = gradient + momentum * buffer if told["nesterov"] else buffer
         gradient = torch.where(torch.as_tensor(momentum) != 0, moved, gradient)  # without, dampening counts for nothing
-    return parameter.sub(rate * gradient)
+    return torch.addcmul(parameter, gradient, rate, value=-1)
 
 
 def _adam(parameter: Tensor, gradient: Tensor, state: dict[str, Tensor], told: dict[str, Any], step: int) -> Tensor:

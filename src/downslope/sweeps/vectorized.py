@@ -11,7 +11,7 @@ from hydra.utils import get_method
 from omegaconf import DictConfig
 
 from downslope.runs.configuration import hydra_config
-from downslope.runs.console import one_line, say
+from downslope.runs.console import explain, one_line, say
 from downslope.runs.log import early_log, hear_lightning
 from downslope.sweeps.groups import Group, Jobs, groups, without_hydra
 from downslope.sweeps.keeping import fail, keep, remove_leftovers
@@ -75,6 +75,11 @@ def _train(group: Group, sweep: Path) -> dict[int, float]:
         objectives: dict[int, float] = {}
         for start in range(0, len(places), size):
             part = replace(group, jobs={place: group.jobs[place] for place in places[start : start + size]})
-            fit = train_members(without_hydra(config), build, part.members())
+            try:
+                fit = train_members(without_hydra(config), build, part.members())
+            except CannotStackError:
+                raise
+            except Exception as error:  # of the fit of all: each job may do without what failed there
+                raise CannotStackError(f"they cannot be trained at once: {explain(error)}") from error
             objectives |= keep(part, sweep, fit)
     return objectives

@@ -280,6 +280,12 @@ class Survey:
         return not self.typed and not self.num_wrong and not self.is_grouped
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the cells seen so far let expect what the others hold."""
+        is_there = self.typed != "other" and 2 * self.num_missing < self.num_rows
+        return is_there and (self.is_clean or bool(self.typed))
+
+    @property
     def is_mostly_numbers(self) -> bool:
         """Whether so few of its cells are no numbers that they look like mistakes."""
         return 0 < self.num_wrong <= (1 - MOSTLY) * (self.num_rows - self.num_missing)

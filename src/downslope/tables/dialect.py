@@ -3,6 +3,7 @@
 import codecs
 import csv
 import io
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,8 @@ from typing import BinaryIO
 
 HEAD = 2**18  # bytes that the dialect is judged by
 ENCODED = 2**26  # and the encoding
+LINES = 500  # that separators and marks are judged by
+CELLS = 10_000
 NAMES = {";": "semicolons", "\t": "tabs", "|": "bars", " ": "spaces", ",": "commas"}
 ENCODINGS = {"utf-16": "UTF-16", "windows-1252": "Windows-1252"}
 SPELLED = re.compile(r"[+-]?[\d.,'’ \u00a0\u202f]+([eE][+-]?\d+)?")
@@ -128,7 +131,7 @@ def find_dialect(path: str, stream: BinaryIO, compression: str | None, decimal: 
 def _judged(
     path: str, lines: list[str], num_commented: int, encoding: str, compression: str | None, decimal: str | None
 ) -> Dialect:
-    plain = [line for line in lines[num_commented:] if not line.startswith("#")]
+    plain = [line for line in lines[num_commented:] if not line.startswith("#")][:LINES]
     quote = "'" if re.match(r"\s*'[^']*'", (plain or lines)[0]) else '"'
     delimiter = _delimiter(plain or [line.lstrip("# ") for line in lines[:1]], quote)
     named = Dialect((), delimiter=delimiter, quote=quote)
@@ -156,7 +159,8 @@ def _judged(
         names = ["rownames", *names]
     hashed = [line for line in lines[num_lines:] if line.startswith("#")]
     odd = any(len(row) != len(names) for row in named.rows(hashed))
-    mark, thousands = _marks(path, [cell.strip() for row in rows[:2000] for cell in row], delimiter, decimal)
+    judged = itertools.islice(itertools.chain.from_iterable(rows), CELLS)
+    mark, thousands = _marks(path, [cell.strip() for cell in judged], delimiter, decimal)
     return Dialect(
         header=tuple(name.strip() for name in names),
         encoding=encoding,
@@ -213,7 +217,9 @@ def _is_of_numbers(cells: list[str]) -> bool:
 
 def _marks(path: str, cells: list[str], delimiter: str, given: str | None) -> tuple[str, str]:
     """The decimal mark and what groups thousands. What can be read in two ways is refused."""
-    numbers = [cell for cell in cells[:20_000] if SPELLED.fullmatch(cell)]
+    numbers = [cell for cell in cells if SPELLED.fullmatch(cell)]
+    if not given and set("".join(numbers)).isdisjoint(set(THOUSANDS) - {"."}):
+        return ".", ""
 
     def grouped(mark: str, decimal: str = "") -> list[str]:
         tail = rf"([{re.escape(decimal)}]\d*)?" if decimal else ""

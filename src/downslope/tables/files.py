@@ -3,10 +3,11 @@
 import contextlib
 import glob
 import importlib.util
+import io
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -14,30 +15,38 @@ from downslope.tables.dialect import Dialect, compression_of, find_dialect
 
 PACKAGE_PREFIX = "pkg://"
 BLOCK = 2**18  # bytes of a CSV file that are parsed at a time
-ROWS = 2**14  # of a Parquet file
+BUFFER = 2**16  # bytes of a column of a Parquet file
+ROWS = 2**13  # of a Parquet file
 MISSING = (
     "", "NA", "N/A", "n/a", "#N/A", "#NA", "<NA>", "NaN", "nan", "NAN", "-nan", "-NaN", "NaT", "NULL", "null", "Null",
     "None", "?", ".", "-", "--",
 )  # fmt: skip
 
-Block = list[Any]  # an Arrow array a column
+Block = Any  # an Arrow record batch, or a list of NumPy arrays
 
 
-class TableFile(Protocol):
-    """A file that holds a table."""
+class TableFile:
+    """A file that holds a table.
 
-    names: list[str]
-    said: str
-    marks: tuple[str, str]  # the decimal mark, and what groups thousands
-    is_plain: bool  # nothing but numbers
+    Attributes:
+        names: Of its columns.
+        said: What is not usual about it, for people.
+        marks: The decimal mark, and what groups thousands.
+        is_plain: Whether it holds nothing but numbers.
+    """
+
+    said, marks, is_plain = "", (".", ""), False
+
+    def __init__(self, path: str, names: Sequence[str]) -> None:
+        self.path, self.names = path, list(names)
 
     def blocks(self, columns: Sequence[int], numbers: Sequence[int] = ()) -> Iterator[Block]:
         """Yields some rows after others, as arrays of the columns asked for; `numbers` are read as such at once."""
-        ...
+        raise NotImplementedError
 
     def place(self, row: int) -> str:
         """Says where the row, counted from 0, stands in the file."""
-        ...
+        return f"{self.path}, row {row + 1}"
 
 
 def resolve(path: str) -> list[Path]:
@@ -96,37 +105,33 @@ def _in_package(path: str) -> Path:
     return Path(folders[0], *inner, name) if folders else Path(path)
 
 
-class PackagedFile:
+class PackagedFile(TableFile):
     """Plain numbers between commas, as a package ships them: read by numpy, which is imported anyway."""
 
-    said, marks, is_plain = "", (".", ""), True
+    is_plain = True
 
     def __init__(self, path: str, file: Path) -> None:
         with file.open(encoding="utf-8") as lines:
-            self.path, self.names = path, next(lines, "").rstrip("\n").split(",")
+            super().__init__(path, next(lines, "").rstrip("\n").split(","))
             self._values = np.loadtxt(lines, delimiter=",", comments=None, ndmin=2)
         if len(self.names) != self._values.shape[1] or not np.isfinite(self._values).all():
             raise ValueError(f"{path} is more than plain numbers.")
 
     def blocks(self, columns: Sequence[int], numbers: Sequence[int] = ()) -> Iterator[Block]:
         """Yields all rows."""
-        yield [self._values[:, column] for column in columns]
-
-    def place(self, row: int) -> str:
-        """Says path and row, counted from 1."""
-        return f"{self.path}, row {row + 1}"
+        yield self._values[:, columns].T
 
 
-class CsvFile:
+class CsvFile(TableFile):
     """A text file: its cells come as strings, but for the columns that are asked for as numbers."""
 
-    is_plain = False
+    dialect: Dialect | None = None
 
     def __init__(self, path: str, file: Path, decimal: str | None = None) -> None:
-        self.path, self.file = path, file
-        self.compression = compression_of(path, file)
+        super().__init__(path, ())
+        self.file, self.compression = file, compression_of(path, file)
         with self._reading():
-            self.dialect: Dialect = find_dialect(path, self._stream(), self.compression, decimal)
+            self.dialect = find_dialect(path, self._stream(), self.compression, decimal)
         self.names, self.said = list(self.dialect.header), self.dialect.description()
         self.marks = self.dialect.decimal, self.dialect.thousands
 
@@ -147,21 +152,27 @@ class CsvFile:
     def _explain(self, message: str) -> NoReturn:
         """Raises what is wrong with the file: a row of another length, where there is one."""
         with contextlib.suppress(OSError, UnicodeError):
-            for row, line, cells in self._rows() if hasattr(self, "dialect") else ():
+            for row, (line, cells) in enumerate(self._rows()):
                 if len(cells) != len(self.names):
                     place = f"{self.path}, row {row + 1} (line {line})"
                     raise ValueError(f"{place} must hold {len(self.names)} cells like the header, got {len(cells)}.")
         raise ValueError(f"{self.path} cannot be read as CSV: {message[:200]}")
 
-    def _rows(self) -> Iterator[tuple[int, int, list[str]]]:
-        """Yields number, line and cells of each row, slowly: the csv module's view, for messages."""
-        lines = Counted(self.dialect.lines(self._stream()))
-        for row, cells in enumerate(cells for cells in self.dialect.rows(lines) if cells):
-            yield row, lines.number, cells
+    def _rows(self) -> Iterator[tuple[int, list[str]]]:
+        """Yields line and cells of each row, slowly: the csv module's view, for messages."""
+        number = 0
+
+        def lines(dialect: Dialect) -> Iterator[str]:
+            nonlocal number
+            for number, line in dialect.lines(self._stream()):  # noqa: B007
+                yield line
+
+        if self.dialect:
+            yield from ((number, cells) for cells in self.dialect.rows(lines(self.dialect)) if cells)
 
     def place(self, row: int) -> str:
         """Says path, row and line, counted from 1."""
-        _, line, _ = next(itertools.islice(self._rows(), row, None))
+        line, _ = next(itertools.islice(self._rows(), row, None))
         return f"{self.path}, row {row + 1} (line {line})"
 
     def blocks(self, columns: Sequence[int], numbers: Sequence[int] = ()) -> Iterator[Block]:
@@ -176,12 +187,17 @@ class CsvFile:
             stream, skipped = self._stream(), dialect.num_lines
             if not dialect.encoding.startswith("utf-8"):
                 stream = pyarrow.transcoding_input_stream(stream, dialect.encoding, "utf-8")
+        size = max(BLOCK * (2 if numbers else 1), 4 * dialect.longest)
         types = {str(column): pyarrow.float64() if column in numbers else pyarrow.string() for column in columns}
         with self._reading():
             try:
                 reader = csv.open_csv(
                     stream,
-                    csv.ReadOptions(column_names=names, skip_rows=skipped, block_size=max(BLOCK, 4 * dialect.longest)),
+                    csv.ReadOptions(
+                        column_names=names,
+                        skip_rows=skipped,
+                        block_size=size,
+                    ),
                     csv.ParseOptions(delimiter=dialect.delimiter, quote_char=dialect.quote, newlines_in_values=True),
                     csv.ConvertOptions(
                         column_types=types,
@@ -195,28 +211,11 @@ class CsvFile:
                 if "Empty CSV" in str(error):
                     return
                 raise
-            for batch in reader:
-                yield batch.columns
+            yield from reader
 
 
-class Counted:
-    """Lines, and the number of the last that was taken."""
-
-    number = 0
-
-    def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
-        self._lines = lines
-
-    def __iter__(self) -> Iterator[str]:
-        for number, line in self._lines:
-            self.number = number
-            yield line
-
-
-class _Lines:
+class _Lines(io.RawIOBase):
     """Lines as a file to read from."""
-
-    closed = False
 
     def __init__(self, lines: Iterator[tuple[int, str]]) -> None:
         self._lines = lines
@@ -227,17 +226,13 @@ class _Lines:
     def readable(self) -> bool:
         return True
 
-    def close(self) -> None:
-        self.closed = True
 
-
-class ParquetFile:
+class ParquetFile(TableFile):
     """A Parquet file: its columns come as they are typed there."""
 
-    marks, is_plain = (".", ""), False
-
     def __init__(self, path: str, file: Path) -> None:
-        self.path, self.file, self.said = path, file, ""
+        super().__init__(path, ())
+        self.file = file
         with self._opened() as parquet:
             self.names = list(parquet.schema_arrow.names)
 
@@ -247,31 +242,25 @@ class ParquetFile:
         from pyarrow import parquet
 
         try:
-            with parquet.ParquetFile(self.file, pre_buffer=False, buffer_size=BLOCK) as opened:
+            with parquet.ParquetFile(self.file, pre_buffer=False, buffer_size=BUFFER) as opened:
                 yield opened
         except (pyarrow.ArrowException, OSError, UnicodeError) as error:
             raise ValueError(f"{self.path} cannot be read as Parquet: {' '.join(str(error).split())[:200]}") from error
-
-    def place(self, row: int) -> str:
-        """Says path and row, counted from 1."""
-        return f"{self.path}, row {row + 1}"
 
     def blocks(self, columns: Sequence[int], numbers: Sequence[int] = ()) -> Iterator[Block]:
         """Yields arrays of the file's own types."""
         names = [self.names[column] for column in columns]
         with self._opened() as opened:
-            for batch in opened.iter_batches(ROWS, columns=names):
-                yield [batch.column(name) for name in names]
+            for batch in opened.iter_batches(ROWS, columns=names, use_threads=False):
+                yield batch.select(names)
 
 
-class ManyFiles:
+class ManyFiles(TableFile):
     """Files of the same columns, one after the other."""
 
-    is_plain = False
-
     def __init__(self, path: str, files: list[TableFile]) -> None:
-        self.path, self.files = path, files
-        self.names, self.said = files[0].names, f"{len(files)} files"
+        super().__init__(path, files[0].names)
+        self.files, self.said = files, f"{len(files)} files"
         for each in files:
             if each.names != self.names:
                 raise ValueError(
@@ -285,12 +274,10 @@ class ManyFiles:
 
     def blocks(self, columns: Sequence[int], numbers: Sequence[int] = ()) -> Iterator[Block]:
         """Yields the blocks of each file."""
-        starts: list[int] = []
-        row = 0
+        row, self._starts = 0, []
         for file in self.files:
-            starts.append(row)
+            self._starts.append(row)
             for block in file.blocks(columns, numbers):
-                self._starts = starts
                 row += len(block[0])
                 yield block
 

@@ -1,9 +1,9 @@
 """Standardisation: features and target in units of the training rows' spread, and back."""
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,57 @@ Rows = tuple[Array, Array, Array | None]  # features, target (a column a target)
 
 log = logging.getLogger(__name__)
 
+ROWS = 4096  # that are standardised at once: they stay in the processor's cache
 FEW_STEPS = 10_000  # of float32 within a column's range: more are enough for any line, though some values may merge
+
+
+class Moments(NamedTuple):
+    """Of the columns of some rows, without missing cells; mean and squares in units of `magnitude`: none overflows.
+
+    Attributes:
+        count: Cells.
+        magnitude: Of the one farthest from 0.
+        mean: Their mean.
+        squares: The sum of the squares of what they are off it.
+        least: The smallest.
+        most: The largest.
+    """
+
+    count: Array
+    magnitude: Array
+    mean: Array
+    squares: Array
+    least: Array
+    most: Array
+
+    @classmethod
+    def of(cls, values: Array) -> "Moments":
+        """Measures rows."""
+        count = np.isfinite(values).sum(axis=0).astype(np.float64)
+        least, most = np.fmin.reduce(values), np.fmax.reduce(values)
+        magnitude = np.nan_to_num(np.fmax(np.abs(least), np.abs(most)))
+        scaled = values / _above_zero(magnitude)
+        mean = np.nansum(scaled, axis=0) / np.maximum(count, 1)
+        scaled -= mean
+        return cls(count, magnitude, mean, np.nansum(np.square(scaled, out=scaled), axis=0), least, most)
+
+    @classmethod
+    def merged(cls, parts: Sequence["Moments"]) -> "Moments":
+        """Returns those of all rows: x̄ = Σ nᵢx̄ᵢ/n, and S = Σ Sᵢ + nᵢ(x̄ᵢ − x̄)².
+
+        Reference: Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance.
+        """
+        count, magnitude, mean, squares, least, most = map(np.stack, zip(*parts, strict=True))
+        largest = magnitude.max(axis=0)
+        unit = magnitude / _above_zero(largest)
+        mean = mean * unit
+        total = (count / np.maximum(count.sum(axis=0), 1) * mean).sum(axis=0)
+        squares = (squares * unit**2 + count * (mean - total) ** 2).sum(axis=0)
+        return cls(count.sum(axis=0), largest, total, squares, np.fmin.reduce(least), np.fmax.reduce(most))
+
+
+def _above_zero(values: Array) -> Array:
+    return np.where(values > 0, values, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,42 +75,29 @@ class Standardization:
 
     mean: Array
     scale: Array
-    constant: NDArray[np.bool_] | None = None
 
     @classmethod
-    def of(cls, values: Array) -> "Standardization":
-        """Measures mean and standard deviation (1/N) of each column; a constant column keeps scale 1."""
-        return cls.measured(lambda: [values])
+    def of(cls, moments: Moments, num_rows: int) -> "Standardization":
+        """Makes it of mean and deviation (1/N), where a missing cell is the mean; a constant column keeps scale 1."""
+        scale = np.sqrt(moments.squares / num_rows) * moments.magnitude
+        return cls(moments.mean * moments.magnitude, np.where(moments.least < moments.most, _above_zero(scale), 1.0))
 
     @classmethod
-    def measured(cls, chunks: Callable[[], Iterable[Array]]) -> "Standardization":
-        """Measures as `of` does, of rows that come some at a time, whenever `chunks` is called."""
-        extremes = [(len(rows), rows.min(axis=0), rows.max(axis=0)) for rows in chunks()]
-        num_rows = sum(count for count, _, _ in extremes)
-        least, most = np.min([low for _, low, _ in extremes], 0), np.max([high for _, _, high in extremes], 0)
-        magnitude = np.maximum(np.abs(least), np.abs(most))
-        magnitude[magnitude == 0.0] = 1.0  # in these units neither squares nor sums can overflow
-        mean = sum((rows / magnitude).sum(axis=0) for rows in chunks()) / num_rows
-        squares = sum(np.square(rows / magnitude - mean).sum(axis=0) for rows in chunks())
-        scale = np.sqrt(squares / num_rows) * magnitude
-        return cls(mean * magnitude, np.where((least == most) | (scale == 0.0), 1.0, scale), least == most)
-
-    @classmethod
-    def none(cls, values: Array) -> "Standardization":
-        """Returns the one that changes nothing; where float32 cannot tell a column's values apart, one warning."""
-        _warn_of_merged(values)
-        return cls(np.zeros(values.shape[1]), np.ones(values.shape[1]), is_constant(values))
+    def none(cls, num_columns: int) -> "Standardization":
+        """Returns the one that changes nothing."""
+        return cls(np.zeros(num_columns), np.ones(num_columns))
 
     def apply(self, values: Array) -> Tensor:
-        """Returns the standardised values as float32, made a column at a time: no second float64 table.
+        """Returns the standardised values as float32, made some rows at a time: no second float64 table.
 
         Raises:
             ValueError: A value does not fit into float32.
         """
         result = np.empty(values.shape, dtype=np.float32)
         with np.errstate(over="ignore"):
-            for column in range(values.shape[1]):
-                result[:, column] = (values[:, column] - self.mean[column]) / self.scale[column]
+            for start in range(0, len(values), ROWS):
+                rows = slice(start, start + ROWS)
+                np.divide(values[rows] - self.mean, self.scale, out=result[rows], casting="same_kind")
         if np.isinf(result).any():  # what is missing stays so
             raise ValueError(
                 "Values beyond 3e38 do not fit into float32: use `data.standardize=true`, or leave such rows out."
@@ -90,22 +127,33 @@ class Units:
         features: Its units.
         target: Its units, a column a target.
         weight: Mean of the weights, which becomes 1.
+        is_constant: For each feature whether all training rows have the same; empty in a stored run's.
     """
 
     means: Array
     features: Standardization
     target: Standardization
     weight: float = 1.0
+    is_constant: NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
 
     @classmethod
-    def measured(cls, chunks: Callable[[], Iterable[Rows]], standardize: bool) -> "Units":
-        """Measures the training rows, which come some at a time whenever `chunks` is called."""
-        means = _means(chunks)
-        of = Standardization.measured if standardize else lambda each: Standardization.none(next(iter(each())))
-        features = of(lambda: (filled(inputs, means) for inputs, _, _ in chunks()))
-        sums = [(len(weight), weight.sum()) for _, _, weight in chunks() if weight is not None]
-        weight = sum(total for _, total in sums) / sum(count for count, _ in sums) if sums else 1.0
-        return cls(means, features, of(lambda: (outputs for _, outputs, _ in chunks())), float(weight))
+    def measured(cls, chunks: Iterable[Rows], standardize: bool) -> "Units":
+        """Measures the training rows, which come some at a time, in one pass."""
+        parts: tuple[list[Moments], list[Moments]] = [], []
+        num_rows, weight = 0, 0.0
+        for *columns, weights in chunks:
+            for moments, values in zip(parts, columns, strict=True):
+                if not standardize and not num_rows:
+                    _warn_of_merged(values)
+                moments.append(Moments.of(values))
+            num_rows += len(columns[1])
+            weight += 0.0 if weights is None else float(weights.sum())
+        features, target = map(Moments.merged, parts)
+        units = [Standardization.of(each, num_rows) for each in (features, target)]
+        means, is_constant = units[0].mean, features.least == features.most
+        if not standardize:
+            units = [Standardization.none(len(each.mean)) for each in units]
+        return cls(means, *units, weight / num_rows if weight else 1.0, is_constant)
 
     def apply(self, features: Array, target: Array, weight: Array | None) -> tuple[Tensor, ...]:
         """Returns features, target and, where there is one, weight as a batch of float32."""
@@ -114,12 +162,6 @@ class Units:
         if weight is None:
             return inputs, outputs
         return inputs, outputs, torch.from_numpy(weight / self.weight).float().view(-1, *[1] * (outputs.dim() - 1))
-
-    @property
-    def is_constant(self) -> NDArray[np.bool_]:
-        """Tells for each feature whether all training rows have the same."""
-        assert self.features.constant is not None
-        return self.features.constant
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what predictions need as tensors."""
@@ -136,19 +178,6 @@ class Units:
 def filled(values: Array, instead: Array) -> Array:
     """Returns the values, with those of `instead`, one a column, where a cell is missing."""
     return np.where(np.isnan(values), instead, values) if np.isnan(values).any() else values
-
-
-def _means(chunks: Callable[[], Iterable[Rows]]) -> Array:
-    """The mean of each feature over the cells that are not missing."""
-    totals = [(np.nansum(features, axis=0), (~np.isnan(features)).sum(axis=0)) for features, _, _ in chunks()]
-    total, count = (np.sum(each, axis=0) for each in zip(*totals, strict=True))
-    return np.asarray(total / np.maximum(count, 1))
-
-
-def is_constant(values: Array) -> NDArray[np.bool_]:
-    """Tells for each column whether all its values are the same."""
-    constant: NDArray[np.bool_] = values.max(axis=0) == values.min(axis=0)
-    return constant
 
 
 def _warn_of_merged(values: Array) -> None:

@@ -4,8 +4,9 @@ import contextlib
 import hashlib
 import os
 import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,10 @@ class Store:
         self.num_rows += len(rows)
         if self.file is None and self.num_rows * self.width * 8 > self.most_bytes:
             self.file = tempfile.TemporaryFile(prefix="downslope-")  # noqa: SIM115
+            weakref.finalize(self, self.file.close)
         if self._num_buffered + len(rows) > len(self.values):  # grown where it lies: no second copy
             self.values.resize(
-                (max(self._num_buffered + len(rows), len(self.values) * 9 // 8), self.width), refcheck=False
+                (max(self._num_buffered + len(rows), len(self.values) * 33 // 32), self.width), refcheck=False
             )
         self.values[self._num_buffered : self._num_buffered + len(rows)] = rows
         self._num_buffered += len(rows)
@@ -73,7 +75,7 @@ class Store:
             try:
                 self.file.write(content)
             except OSError as error:
-                raise ValueError(
+                raise OSError(
                     f"`data.path` is larger than memory, and its numbers do not fit into {tempfile.gettempdir()}: "
                     f"{error.strerror}. TMPDIR=… names another folder."
                 ) from error
@@ -117,7 +119,7 @@ class StoredRows:
             if (left := min(count, end - first) - skipped) > 0:
                 pieces.append((place + skipped, left))
             first += count
-        return StoredRows(self.store, self.num_features, self.num_targets, pieces)
+        return replace(self, pieces=pieces)
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,20 +142,21 @@ class StoredTable:
         """SHA-256 of every cell, in the order of the file, which the seed decides."""
         return f"{self.store.digest.hexdigest()[:12]} in a file"
 
+    def all_rows(self) -> StoredRows:
+        """Returns all rows, chunk by chunk."""
+        size = self.store.chunk_rows
+        pieces = [(first, min(size, len(self) - first)) for first in range(0, len(self), size)]
+        return StoredRows(self.store, len(self.feature_names), self.num_targets, pieces)
+
     def split(self, seed: int, fractions: tuple[float, float]) -> dict[str, StoredRows]:
         """Returns the rows to train on, to validate and to test with: a share of each chunk."""
-        pieces: dict[str, list[tuple[int, int]]] = {"train": [], "val": [], "test": []}
-        for first in range(0, len(self), self.store.chunk_rows):
-            num_rows = min(self.store.chunk_rows, len(self) - first)
+        whole, pieces = self.all_rows(), dict[str, list[tuple[int, int]]](train=[], val=[], test=[])
+        for first, num_rows in whole.pieces:
             counts = [round(num_rows * share) for share in fractions]
             for part, count in zip(pieces, (num_rows - sum(counts), *counts), strict=True):
-                pieces[part].append((first, count))
+                pieces[part] += [(first, count)] if count else []
                 first += count
-        sizes = (len(self.feature_names), self.num_targets)
-        return {
-            part: StoredRows(self.store, *sizes, [each for each in places if each[1]])
-            for part, places in pieces.items()
-        }
+        return {part: replace(whole, pieces=found) for part, found in pieces.items()}
 
     def chunks(self, rows: StoredRows) -> Iterator[Rows]:
         """Yields rows, some at a time."""
@@ -232,12 +235,21 @@ def _joined(parts: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def free_memory() -> float:
-    """Returns how many bytes this process may still take."""
+    """Returns how many bytes this process may still take: of the machine's, its control groups' and `ulimit`'s."""
     free = [float("inf")]
     with contextlib.suppress(OSError, StopIteration):
         lines = Path("/proc/meminfo").read_text().splitlines()
         free.append(1024 * float(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
-    with contextlib.suppress(OSError, ValueError):
-        group = Path("/sys/fs/cgroup")
-        free.append(float((group / "memory.max").read_text()) - float((group / "memory.current").read_text()))
-    return min(free)
+    with contextlib.suppress(OSError):
+        group = Path("/sys/fs/cgroup", Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip(" /\n"))
+        for each in (group, *group.parents):
+            with contextlib.suppress(OSError, ValueError):  # "max", or none
+                free.append(float((each / "memory.max").read_text()) - float((each / "memory.current").read_text()))
+    with contextlib.suppress(OSError, ImportError):
+        import resource
+
+        used = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+        for limit, name in ((resource.RLIMIT_AS, "VmSize"), (resource.RLIMIT_DATA, "VmData")):
+            if (most := resource.getrlimit(limit)[0]) != resource.RLIM_INFINITY:
+                free.append(most - 1024 * float(used[name].split()[0]))
+    return max(0.0, min(free))

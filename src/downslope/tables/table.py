@@ -1,13 +1,15 @@
 """A table of numbers out of the user's file: what is left out is said, and a refusal names the cell."""
 
 import functools
+import glob
 import hashlib
 import logging
+import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,11 +28,18 @@ INDEX = re.compile(r"rownames|Unnamed: \d+|__index_level_\d+__")  # row numbers,
 CLASSES = "make new NAME=…, with experiment=digits as the pattern."
 FEW_VALUES = 10  # of a target of whole numbers: they may be classes
 ROWS_AT_ONCE = 65_536
+HEAD = 1000  # rows that settle how a table is read, unless a later one is otherwise
 LEAST_ROWS = 2  # of a part: R² needs two
 SHARE = 0.3  # of the memory that is free, for a table in it: standardised, it takes half as much again
 
 Missing = Literal["drop", "mean", "refuse"]
 Text = Literal["one_hot", "refuse"]
+ALLOWED = {
+    "text": ("one_hot", "refuse"),
+    "missing": ("drop", "mean", "refuse"),
+    "decimal": (None, ".", ","),
+    "in_memory": ("auto", True, False),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -118,20 +127,51 @@ def split(table: Table | StoredTable, seed: int, fractions: tuple[float, float])
     return rows
 
 
-class Asked(NamedTuple):
-    """What `read_table` was asked for; names as they stand in the file, also where Hydra read one as a number."""
+@dataclass(frozen=True)
+class Reading:
+    """How a table is to be read; names as they stand in the file, also where Hydra took one for a number.
+
+    Attributes:
+        path: A CSV file in any dialect, a Parquet file, several of them by a pattern (`folder/*.csv`), or
+            `pkg://<package>/<file>` for one that a package ships.
+        target: The column or columns to predict.
+        features: The columns to predict it from; when None all others but row numbers.
+        exclude: Columns to leave out.
+        weight: The column that says what a row counts in the loss.
+        text: Whether a column of text is a 0 or 1 for each of its values (`one_hot`), or refused (`refuse`).
+        max_values: Text of more values than these is left out.
+        missing: Whether a row with a missing feature is left out (`drop`), refused, or kept as NaN, to become
+            the `mean`. Without target or weight it is always left out.
+        decimal: The decimal mark; found when None.
+        in_memory: Whether the numbers are kept in memory or in a temporary file; by the memory that is free if `auto`.
+        seed: Of the order of the rows there.
+
+    Raises:
+        ValueError: A setting is none of those that are allowed.
+    """
 
     path: str
-    targets: tuple[str, ...]
-    features: tuple[str, ...] | None
-    exclude: tuple[str, ...]
-    weight: tuple[str, ...]
-    text: Text
-    max_values: int
-    missing: Missing
-    decimal: str | None
-    in_memory: bool | Literal["auto"]
-    seed: int
+    target: Any
+    features: Any = None
+    exclude: Any = ()
+    weight: Any = ()
+    text: Text = "one_hot"
+    max_values: int = 50
+    missing: Missing = "drop"
+    decimal: str | None = None
+    in_memory: bool | Literal["auto"] = "auto"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key, allowed in ALLOWED.items():
+            if (value := getattr(self, key)) not in allowed:
+                raise ValueError(f"`{key}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
+        if not isinstance(self.max_values, int) or self.max_values < 0:
+            raise ValueError(f"`max_values` must be a whole number of at least 0, got {self.max_values!r}.")
+        for key in ("target", "features", "exclude", "weight"):
+            given = getattr(self, key)
+            names = tuple(map(str, given if isinstance(given, list | tuple) else () if given is None else (given,)))
+            object.__setattr__(self, key, None if key == "features" and given is None else names)
 
 
 @dataclass(frozen=True)
@@ -144,6 +184,7 @@ class Plan:
         numbers: Names of those that the reader turns into numbers by itself.
         notes: What is left out and changed, for people.
         has_weight: Whether the last of the others is one.
+        is_guess: Whether it is made of the first rows alone.
     """
 
     features: list[Column]
@@ -151,112 +192,60 @@ class Plan:
     numbers: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     has_weight: bool = False
+    is_guess: bool = False
 
-    @property
+    @functools.cached_property
     def width(self) -> int:
         """Numbers a row."""
         return sum(len(column.feature_names) for column in (*self.features, *self.others))
 
 
-def read_table(
-    path: str,
-    target: str | Sequence[str],
-    features: Sequence[str] | None = None,
-    *,
-    exclude: Sequence[str] | None = None,
-    weight: str | None = None,
-    text: Text = "one_hot",
-    max_values: int = 50,
-    missing: Missing = "drop",
-    decimal: str | None = None,
-    in_memory: bool | Literal["auto"] = "auto",
-    seed: int = 0,
-) -> Table | StoredTable:
-    """Reads the columns to predict from, and the one to predict.
+def read_table(path: str, target: Any, features: Any = None, **settings: Any) -> Table | StoredTable:
+    """Reads the columns to predict from, and the one to predict; `settings` are those of `Reading`.
 
     An unchanged file is read once: the check before a run, the run and a sweep's next job share the table.
-
-    Args:
-        path: A CSV file in any dialect, a Parquet file, several of them by a pattern (`folder/*.csv`), or
-            `pkg://<package>/<file>` for one that a package ships.
-        target: The column or columns to predict.
-        features: The columns to predict it from; when None all others but row numbers.
-        exclude: Columns to leave out.
-        weight: The column that says what a row counts in the loss.
-        text: Whether a column of text is a 0 or 1 for each of its values, or refused.
-        max_values: Text of more values than these is left out.
-        missing: Whether a row with a missing feature is left out, refused, or kept as NaN, to become the mean. Without
-            target or weight it is always left out.
-        decimal: The decimal mark; found when None.
-        in_memory: Whether the numbers are kept in memory or in a temporary file; by the memory that is free if `auto`.
-        seed: Of the order of the rows there.
 
     Raises:
         ValueError: The file is missing or holds no row, a name is not a column or stands twice, or a cell is
             not a finite number. The message names file, row, column and value.
     """
-    for key, value, allowed in (
-        ("text", text, ("one_hot", "refuse")),
-        ("missing", missing, ("drop", "mean", "refuse")),
-        ("decimal", decimal, (None, ".", ",")),
-        ("in_memory", in_memory, ("auto", True, False)),
-    ):
-        if value not in allowed:
-            raise ValueError(f"`{key}` must be one of {', '.join(map(str, allowed))}, got {value!r}.")
-    if not isinstance(max_values, int) or max_values < 0:
-        raise ValueError(f"`max_values` must be a whole number of at least 0, got {max_values!r}.")
-    names = (_names(target) or (), _names(features), _names(exclude) or (), _names(weight) or ())
-    asked = Asked(path, *names, text, max_values, missing, decimal, in_memory, 0 if in_memory is True else seed)
+    asked = Reading(path, target, features, **settings)
+    asked = replace(asked, seed=0) if asked.in_memory is True else asked
     return _read_table(asked, tuple((stat.st_mtime_ns, stat.st_size) for stat in map(Path.stat, resolve(path))))
 
 
-def _names(given: Any) -> tuple[str, ...] | None:
-    if given is None:
-        return None
-    return tuple(map(str, given)) if isinstance(given, list | tuple) else (str(given),)
-
-
 @functools.lru_cache(maxsize=1)
-def _read_table(asked: Asked, _changed: tuple[tuple[int, int], ...]) -> Table | StoredTable:
+def _read_table(asked: Reading, _changed: tuple[tuple[int, int], ...]) -> Table | StoredTable:
     file = open_table(asked.path, asked.decimal)
     names, index = _chosen(asked, file.names)
-    most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else float("inf") if asked.in_memory else 0.0
+    most_bytes = SHARE * free_memory() if asked.in_memory == "auto" else math.inf if asked.in_memory else 0.0
     for plan in _plans(asked, file, names):
-        store = Store(plan.width, most_bytes, asked.seed)
         try:
+            store = Store(plan.width, most_bytes, asked.seed)
             num_dropped = _fill(store, asked.path, file, plan, asked.missing)
-        except ValueError:  # read as numbers at once; what is not will be told apart
-            if not plan.numbers:
-                raise
-        else:
             break
+        except ValueError as error:  # a look at the whole table tells what it holds
+            refusal = error.with_traceback(None)  # nor are the rows kept that were read
+    else:
+        raise refusal
     notes = [file.said] if file.said else []
     notes += [f"without {listed(index)}: row numbers"] if index else []
     notes += plan.notes
     notes += [f"{counted(num_dropped, 'row')} with missing cells left out"] if num_dropped else []
-    name = Path(asked.path).name.partition(".")[0] or asked.path
-    about = (tuple(name for column in plan.features for name in column.feature_names), ", ".join(asked.targets))
+    name = Path(asked.path).name.partition(".")[0]
+    name = name if name and not glob.has_magic(name) else asked.path
+    about = (tuple(name for column in plan.features for name in column.feature_names), ", ".join(asked.target))
     if store.file:
         notes.append(f"{8e-9 * store.width * store.num_rows:.2g} GB in a temporary file, shuffled in windows of ")
         notes[-1] += f"{WINDOW * store.chunk_rows:,} rows"
-        return StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.targets))
-    features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.targets)]), axis=1)
-    table = Table(
-        name,
-        features,
-        targets[:, 0] if len(asked.targets) == 1 else targets,
-        *about,
-        weight[:, 0] if asked.weight else None,
-        tuple(plan.features),
-        tuple(notes),
-    )
-    _warn(table, asked.targets)
+        table = StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.target))
+        _warn(table, asked.target, table.all_rows().chunks)
+        return table
+    features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.target)]), axis=1)
+    target, weights = targets[:, 0] if len(asked.target) == 1 else targets, weight[:, 0] if asked.weight else None
+    table = Table(name, features, target, *about, weights, tuple(plan.features), tuple(notes))
+    _warn(table, asked.target, lambda: iter([(features, targets, None)]))
     return table
-
-
-def column_names(path: str) -> list[str]:
-    """Returns the names of a file's columns."""
-    return open_table(path).names
 
 
 def read_features(path: str, columns: Sequence[Column], missing: Missing, decimal: str | None = None) -> Array:
@@ -270,7 +259,7 @@ def read_features(path: str, columns: Sequence[Column], missing: Missing, decima
         raise ValueError(f"{path} must have the columns that the run was trained on, got no {', '.join(absent)}.")
     _check_once(path, file.names, [column.name for column in columns])
     plan = Plan(list(columns), [])
-    store = Store(plan.width, float("inf"), 0)
+    store = Store(plan.width, math.inf, 0)
     if unknown := _fill(store, path, file, plan, "refuse" if missing == "refuse" else "keep"):
         log.warning("%s: %s not known to the run: none of its values.", path, counted(unknown, "text"))
     if absent_rows := int(np.isnan(store.values).any(axis=1).sum()):
@@ -279,10 +268,10 @@ def read_features(path: str, columns: Sequence[Column], missing: Missing, decima
     return store.values
 
 
-def _chosen(asked: Asked, header: list[str]) -> tuple[tuple[str, ...], list[str]]:
+def _chosen(asked: Reading, header: list[str]) -> tuple[tuple[str, ...], list[str]]:
     """The names of the features, and those of row numbers that are left out."""
-    known, used, index = f"of {asked.path} ({listed(header, 40)})", (*asked.targets, *asked.weight), list[str]()
-    given = {"target": asked.targets, "weight": asked.weight, "features": asked.features, "exclude": asked.exclude}
+    known, used, index = f"of {asked.path} ({listed(header, 40)})", (*asked.target, *asked.weight), list[str]()
+    given = {key: getattr(asked, key) for key in ("target", "weight", "features", "exclude")}
     for key, name in ((key, name) for key, names in given.items() for name in names or ()):
         if name not in header:
             what = "columns" if key == "features" else "a column"
@@ -298,7 +287,7 @@ def _chosen(asked: Asked, header: list[str]) -> tuple[tuple[str, ...], list[str]
             raise ValueError(f"`features` must hold each column once and not the target, got {name!r} again.")
     _check_once(asked.path, header, [*used, *features])
     if not features:
-        what = f"a column beside the target {listed(asked.targets)} to predict it from"
+        what = f"a column beside the target {listed(asked.target)} to predict it from"
         raise ValueError(f"{asked.path} must hold {what}, got none.")
     return features, index
 
@@ -313,32 +302,40 @@ def _check_once(path: str, header: list[str], names: Sequence[str]) -> None:
             raise ValueError(f"{path} must name each column once, got {name!r} {header.count(name)} times.")
 
 
-def _plans(asked: Asked, file: TableFile, features: tuple[str, ...]) -> Iterator[Plan]:
+def _plans(asked: Reading, file: TableFile, features: tuple[str, ...]) -> Iterator[Plan]:
     """Ways to read the table, the fast ones first: as numbers at once, by the first block; after a look at all."""
-    others = (*asked.targets, *asked.weight)
-    at_once = Plan(
-        list(map(Column, features)), list(map(Column, others)), (*features, *others), has_weight=bool(asked.weight)
-    )
+    names = (*features, *asked.target, *asked.weight)
     if file.is_plain:
-        yield at_once
+        columns = list(map(Column, names))
+        yield Plan(columns[: len(features)], columns[len(features) :], has_weight=bool(asked.weight))
         return
-    surveys = [Survey(name, asked.max_values) for name in at_once.numbers]
-    for number, block in enumerate(file.blocks([file.names.index(survey.name) for survey in surveys])):
-        for survey, cells in zip(surveys, block, strict=True):
-            survey.add(cells, file.marks)
-        if number == 0 and all(survey.is_clean for survey in surveys):
-            yield at_once
+    surveys = _surveys(asked, names, file, HEAD)
+    if all(survey.is_settled for survey in surveys):
+        yield replace(_judged(asked, surveys[: len(features)], surveys[len(features) :]), is_guess=True)
+    surveys = _surveys(asked, names, file)
     if not surveys[0].num_rows:
         raise ValueError(f"{asked.path} must hold rows below its header, got none.")
     for survey in surveys:
-        if wrong := _wrong(survey, survey.name in others, asked, file):
+        if wrong := _wrong(survey, survey.name not in features, asked, file):
             raise ValueError(wrong)
     plan = _judged(asked, surveys[: len(features)], surveys[len(features) :])
-    yield replace(plan, numbers=tuple(survey.name for survey in surveys if survey.is_clean))
-    yield plan
+    if plan.numbers:
+        yield plan
+    yield replace(plan, numbers=())
 
 
-def _wrong(survey: Survey, is_target: bool, asked: Asked, file: TableFile) -> str | None:
+def _surveys(asked: Reading, names: Sequence[str], file: TableFile, num_rows: int | None = None) -> list[Survey]:
+    """A look at columns, at all of them or at the first rows."""
+    surveys = [Survey(name, asked.max_values) for name in names]
+    for block in file.blocks(list(map(file.names.index, names))):
+        for survey, cells in zip(surveys, block, strict=True):
+            survey.add(cells[:num_rows], file.marks)
+        if num_rows:
+            break
+    return surveys
+
+
+def _wrong(survey: Survey, is_target: bool, asked: Reading, file: TableFile) -> str | None:
     """What may be a mistake in a column, in words."""
     column, name = survey.column(), survey.name
     is_text = column.kind == "text" if column else survey.num_wrong > 0
@@ -360,7 +357,7 @@ def _wrong(survey: Survey, is_target: bool, asked: Asked, file: TableFile) -> st
     return None
 
 
-def _judged(asked: Asked, features: list[Survey], others: list[Survey]) -> Plan:
+def _judged(asked: Reading, features: list[Survey], others: list[Survey]) -> Plan:
     """What the columns hold, each of them looked at."""
     columns, left_out, changed = [], dict[str, list[str]](), dict[str, list[str]]()
     for survey in features:
@@ -382,7 +379,9 @@ def _judged(asked: Asked, features: list[Survey], others: list[Survey]) -> Plan:
         raise ValueError(
             f"{asked.path} must hold a column to predict from, got none that is of use: {'; '.join(notes)}."
         )
-    return Plan(columns, [column for each in others if (column := each.column())], (), tuple(notes), bool(asked.weight))
+    numbers = tuple(survey.name for survey in (*features, *others) if survey.is_clean)
+    targets = [column for survey in others if (column := survey.column())]
+    return Plan(columns, targets, numbers, tuple(notes), bool(asked.weight))
 
 
 def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) -> int:
@@ -392,34 +391,39 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
     fast = [place for place, column in zip(places, columns, strict=True) if column.name in plan.numbers]
     row = count = 0
     for block in file.blocks(places, fast):
-        part, start = np.empty((len(block[0]), plan.width)), 0
-        for column, place, cells in zip(columns, places, block, strict=True):
-            stop = start + len(column.feature_names)
-            if place in fast or isinstance(cells, np.ndarray):  # numbers already, as the shipped table's are
-                part[:, start] = cells
-            else:
-                try:
-                    part[:, start:stop], num_unknown = encode(column, cells, file.marks)
-                except WrongCellError as error:
-                    raise ValueError(f"{file.place(row + error.row)}, {error}") from error
+        if len(fast) == len(places):  # at once, as there is nothing but doubles
+            part = block.to_tensor(null_to_nan=True).to_numpy()
+        else:
+            part, start = np.empty((len(block[0]), plan.width)), 0
+            for column, place, cells in zip(columns, places, block, strict=True):
+                if place in fast or isinstance(cells, np.ndarray):  # numbers already, as the shipped table's are
+                    values, num_unknown = np.asarray(cells)[:, None], 0
+                else:
+                    try:
+                        values, num_unknown = encode(column, cells, file.marks)
+                    except WrongCellError as error:
+                        raise ValueError(f"{file.place(row + error.row)}, {error}") from error
+                part[:, start : start + values.shape[1]] = values
+                start += values.shape[1]
                 count += num_unknown * (missing == "keep")
-            start = stop
-        if fast and (np.abs(part) >= EXACT).any():
+        is_whole = part.min() > -EXACT and part.max() < EXACT  # and no cell is missing: NaN is less than nothing
+        if fast and not is_whole and (np.abs(part) >= EXACT).any():
             raise ValueError("Only a look at the text can tell whether float64 holds this.")
         if plan.has_weight and (part[:, -1] < 0).any():
             bad = int((part[:, -1] < 0).argmax())
             raise ValueError(f"{file.place(row + bad)} must have a weight of at least 0, got {part[bad, -1]:g}.")
-        absent, num_features = np.isnan(part), plan.width - len(plan.others)
-        if missing == "refuse" and absent[:, :num_features].any():
-            bad = int(absent[:, :num_features].any(axis=1).argmax())
-            raise ValueError(f"{file.place(row + bad)} must hold a finite number in each cell, got none.")
-        if missing != "keep" and (gone := absent[:, 0 if missing == "drop" else num_features :].any(axis=1)).any():
-            count += int(gone.sum())
-            store.add(part[~gone])
-        else:
-            store.add(part)
         row += len(part)
-    if plan.numbers and 2 * count > row:
+        if not is_whole and missing != "keep":
+            num_features = plan.width - len(plan.others)
+            absent = np.isnan(part)
+            if missing == "refuse" and (bad := absent[:, :num_features].any(axis=1)).any():
+                place = file.place(row - len(part) + int(bad.argmax()))
+                raise ValueError(f"{place} must hold a finite number in each cell, got none.")
+            gone = absent[:, 0 if missing == "drop" else num_features :].any(axis=1)
+            count += int(gone.sum())
+            part = part[~gone]
+        store.add(part)
+    if plan.is_guess and 2 * count > row:
         raise ValueError("Some column may be mostly missing: which?")
     if not store.num_rows:
         got = f"{row:,} with a missing cell in each: data.exclude=[…] or data.missing=mean" if row else "none"
@@ -439,21 +443,27 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _warn(table: Table, targets: Sequence[str]) -> None:
+def _warn(table: Table | StoredTable, targets: Sequence[str], chunks: Callable[[], Iterator[Rows]]) -> None:
     """Warns of what makes a task too easy, or no regression."""
-    columns = dict(zip(table.feature_names, table.features.T, strict=True))
-    for name, target in zip(targets, table.target.reshape(len(table), -1).T, strict=True):
-        distinct = np.unique(target[:ROWS_AT_ONCE])
-        if (target == target[0]).all():
-            log.warning("%s: the target %s is %g in every row: there is nothing to learn.", table.name, name, target[0])
-        elif len(distinct) <= min(FEW_VALUES, len(table) // 5) and not (target % 1).any():
+    features, target, _ = next(chunks())
+    names, alike = (*table.feature_names, *targets), dict[tuple[float, ...], list[int]]()
+    for place, total in enumerate([*features.sum(axis=0).tolist(), *target.sum(axis=0).tolist()]):
+        values = features[:9, place] if place < features.shape[1] else target[:9, place - features.shape[1]]
+        alike.setdefault((total, *values.tolist()), []).append(place)
+
+    def is_same(*places: int) -> bool:
+        return all(np.array_equal(*([*rows[0].T, *rows[1].T][place] for place in places)) for rows in chunks())
+
+    pairs = [(group[0], other) for group in alike.values() for other in group[1:] if is_same(group[0], other)]
+    for place, name in enumerate(targets):
+        values = target[:ROWS_AT_ONCE, place]
+        if all((rows[1][:, place] == values[0]).all() for rows in chunks()):
+            log.warning("%s: the target %s is %g in every row: there is nothing to learn.", table.name, name, values[0])
+        elif len(np.unique(values)) <= min(FEW_VALUES, len(table) // 5) and not (target[:, place] % 1).any():
             text = "%s: the target %s holds %d whole numbers alone. If they are classes: %s"
-            log.warning(text, table.name, name, len(distinct), CLASSES)
-        alike = (each for each, column in columns.items() if column[0] == target[0])
-        if same := [each for each in alike if np.array_equal(columns[each], target)]:
-            log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, listed(same), name)
-    seen: dict[tuple[float, ...], str] = {}
-    for name, column, total in zip(columns, columns.values(), table.features.sum(axis=0).tolist(), strict=True):
-        first = seen.setdefault((total, *column[:9].tolist()), name)
-        if first != name and np.array_equal(column, columns[first]):
-            log.warning("%s: the columns %s and %s are the same.", table.name, first, name)
+            log.warning(text, table.name, name, len(np.unique(values)), CLASSES)
+    for one, other in sorted(pairs, key=lambda pair: pair[1] < features.shape[1]):
+        if other < features.shape[1]:
+            log.warning("%s: the columns %s and %s are the same.", table.name, names[one], names[other])
+        else:
+            log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, names[one], names[other])

@@ -90,6 +90,9 @@ class EvidenceCollector:
         self._traces = LossTraces()  # of the first loss since the last judgement
         self._lasting: dict[str, Any] = {}  # what one judgement finds and later ones need, by its name in `Evidence`
         self._time = 0.0
+        self._reached: set[int] = (
+            set()
+        )  # by a gradient, at any step that was watched: an expert, a head need not always
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a resumed run needs to know of its beginning and of its window: plain data and tensors."""
@@ -104,6 +107,7 @@ class EvidenceCollector:
             "differentiated": self._differentiated,
             "traces": self._traces.state(),
             "judged_at": self._judged_at,
+            "reached": [index for index, each in enumerate(self._held) if id(each) in self._reached],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -116,6 +120,7 @@ class EvidenceCollector:
         self._leftover, self._least_found = state["leftover"]
         self._differentiated = [loss.to(self._held[0].device) for loss in state["differentiated"]]
         self._traces, self._judged_at = LossTraces.from_state(state["traces"]), state["judged_at"]
+        self._reached = {id(self._held[index]) for index in state.get("reached", ())}
 
     def set_line(
         self, line: LeastSquares, parameters: Sequence[Tensor], tolerance: float, names: Sequence[str] = ()
@@ -160,12 +165,13 @@ class EvidenceCollector:
         Not every one: micro-batches add up, and another loss, a discriminator's, finds the gradient of this one.
 
         Args:
-            loss: None where it may be another optimizer's.
+            loss: None where it may be another optimizer's, or was asked for before in this step.
         """
         left = [parameter.grad for parameter in self._held if parameter.grad is not None]
         found = norms(left).sum() if left else torch.zeros((), device=self._held[0].device)
         self._least_found = found if self._least_found is None else torch.minimum(self._least_found, found)
         if loss is None:
+            self._asked = None
             return
         if not self._differentiated and self._asked is None:
             self._traces = traces_of_loss(loss)
@@ -175,6 +181,7 @@ class EvidenceCollector:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied."""
         if self.is_watching:
             self._window.add(self._held, decays_of(self.optimizer))
+            self._reached.update(map(id, self._window.moved))
             self._differentiated += [] if self._asked is None else [self._asked]
         self._asked = None
         self.step += 1
@@ -267,7 +274,7 @@ class EvidenceCollector:
             return {}
         moved = self._window.moved
         still = [parameter for parameter, most in zip(moved, largest, strict=True) if most == 0]
-        without = [each for each in self._held if each.requires_grad and id(each) not in {*map(id, moved)}]
+        without = [each for each in self._held if each.requires_grad and id(each) not in self._reached]
         num_still, num_moved = (sum(map(torch.numel, each)) for each in (still, moved))
         share_moving = (num_moved - num_still) / max(num_moved + sum(map(torch.numel, without)), 1)
         self._lasting.setdefault("first_share_moving", share_moving)

@@ -26,16 +26,9 @@ class TableData(LightningDataModule):
     """Rows of a CSV or Parquet file as training, validation and test part.
 
     Args:
-        path: The file, or a pattern for several; see `downslope.tables.table.read_table` for this and the next nine.
-        target: The column to predict, or several.
-        features: The columns to predict it from; all others when None.
-        exclude: Columns to leave out.
-        weight: The column that says what a row counts in the loss.
-        text: `one_hot` or `refuse`.
-        max_values: Text of more values than these is left out.
-        missing: `drop`, `mean` or `refuse`.
-        decimal: The decimal mark; found when None.
-        in_memory: `true`, `false`, which keeps the numbers in a temporary file, or `auto`, by the memory that is free.
+        path: The file, or a pattern for several; see `downslope.tables.table.Reading` for this and the next nine.
+        target, features, exclude, weight: Names of columns.
+        text, max_values, missing, decimal, in_memory: How their cells become numbers, and where these are kept.
         batch_size: Rows a batch and process.
         seed: Decides the split and, with the epoch, the order of the training rows.
         standardize: Whether features and target are put into units of the training rows' spread.
@@ -52,7 +45,7 @@ class TableData(LightningDataModule):
         target: str | Sequence[str],
         features: Sequence[str] | None = None,
         exclude: Sequence[str] | None = None,
-        weight: str | None = None,
+        weight: str | float | None = None,
         text: Text = "one_hot",
         max_values: int = 50,
         missing: Missing = "drop",
@@ -90,7 +83,7 @@ class TableData(LightningDataModule):
         """Features, target and, where there is one, weight of each part, in the units of the training rows."""
         rows = split(self.table, self.seed, self.fractions)
         self.feature_names, self.columns = self.table.feature_names, self.table.columns
-        self.units = Units.measured(lambda: self.table.chunks(rows["train"]), self.standardize)
+        self.units = Units.measured(self.table.chunks(rows["train"]), self.standardize)
         if useless := [name for name, same in zip(self.feature_names, self.units.is_constant, strict=True) if same]:
             log.warning("%s: constant in the training rows, so without use: %s.", self.table.name, ", ".join(useless))
         return {part: self.table.part(each, self.units) for part, each in rows.items()}

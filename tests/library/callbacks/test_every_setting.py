@@ -104,7 +104,7 @@ class Net(LightningModule):
         return prediction
 
     def loss(self, batch: list[Tensor]) -> Tensor:
-        return nn.functional.mse_loss(self(batch[0]).float(), batch[1])
+        return nn.functional.mse_loss(self(batch[0]).to(batch[1].dtype), batch[1])
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
         return self.loss(batch)

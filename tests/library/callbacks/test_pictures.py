@@ -34,8 +34,8 @@ class Kept(Pictures):
         super().__init__(*arguments)
         self.kept: dict[str, Figure] = {}
 
-    def figures(self, trainer: Trainer) -> "dict[str, Figure]":
-        self.kept = super().figures(trainer)
+    def figures(self) -> "dict[str, Figure]":
+        self.kept = super().figures()
         return self.kept
 
     def axes(self, name: str) -> Axes:

@@ -11,7 +11,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
-from torch.optim import SGD, Optimizer
+from torch.optim import LBFGS, SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from downslope.callbacks import DivergenceError, FlightRecorder, SharpnessMonitor, VerdictMonitor
@@ -76,17 +76,17 @@ class Journal(Callback):
 
 
 def fit(
-    kind: type[Line], learning_rate: float, num_steps: int, **settings: Any
+    kind: type[Line], learning_rate: float, num_epochs: int, batch_size: int = 354, **settings: Any
 ) -> tuple[VerdictMonitor, Journal, Line]:
-    """A line on all the diabetes table's training rows."""
+    """A line on the diabetes table's training rows, all at once where nothing else is said."""
     seed_everything(0, verbose=False)
-    data = TableData("pkg://template.regression/diabetes.csv", "progression", batch_size=354, seed=0)
+    data = TableData("pkg://template.regression/diabetes.csv", "progression", batch_size=batch_size, seed=0)
     module = kind(data.num_features, learning_rate)
     monitor = VerdictMonitor()
     journal = Journal(monitor)
     trainer = Trainer(
         **{
-            "max_epochs": num_steps,
+            "max_epochs": num_epochs,
             "accelerator": "cpu",
             "logger": False,
             "enable_checkpointing": False,
@@ -175,6 +175,12 @@ class Automatic(LinearRegression):
         super().__init__(num_features, optimizer, {"scheduler": None, "interval": "epoch", "monitor": None})
 
 
+class Searching(LinearRegression):
+    def __init__(self, num_features: int, learning_rate: float) -> None:
+        optimizer = functools.partial(LBFGS, lr=learning_rate)
+        super().__init__(num_features, optimizer, {"scheduler": None, "interval": "epoch", "monitor": None})
+
+
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_accumulation_longer_than_an_epoch_is_a_warning_and_its_loss_is_that_of_the_batches(
     caplog: pytest.LogCaptureFixture,
@@ -189,6 +195,14 @@ def test_accumulation_longer_than_an_epoch_is_a_warning_and_its_loss_is_that_of_
     assert accumulated.verdict.figures["gradient_excess"] == pytest.approx(1 / 100, rel=1e-3)
     said = "accumulate_grad_batches=100 exceeds the 1 of an epoch: each step is 1/100 of their mean gradient."
     assert [each for each in caplog.messages if "accumulate_grad_batches" in each] == [said]
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+@pytest.mark.parametrize("batch_size", [354, 32])
+def test_a_loss_that_an_optimizer_asks_for_many_times_a_step_is_one_loss(batch_size: int) -> None:
+    monitor, _, _ = fit(Searching, 0.1, 4, batch_size)  # type: ignore[arg-type]
+    assert monitor.verdict
+    assert monitor.verdict.hints == ()
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")

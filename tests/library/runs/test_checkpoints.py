@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,15 +21,18 @@ from downslope.runs.checkpoints import (
 )
 
 
-def checkpoint(step: int) -> dict[str, object]:
-    return {"global_step": step, "weight": torch.arange(1000.0) + step, "progress": {"batch": 0}}
+def checkpoint(step: int) -> dict[str, Any]:
+    lists: dict[str, Any] = {name: [] for name in ("processes", "optimizers", "schedulers", "settings")}
+    progress = {"batch": 0, "seconds": 0.0, "model": "Line", "metrics": {}, "event_files": {}, **lists}
+    state = {"state_dict": {"weight": torch.arange(1000.0) + step}, "loops": {}, "callbacks": {}}
+    return {"global_step": step, **state, "optimizer_states": [], "lr_schedulers": [], "progress": progress}
 
 
 def test_torch_reads_the_file_as_it_is(tmp_path: Path) -> None:
     write_checkpoint(checkpoint(3), tmp_path / "last.ckpt")
     read = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert read["global_step"] == 3
-    assert torch.equal(read["weight"], torch.arange(1000.0) + 3)
+    assert torch.equal(read["state_dict"]["weight"], torch.arange(1000.0) + 3)
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]
 
 
@@ -74,6 +78,24 @@ def test_the_newest_good_one_is_taken_and_the_log_says_what_was_passed_over(
         newest_checkpoint(tmp_path)
 
 
+@pytest.mark.parametrize("key", ["global_step", "loops", "callbacks", "lr_schedulers", "progress.processes"])
+@pytest.mark.parametrize("value", [None, "x", -1.5, ...])
+def test_one_that_lacks_what_is_resumed_from_is_passed_over_by_name(tmp_path: Path, key: str, value: object) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    spoilt = checkpoint(5)
+    *parents, last = key.split(".")
+    holder = spoilt[parents[0]] if parents else spoilt
+    if value is ...:
+        del holder[last]
+    else:
+        holder[last] = value
+    write_checkpoint(spoilt, tmp_path / "checkpoints" / "last.ckpt")
+    with pytest.raises(ValueError, match=rf"last\.ckpt does not hold what a run saves: '{last}' is "):
+        newest_checkpoint(tmp_path)
+    write_checkpoint(checkpoint(4), tmp_path / "checkpoints" / "previous.ckpt")
+    assert newest_checkpoint(tmp_path)[1]["global_step"] == 4
+
+
 def test_the_previous_one_stays_where_files_cannot_have_two_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -90,6 +112,7 @@ def test_the_previous_one_stays_where_files_cannot_have_two_names(
 WRITER = """
 import resource, signal, sys, torch
 from pathlib import Path
+from typing import Any
 from downslope.runs.checkpoints import write_checkpoint
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))

@@ -14,6 +14,7 @@ import torch
 from filelock import FileLock
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from downslope.runs.checkpoints import load_checkpoint, write_checkpoint
 from downslope.runs.folder import LOCK
 from tests.conftest import ROOT, Outcome, read_json
 
@@ -149,6 +150,21 @@ def test_another_runs_checkpoint_is_refused(script: Script, stopped: Path) -> No
     ended = script("train", "resume=run")
     assert ended.code == 1
     assert "made with another set of weights" in ended.err
+
+
+def test_other_versions_are_told_of_and_what_cannot_be_loaded_is_one_message(script: Script, stopped: Path) -> None:
+    saved = load_checkpoint(stopped / LAST)
+    saved["progress"]["versions"]["torch"] = "1.0"
+    write_checkpoint(saved, stopped / LAST)
+    ended = script("train", "resume=run")
+    assert ended.code == 0
+    assert f"the last bits may differ: torch 1.0 there, {torch.__version__} here." in ended.err
+    saved["loops"] = {"fit_loop": 3}
+    write_checkpoint(saved, stopped / LAST)
+    (stopped / "result.json").unlink()
+    ended = script("train", "resume=run")
+    assert ended.code == 1
+    assert "last.ckpt does not hold what a run saves: " in ended.err
 
 
 @pytest.mark.parametrize("what", ["nowhere", "nothing"])

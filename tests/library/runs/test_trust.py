@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from downslope.runs.checkpoints import write_checkpoint
 from downslope.runs.trust import check_inside, read_untrusted
-from downslope.tables.table import column_names
+from downslope.tables.files import open_table
 from tests.conftest import ROOT, Outcome, run_process
 
 Script = Callable[..., Outcome]
@@ -239,7 +239,7 @@ def test_looking_for_a_file_in_a_package_does_not_import_it(
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(ValueError, match="there is no such file"):
-        column_names(path)
+        open_table(path)
     assert not Path("canary").exists()
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import csv
+import inspect
 import logging
 import pickle
 from collections.abc import Callable
@@ -10,23 +11,25 @@ from typing import Any
 
 import pytest
 import torch
-from lightning import LightningModule, Trainer, seed_everything
+from lightning import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
+from downslope import callbacks
 from downslope.callbacks import (
+    Checkpoints,
     FlightRecorder,
     GradientCheck,
     GradientMonitor,
     LearningRateEffects,
+    Pictures,
     Progress,
     SharpnessMonitor,
     VerdictMonitor,
 )
-from downslope.steps.hooks import STEP_HOOKS
-from downslope.steps.observer import HOOKS, Observer
+from downslope.steps.observer import HOOKS, STEP_HOOKS, Observer
 from downslope.steps.optimizer_steps import OptimizerStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not have many workers")
@@ -223,11 +226,26 @@ def test_a_trainer_fits_twice_and_the_verdict_survives_a_test(tmp_path: Path) ->
     assert monitor.verdict is verdict
 
 
-@pytest.mark.parametrize("value", [1.5, True, 0, "3", None])
-@pytest.mark.parametrize("kind", [GradientMonitor, VerdictMonitor, FlightRecorder])
-def test_every_observer_refuses_a_frequency_that_is_none(kind: Any, value: Any) -> None:
+WITH_A_FREQUENCY = [
+    each
+    for each in map(vars(callbacks).get, callbacks.__all__)
+    if issubclass(each, Callback) and "every_n_steps" in inspect.signature(each).parameters
+]
+
+
+@pytest.mark.parametrize("value", [1.5, True, 0, "3", -1])
+@pytest.mark.parametrize("kind", WITH_A_FREQUENCY)
+def test_every_observer_refuses_a_frequency_that_is_none(kind: Any, value: Any, tmp_path: Path) -> None:
+    folder = {"folder": str(tmp_path)} if kind in (Pictures, Checkpoints) else {}
     with pytest.raises(ValueError, match="`every_n_steps` must be a whole number of at least 1, got"):
-        kind(every_n_steps=value)
+        kind(**folder, every_n_steps=value)
+
+
+def test_all_that_measure_every_so_often_were_asked() -> None:
+    assert {each.__name__ for each in WITH_A_FREQUENCY} == {
+        "Checkpoints", "CriticalLearningRate", "FlightRecorder", "GradientMonitor", "LearningRateEffects", "Pictures",
+        "SharpnessMonitor", "VerdictMonitor",
+    }  # fmt: skip
 
 
 # What modules do that ours do not.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor
-from downslope.steps.hooks import STEP_HOOKS, disable, enable
+from downslope.steps.observer import STEP_HOOKS, Observer
 from downslope.steps.optimizer_steps import OptimizerSteps
 from downslope.steps.unclipped_gradients import may_be_clipped
 from downslope.tables.batches import Batches, ShuffledOrder
@@ -55,17 +55,16 @@ def entered(folder: Path, callback: Callback, **settings: Any) -> dict[str, int]
     return {name: len(durations[key]) for name, key in names.items() if key in durations}
 
 
-class OneHook(Callback):
+class OneHook(Observer):
     seen = 0
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        disable(self, *STEP_HOOKS)
-        enable(self, "on_before_backward")
+    def attach(self, trainer: Trainer, module: LightningModule) -> None:
+        self.listen_only("on_before_backward")
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         super().on_before_backward(trainer, pl_module, loss)
         self.seen += 1
-        enable(self, "on_before_backward", when=self.seen < 5)
+        self.listen("on_before_backward", when=self.seen < 5)
 
 
 def test_lightning_passes_over_what_is_left_out_or_put_to_sleep(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.conftest import ROOT, Outcome, read_json, run_process
 
@@ -90,6 +91,37 @@ def test_a_childs_configuration_comes_from_its_parent_in_a_private_file_whatever
         assert told["callbacks"] == []
         assert told["cwd"] == str(tmp_path)
         assert result["overrides"][0] == f"rate={rate}"
+
+
+@pytest.mark.slow
+def test_an_evil_folder_in_a_jobs_place_runs_nothing_in_any_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An honest job of two processes, interrupted; then somebody plants classes and callbacks in what it left."""
+    (tmp_path / "importable").mkdir()
+    (tmp_path / "importable" / "evil.py").write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "importable"), prepend=os.pathsep)
+    command = ("train", "-m", "trainer=ddp", "trainer.devices=2", "device=cpu", "lr=0.01,0.02", "trainer.max_epochs=1",
+               "callbacks=checkpoints", "hydra.sweep.dir=s")  # fmt: skip
+    assert run_process(tmp_path, *command).returncode == 0
+    unfinished, finished = sorted(tmp_path.glob("s/*/"))
+    (unfinished / "result.json").unlink()
+    for job in (unfinished, finished):
+        config = job / ".hydra" / "config.yaml"
+        evil = {"_target_": "evil.Model"}
+        planted = OmegaConf.merge(
+            OmegaConf.load(config), {"model": evil, "callbacks": {"evil": evil}, "hydra": {"callbacks": {"evil": evil}}}
+        )
+        OmegaConf.save(planted, config)
+    again = run_process(tmp_path, *command)
+    assert not (tmp_path / "canary").exists(), again.stdout + again.stderr
+    rows = (tmp_path / "s" / "sweep.csv").read_text()
+    assert finished.name in rows
+    assert unfinished.name in rows
+    assert (
+        subprocess.run([sys.executable, "-c", "import evil"], check=False).returncode == 0
+    )  # it would have been noticed
+    assert (tmp_path / "canary").exists()
 
 
 def test_five_processes_on_the_cpu_are_refused_unless_asked_for(script: Callable[..., Outcome], tmp_path: Path) -> None:

@@ -148,3 +148,31 @@ def test_columns_that_are_mostly_missing_are_left_out_before_their_rows_are(tmp_
     assert table.feature_names == ("a",)
     assert len(table) == 30
     assert table.notes == ("without b: mostly missing",)
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_what_the_first_rows_do_not_show_is_found_in_the_others(tmp_path: Path, suffix: str) -> None:
+    num_rows, path = 30_000, str(tmp_path / f"t.{suffix}")
+    columns = {name: [f"{row}" for row in range(num_rows)] for name in ("a", "b", "y")}
+
+    def read_it(**settings: object) -> Table:
+        if suffix == "csv":
+            lines = [",".join(columns), *map(",".join, zip(*columns.values(), strict=True))]
+            Path(path).write_text("\n".join(lines))
+        else:
+            numbers = {name: [float(cell or "nan") for cell in cells] for name, cells in columns.items()}
+            parquet.write_table(pa.table(numbers), path)
+        table = read_table(path, "y", **settings)
+        assert isinstance(table, Table)
+        return table
+
+    assert read_it().features.tolist() == [[row, row] for row in range(num_rows)]
+    columns["b"][10_000:] = [""] * 20_000
+    assert read_it().notes == ("without b: mostly missing",)
+    columns["b"] = [*columns["a"][:-1], ""]
+    assert read_it().notes == ("1 row with missing cells left out",)
+    with pytest.raises(ValueError, match=r"row 30000.*, column 'b' must be a finite number, got none: 1 of 30,000"):
+        read_it(missing="refuse")
+    columns["b"][-2] = "inf"
+    with pytest.raises(ValueError, match=r"row 29999.*, column 'b' must be a finite number, got '?inf"):
+        read_it()

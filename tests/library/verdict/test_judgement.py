@@ -8,7 +8,7 @@ from torch.optim import SGD, Adam
 
 from downslope.gradients.least_squares import least_squares
 from downslope.gradients.outlook import best_learning_rate, outlook
-from downslope.verdict import WORDS, Evidence, EvidenceCollector, Thresholds, judge, num_steps_left, suggest
+from downslope.verdict import WORDS, Evidence, EvidenceCollector, Thresholds, Verdict, judge, num_steps_left, suggest
 
 SOUND = Evidence(
     step=100,
@@ -332,3 +332,32 @@ def collect_leftovers(clear_first: bool) -> Evidence:
 def test_only_a_gradient_that_no_backward_finds_gone_is_left_over() -> None:
     assert not collect_leftovers(clear_first=True).leftover_gradient
     assert collect_leftovers(clear_first=False).leftover_gradient
+
+
+def heads_in_turn(unused: bool) -> Verdict:
+    """Each batch trains another head, and one none at all where that is asked for."""
+    torch.manual_seed(3)
+    heads = nn.ModuleList(nn.Linear(1, 1) for _ in range(3))
+    optimizer = SGD(heads.parameters(), lr=0.01)
+    collector = EvidenceCollector(optimizer, {id(p): n for n, p in heads.named_parameters()})
+    for step in range(32):
+        optimizer.zero_grad()
+        loss = heads[step % (2 if unused else 3)](torch.ones(4, 1)).square().mean()
+        collector.add_backward(loss)
+        loss.backward()
+        optimizer.step()
+        collector.add_step()
+        collector.add_loss(loss)
+    return judge(collector.evidence())
+
+
+def test_a_head_that_is_trained_by_other_batches_is_not_said_to_be_detached() -> None:
+    verdict = heads_in_turn(unused=False)
+    assert verdict.word in ("converging", "too_slow")
+    assert verdict.hints == ()
+
+
+def test_a_head_that_no_batch_trains_is() -> None:
+    assert heads_in_turn(unused=True).hints == (
+        "no gradient reaches `2.weight`, `2.bias`: detached, or not used by the loss?",
+    )
