@@ -121,6 +121,8 @@ def _page(title: str, jobs: Sequence[Job], picture: bytes, curves: bytes | None)
         picture=_data_uri(picture),
         curves=curves and _data_uri(curves),
         most_curves=MOST_CURVES,
+        num_curves=sum(any(job.curves.values()) for job in jobs),
+        num_first=columns.index(f"best {monitor}") + 1 if f"best {monitor}" in columns else len(columns),
         columns=columns,
         over_seeds=[list(over[0]), *([_text(value) for value in row.values()] for row in over)] if over else [],
         rows=[(job, [_cell(name, row[name]) for name in columns]) for job, row in zip(jobs, table, strict=True)],
