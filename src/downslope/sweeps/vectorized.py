@@ -21,6 +21,7 @@ from downslope.sweeps.stacked import CannotStackError
 
 Launch = Callable[[Sequence[Sequence[str]], int], Sequence[JobReturn]]
 MOST_BYTES, COPIES = 2**30, 12  # of weights, gradients, states of the optimizer, what `backward` keeps
+MOST_MEMBERS = 2048  # torch compares each parameter group with all before it; and a kill loses the part in hand
 
 
 def launch(config: DictConfig, jobs: Sequence[Sequence[str]], first: int, one_by_one: Launch) -> list[JobReturn]:
@@ -68,10 +69,10 @@ def _train(group: Group, sweep: Path) -> dict[int, float]:
             num_bytes = 4 * num_parameters(without_hydra(config), build)
         except Exception as error:  # what one job says, all would
             return fail(group, sweep, error)
-        size = max(2, MOST_BYTES // (COPIES * num_bytes))
+        size = max(2, min(MOST_MEMBERS, MOST_BYTES // (COPIES * num_bytes)))
         places = list(group.jobs)
         if size < len(places):
-            say(f"in parts of {size:,}, whose weights and gradients take {MOST_BYTES / 2**30:g} GiB")
+            say(f"in parts of {size:,}, at most {size * COPIES * num_bytes / 2**20:,.1f} MiB at a time")
         objectives: dict[int, float] = {}
         for start in range(0, len(places), size):
             part = replace(group, jobs={place: group.jobs[place] for place in places[start : start + size]})

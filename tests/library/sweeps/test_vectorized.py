@@ -14,10 +14,18 @@ from typing import Any
 import pytest
 import torch
 
+from template.regression.model import LinearRegression
 from tests.conftest import ROOT, Outcome, read_json, scalars
 
 FLAGS = ("-m", "device=cpu", "trainer.max_epochs=3")
 AT_ONCE = "hydra/launcher=vectorized"
+
+
+class LogsInItsLoss(LinearRegression):
+    def loss(self, batch: Any) -> torch.Tensor:
+        loss = super().loss(batch)
+        self.log("inside", loss)
+        return loss
 
 
 def slow(*values: Any) -> Any:
@@ -45,7 +53,7 @@ def folders(sweep: Path) -> dict[str, Path]:
     [
         ("lr=0.01,0.1,2",),
         slow(("lr=0.001,0.1", "optimizer=adamw", "optimizer.weight_decay=0,0.5", "scheduler=cosine")),
-        slow(("lr=0.01,0.1", "optimizer=momentum", "scheduler=step", "+trainer.gradient_clip_val=0.1,1.5")),
+        slow(("lr=0.01,0.1", "optimizer=momentum", "scheduler=step", "+trainer.gradient_clip_val=0,0.1,1.5")),
         slow(("lr=0.1,0.5", "experiment=digits", "scheduler=warmup_cosine")),
     ],
     ids=["line", "adamw", "clipped", "network"],
@@ -102,6 +110,8 @@ def test_a_job_is_kept_evaluated_and_resumed_as_any_other(script: Callable[..., 
         slow(("lr=0.1,1", "optimizer=lbfgs", "data.batch_size=1000"), "LBFGS"),
         slow(("lr=0.01,0.1", "model=manual"), "ManualLinearRegression takes its steps by itself"),
         slow(("lr=0.01,0.1", "scheduler=plateau"), "ReduceLROnPlateau waits for a metric"),
+        slow(("lr=0.01,0.1", "+trainer.precision=bf16-mixed"), "does not know trainer.precision"),
+        slow(("lr=0.01,0.1", f"model._target_={__name__}.LogsInItsLoss"), "they cannot be trained at once: Misconf"),
     ],
 )
 def test_what_cannot_be_trained_at_once_runs_one_by_one_and_says_why(
