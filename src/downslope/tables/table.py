@@ -280,8 +280,9 @@ def _chosen(asked: Reading, header: list[str]) -> tuple[tuple[str, ...], list[st
     if asked.features is None:
         others = [name for name in features if name not in used]
         index = [name for name in others if not name or INDEX.fullmatch(name)]
-        # Of a series there is nothing else to predict it from.
-        features, index = (tuple(others[:1]), others[1:]) if index == others else (_without(others, index), index)
+        if index == others:  # of a series there is nothing else to predict it from
+            index = others[1:]
+        features = tuple(name for name in others if name not in index)
     for name in (*used, *features):
         if (*used, *features).count(name) > 1 and header.count(name) == 1:
             raise ValueError(f"`features` must hold each column once and not the target, got {name!r} again.")
@@ -290,10 +291,6 @@ def _chosen(asked: Reading, header: list[str]) -> tuple[tuple[str, ...], list[st
         what = f"a column beside the target {listed(asked.target)} to predict it from"
         raise ValueError(f"{asked.path} must hold {what}, got none.")
     return features, index
-
-
-def _without(names: Sequence[str], others: Sequence[str]) -> tuple[str, ...]:
-    return tuple(name for name in names if name not in others)
 
 
 def _check_once(path: str, header: list[str], names: Sequence[str]) -> None:
