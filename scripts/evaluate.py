@@ -12,10 +12,12 @@ from downslope.runs.console import command, metric_lines, refusing, say
 def main(config: DictConfig) -> None:
     """Evaluates the run named by `run`."""
     with refusing("evaluate"):
+        from downslope.runs.stored import weights_of
         from template.evaluate import evaluate
 
         for line in metric_lines(evaluate(config)):
             say(line)
+        say(f"  of        {weights_of(Path(config.run))}")
 
 
 if __name__ == "__main__":

@@ -135,9 +135,12 @@ class SharpnessMonitor(Observer):
                 leaf = leaves[name]
                 if leaf.is_complex():  # λ is that of the loss as a function of real and imaginary parts
                     leaf = real(leaf.detach()).requires_grad_(leaf.requires_grad)
-                    leaves[name] = torch.view_as_complex(leaf)
+                    leaves[name] = torch.complex(*leaf.unbind(-1))
                 theta.append(leaf)
-            hessian = Hessian(function(leaves), theta)
+            loss = function(leaves)
+            hessian = Hessian(loss, theta)
+            if not loss.requires_grad:  # λ would be 0: perhaps it is a `loss(predictions, target=None)`
+                raise ValueError("the loss depends on no parameter, so that it is not that of a batch")
 
             def product(vector: Tensor) -> Tensor:
                 # Every process takes the same products: the mean of theirs is the product of the joint batch.

@@ -84,7 +84,8 @@ class VerdictMonitor(Observer):
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         has_optimizer = any(each.param_groups for each in trainer.optimizers)
-        if not has_optimizer or not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]  # one batch shows nothing
+        is_one_batch = trainer.fast_dev_run  # type: ignore[attr-defined]  # which shows nothing
+        if not has_optimizer or not trainer.is_global_zero or is_one_batch:
             self.listen_only()
             return
         optimizer = trainer.optimizers[0]

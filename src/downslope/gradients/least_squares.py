@@ -218,12 +218,13 @@ def _of_few_rows(chunks: Chunks, num_rows: int, mean: Tensor, level: Tensor) -> 
 
 
 def _means(chunks: Chunks) -> tuple[int, Tensor, Tensor]:
-    sums = [
-        (len(outputs), (inputs * root[:, None].square()).sum(0), (outputs * root.square()).sum())
+    sums = [  # as numbers: a small tensor that is kept would keep the chunk's memory from being used again
+        (len(outputs), (inputs * root[:, None].square()).sum(0).tolist(), (outputs * root.square()).sum().item())
         for inputs, outputs, root in _doubles(chunks)
     ]
-    num_rows = sum(count for count, _, _ in sums)
-    inputs, outputs = (torch.stack(each).sum(0) / num_rows for each in list(zip(*sums, strict=True))[1:])
+    counts, *totals = zip(*sums, strict=True)
+    num_rows = sum(counts)
+    inputs, outputs = (torch.tensor(each, dtype=torch.float64).sum(0) / num_rows for each in totals)
     return num_rows, inputs, outputs
 
 

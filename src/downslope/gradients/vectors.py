@@ -55,7 +55,7 @@ def shaped(row: Shaped[Tensor, " num_elements"], like: Shaped[Tensor, "..."]) ->
         tensor([3.+4.j])
     """
     if like.is_complex():
-        row = torch.view_as_complex(row.reshape(*like.shape, 2))
+        row = torch.complex(*row.reshape(*like.shape, 2).unbind(-1))  # a view may stand at an odd place
     return row.view_as(like).to(like)
 
 

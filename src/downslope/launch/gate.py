@@ -51,9 +51,15 @@ def chosen(*, _root_: DictConfig) -> str:
 
 
 def swept() -> str:
-    """Returns the same of a sweep, by what was typed; its jobs, whose overrides are others, take it from there."""
+    """Returns a sweep's experiment, and which keys were typed with several values; its jobs take it from there."""
     overrides = get_args_parser().parse_known_args(sys.argv[1:])[0].overrides
-    return _ending(",".join(each for each in overrides if not each.startswith("hydra")))
+    words = []
+    for key, _, value in (each.partition("=") for each in overrides if not each.startswith("hydra")):
+        if set(",(") & set(value):
+            words.append(key)
+        elif key == "experiment":
+            words.append(value)
+    return _ending(",".join(words))
 
 
 def _ending(overrides: str) -> str:

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import math
 import os
 import struct
 import time
@@ -30,10 +31,14 @@ from downslope.logs.non_raising import attempt, is_off, log_values
 
 log = logging.getLogger(__name__)
 
+# What a dashboard opens on: it sorts by name, capitals first, and its layouts know no logarithmic axis.
+LOGARITHMS = {"train/loss": "Loss/log10_train", "val/loss": "Loss/log10_val"}
+
 # Tags by regular expression: what a module logs itself is called as its author likes.
 LAYOUT = {
     "Loss": {
-        "loss": ["Multiline", ["(?!excess_).*loss.*"]],
+        "log₁₀ of the loss": ["Multiline", ["Loss/log10_.*"]],
+        "loss": ["Multiline", ["(?!train/excess_).*loss.*"]],
         "other metrics": ["Multiline", ["(train|val|test)/(?!.*loss).*"]],
     },
     "Gradients": {
@@ -88,7 +93,12 @@ def _event(step: int, *values: Summary.Value) -> Event:
 
 
 def _scalars(values: Mapping[str, Any]) -> list[Summary.Value]:
-    return [Summary.Value(tag=tag, simple_value=float(value)) for tag, value in values.items()]
+    """All but the epoch, which says nothing beside the steps, and of a loss the logarithm too."""
+    shown = {tag: float(value) for tag, value in values.items() if tag != "epoch"}
+    for tag in LOGARITHMS.keys() & shown.keys():
+        if shown[tag] > 0:
+            shown[LOGARITHMS[tag]] = math.log10(shown[tag])
+    return [Summary.Value(tag=tag, simple_value=value) for tag, value in shown.items()]
 
 
 def _append(logger: TensorBoardLogger, events: Iterable[Event]) -> None:

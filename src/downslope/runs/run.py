@@ -205,7 +205,7 @@ def line_of(result: Result) -> tuple[dict[str, Any], dict[str, float | None], in
     asked["verdict"] = result.verdict or result.status
     came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
     if result.excess_loss is not None:
-        came["excess_loss"] = result.excess_loss
+        came["train/excess_loss"] = result.excess_loss
     return asked, came, result.num_optimizer_steps
 
 

@@ -23,6 +23,11 @@ QUIET = {
 }
 
 
+def weights_of(run: Path) -> Path | None:
+    """Returns the checkpoint that a run is evaluated with: the best; the last where no metric chose a best."""
+    return next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
+
+
 class StoredRun:
     """Reads a run's folder, which may be a stranger's: nothing in it is executed.
 
@@ -48,7 +53,7 @@ class StoredRun:
             raise ValueError(
                 f"`run` must be the folder of a run, outputs/runs/…, got {str(run)!r}: it has no {file.name}."
             )
-        self.file = next((run / name for name in (BEST, LAST) if (run / name).is_file()), None)
+        self.file = weights_of(run)
         if self.file is None:
             raise ValueError(f"`run` must be a run that has saved a checkpoint, got {str(run)!r}: it has no {BEST}.")
         if self.file.name != Path(BEST).name:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from downslope.pictures.style import INK, LINES, PAPER, QUIET, new_figure, paint
 from downslope.sweeps.comparison import Average, as_good, as_good_on_average, over_seeds
-from downslope.sweeps.table import GRADIENT_NORM, Job, curve_tags, judged_by, next_rate, varied_keys
+from downslope.sweeps.table import GRADIENT_NORM, SAME, Job, curve_tags, judged_by, next_rate, varied_keys
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,11 +178,12 @@ def _draw_limits(axes: "Axes", jobs: Sequence[Job]) -> None:
     """2/λ of plain gradient descent: a line, or a band where the jobs' data differ; and the least η_c in the middle."""
     limits = sorted(job.limit for job in jobs if job.limit)
     critical = sorted(job.critical for job in jobs if job.critical)
+    middle = critical[len(critical) // 2] if critical else 0.0
+    is_one = bool(limits) and bool(critical) and abs(math.log(middle / limits[-1])) < SAME
     if limits:
         axes.axvspan(limits[0], limits[-1], color=QUIET, alpha=0.15, linewidth=0)
-        _draw_limit(axes, limits[-1], f"2/λ = {limits[-1]:.3g}", "--")
-    if critical:
-        middle = critical[len(critical) // 2]
+        _draw_limit(axes, limits[-1], f"2/λ = {'η_c = ' * is_one}{limits[-1]:.3g}", "--")
+    if critical and not is_one:
         _draw_limit(axes, middle, f"η_c = {middle:.3g}", ":")
 
 

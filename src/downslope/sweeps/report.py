@@ -2,6 +2,7 @@
 
 import base64
 import math
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -75,7 +76,8 @@ def print_report(report: Report) -> None:
         if len(lines) > MOST_ROWS:
             console.print(f"… and {len(lines) - MOST_ROWS} more")
     for name, file in (("table", report.table), ("picture", report.picture), ("page", report.page)):
-        console.print(Text(f"  {name:<10}{one_line(str(file))}"), soft_wrap=True)
+        typed = os.path.relpath(file) if file.is_relative_to(Path.cwd()) else file
+        console.print(Text(f"  {name:<10}{one_line(str(typed))}"), soft_wrap=True)
 
 
 def _columns(jobs: Sequence[Job], table: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -119,6 +121,8 @@ def _page(title: str, jobs: Sequence[Job], picture: bytes, curves: bytes | None)
         picture=_data_uri(picture),
         curves=curves and _data_uri(curves),
         most_curves=MOST_CURVES,
+        num_curves=sum(any(job.curves.values()) for job in jobs),
+        num_first=columns.index(f"best {monitor}") + 1 if f"best {monitor}" in columns else len(columns),
         columns=columns,
         over_seeds=[list(over[0]), *([_text(value) for value in row.values()] for row in over)] if over else [],
         rows=[(job, [_cell(name, row[name]) for name in columns]) for job, row in zip(jobs, table, strict=True)],

@@ -35,7 +35,6 @@ class Dialect:
     Attributes:
         header: The names of the columns; in a file of R's with one name less than cells, `rownames` before them.
         encoding: What its bytes stand for.
-        compression: Of the file as a whole, None where there is none.
         delimiter: What separates cells; of spaces, any number.
         quote: What a cell with a separator in it is put between.
         decimal: The decimal mark.
@@ -47,7 +46,6 @@ class Dialect:
 
     header: tuple[str, ...] = field(repr=False)
     encoding: str = "utf-8"
-    compression: str | None = None
     delimiter: str = ","
     quote: str = '"'
     decimal: str = "."
@@ -95,13 +93,12 @@ def compression_of(path: str, file: Path) -> str | None:
     return next((name for magic, name in COMPRESSED.items() if start.startswith(magic)), None)
 
 
-def find_dialect(path: str, stream: BinaryIO, compression: str | None, decimal: str | None = None) -> Dialect:
+def find_dialect(path: str, stream: BinaryIO, decimal: str | None = None) -> Dialect:
     """Looks at the beginning of a text file.
 
     Args:
         path: The file's name, for messages.
         stream: The file from its beginning, not compressed any more.
-        compression: What it was compressed by.
         decimal: The decimal mark; found when None.
 
     Raises:
@@ -123,14 +120,13 @@ def find_dialect(path: str, stream: BinaryIO, compression: str | None, decimal: 
         raise ValueError(f"{path} must start with a line of column names, got an empty file or line.")
     num_commented = next((number for number, line in enumerate(lines) if not line.startswith("#")), len(lines))
     try:
-        return _judged(path, lines, num_commented, encoding, compression, decimal)
+        return _judged(path, lines, num_commented, encoding, decimal)
     except csv.Error as error:
         raise ValueError(f"{path} cannot be read as CSV: {error}.") from error
 
 
-def _judged(
-    path: str, lines: list[str], num_commented: int, encoding: str, compression: str | None, decimal: str | None
-) -> Dialect:
+def _judged(path: str, lines: list[str], num_commented: int, encoding: str, decimal: str | None) -> Dialect:
+    """The dialect of lines that are text."""
     plain = [line for line in lines[num_commented:] if not line.startswith("#")][:LINES]
     quote = "'" if re.match(r"\s*'[^']*'", (plain or lines)[0]) else '"'
     delimiter = _delimiter(plain or [line.lstrip("# ") for line in lines[:1]], quote)
@@ -139,17 +135,16 @@ def _judged(
         plain = [single_spaced(line) for line in plain]
     cells = [row for row in named.rows(plain) if row]
     names = cells[0] if cells else []
+    is_above = False
     if num_commented:  # a name that begins with #, or numpy.savetxt's header
         last = lines[num_commented - 1].removeprefix("# ")
         above = next(named.rows([single_spaced(last) if delimiter == " " else last]), [])
-        if not cells or (len(above) == len(cells[-1]) and (_is_of_numbers(names) or not _is_of_numbers(cells[-1]))):
-            names, num_lines, num_above = above, num_commented, num_commented - 1
-        else:
-            num_lines, num_above = num_commented + 1, num_commented
-    else:
-        num_lines, num_above = 1, 0
-    rows = cells if num_lines == num_commented else cells[1:]
-    if num_lines != num_commented and cells:  # quoted names may span lines
+        is_above = not cells or (
+            len(above) == len(cells[-1]) and (_is_of_numbers(names) or not _is_of_numbers(cells[-1]))
+        )
+        names = above if is_above else names
+    rows, num_lines = (cells, num_commented) if is_above else (cells[1:], num_commented + 1)
+    if not is_above and cells:  # quoted names may span lines
         reader = csv.reader(plain, delimiter=delimiter, quotechar=quote)
         next(row for row in reader if row)
         num_lines += reader.line_num - 1
@@ -164,12 +159,11 @@ def _judged(
     return Dialect(
         header=tuple(name.strip() for name in names),
         encoding=encoding,
-        compression=compression,
         delimiter=delimiter,
         quote=quote,
         decimal=mark,
         thousands=thousands,
-        comments=num_above > 0 or odd,
+        comments=num_commented > is_above or odd,
         num_lines=num_lines,
         longest=4 * max(map(len, lines)),
     )

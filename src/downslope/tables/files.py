@@ -125,13 +125,13 @@ class PackagedFile(TableFile):
 class CsvFile(TableFile):
     """A text file: its cells come as strings, but for the columns that are asked for as numbers."""
 
-    dialect: Dialect | None = None
+    dialect: Dialect
 
     def __init__(self, path: str, file: Path, decimal: str | None = None) -> None:
         super().__init__(path, ())
         self.file, self.compression = file, compression_of(path, file)
         with self._reading():
-            self.dialect = find_dialect(path, self._stream(), self.compression, decimal)
+            self.dialect = find_dialect(path, self._stream(), decimal)
         self.names, self.said = list(self.dialect.header), self.dialect.description()
         self.marks = self.dialect.decimal, self.dialect.thousands
 
@@ -167,7 +167,7 @@ class CsvFile(TableFile):
             for number, line in dialect.lines(self._stream()):  # noqa: B007
                 yield line
 
-        if self.dialect:
+        if hasattr(self, "dialect"):
             yield from ((number, cells) for cells in self.dialect.rows(lines(self.dialect)) if cells)
 
     def place(self, row: int) -> str:

@@ -24,7 +24,7 @@ class Moments(NamedTuple):
     """Of the columns of some rows, without missing cells; mean and squares in units of `magnitude`: none overflows.
 
     Attributes:
-        count: Cells.
+        num_cells: How many.
         magnitude: Of the one farthest from 0.
         mean: Their mean.
         squares: The sum of the squares of what they are off it.
@@ -32,7 +32,7 @@ class Moments(NamedTuple):
         most: The largest.
     """
 
-    count: Array
+    num_cells: Array
     magnitude: Array
     mean: Array
     squares: Array
@@ -42,13 +42,13 @@ class Moments(NamedTuple):
     @classmethod
     def of(cls, values: Array) -> "Moments":
         """Measures rows."""
-        count = np.isfinite(values).sum(axis=0).astype(np.float64)
+        num_cells = np.isfinite(values).sum(axis=0).astype(np.float64)
         least, most = np.fmin.reduce(values), np.fmax.reduce(values)
         magnitude = np.nan_to_num(np.fmax(np.abs(least), np.abs(most)))
         scaled = values / _above_zero(magnitude)
-        mean = np.nansum(scaled, axis=0) / np.maximum(count, 1)
+        mean = np.nansum(scaled, axis=0) / np.maximum(num_cells, 1)
         scaled -= mean
-        return cls(count, magnitude, mean, np.nansum(np.square(scaled, out=scaled), axis=0), least, most)
+        return cls(num_cells, magnitude, mean, np.nansum(np.square(scaled, out=scaled), axis=0), least, most)
 
     @classmethod
     def merged(cls, parts: Sequence["Moments"]) -> "Moments":
@@ -56,13 +56,13 @@ class Moments(NamedTuple):
 
         Reference: Chan, Golub and LeVeque (1983), Algorithms for computing the sample variance.
         """
-        count, magnitude, mean, squares, least, most = map(np.stack, zip(*parts, strict=True))
+        num_cells, magnitude, mean, squares, least, most = map(np.stack, zip(*parts, strict=True))
         largest = magnitude.max(axis=0)
         unit = magnitude / _above_zero(largest)
         mean = mean * unit
-        total = (count / np.maximum(count.sum(axis=0), 1) * mean).sum(axis=0)
-        squares = (squares * unit**2 + count * (mean - total) ** 2).sum(axis=0)
-        return cls(count.sum(axis=0), largest, total, squares, np.fmin.reduce(least), np.fmax.reduce(most))
+        total = (num_cells / np.maximum(num_cells.sum(axis=0), 1) * mean).sum(axis=0)
+        squares = (squares * unit**2 + num_cells * (mean - total) ** 2).sum(axis=0)
+        return cls(num_cells.sum(axis=0), largest, total, squares, np.fmin.reduce(least), np.fmax.reduce(most))
 
 
 def _above_zero(values: Array) -> Array:
@@ -149,11 +149,11 @@ class Units:
             num_rows += len(columns[1])
             weight += 0.0 if weights is None else float(weights.sum())
         features, target = map(Moments.merged, parts)
-        units = [Standardization.of(each, num_rows) for each in (features, target)]
-        means, is_constant = units[0].mean, features.least == features.most
+        inputs, outputs = (Standardization.of(each, num_rows) for each in (features, target))
+        means = inputs.mean
         if not standardize:
-            units = [Standardization.none(len(each.mean)) for each in units]
-        return cls(means, *units, weight / num_rows if weight else 1.0, is_constant)
+            inputs, outputs = (Standardization.none(len(each.mean)) for each in (features, target))
+        return cls(means, inputs, outputs, weight / num_rows if weight else 1.0, features.least == features.most)
 
     def apply(self, features: Array, target: Array, weight: Array | None) -> tuple[Tensor, ...]:
         """Returns features, target and, where there is one, weight as a batch of float32."""

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from downslope.gradients.least_squares import LeastSquares, least_squares_of
 from downslope.tables.batches import Batch, ShuffledOrder
@@ -86,29 +85,41 @@ class Store:
 
 @dataclass(frozen=True, eq=False)
 class StoredRows:
-    """Some rows of a stored table: pieces of it, (first row, rows) each."""
+    """Some rows of a stored table: pieces of it, (first row, rows) each, and the units of a model."""
 
     store: Store
     num_features: int
     num_targets: int
     pieces: Sequence[tuple[int, int]]
+    units: Units | None = None
 
     def __len__(self) -> int:
         return sum(count for _, count in self.pieces)
 
-    def read(self, pieces: Sequence[tuple[int, int]]) -> Rows:
-        """Returns features, target and weight of pieces."""
-        size, handle = self.store.width * 8, self.store.file.fileno()
-        content = b"".join(os.pread(handle, count * size, first * size) for first, count in pieces)
-        values = np.frombuffer(content).reshape(-1, self.store.width)
-        end = self.num_features + self.num_targets
+    def read(self, piece: tuple[int, int]) -> Rows:
+        """Returns features, target and weight of a piece."""
+        (first, count), size, end = piece, self.store.width * 8, self.num_features + self.num_targets
+        values = np.frombuffer(os.pread(self.store.file.fileno(), count * size, first * size))
+        values = values.reshape(count, self.store.width)
         weight = values[:, end] if self.store.width > end else None
         return values[:, : self.num_features], values[:, self.num_features : end], weight
 
     def chunks(self) -> Iterator[Rows]:
         """Yields all rows, some at a time."""
-        for piece in self.pieces:
-            yield self.read([piece])
+        return map(self.read, self.pieces)
+
+    def batch(self, piece: tuple[int, int]) -> Batch:
+        """Returns a piece as tensors in the units of the model."""
+        assert self.units is not None
+        return self.units.apply(*self.read(piece))
+
+    def least_squares(self) -> LeastSquares:
+        """Returns the closed form of a line over them."""
+        return least_squares_of(lambda: map(self.batch, self.pieces))
+
+    def batches(self, batch_size: int, seed: int | None, rank: int, num_processes: int) -> "StoredBatches":
+        """Returns them in batches, shuffled where there is a seed."""
+        return StoredBatches(self, batch_size, seed, rank, num_processes)
 
     def share(self, rank: int, num_processes: int) -> "StoredRows":
         """Returns an equal share for each process, one after the other."""
@@ -162,30 +173,9 @@ class StoredTable:
         """Yields rows, some at a time."""
         return rows.chunks()
 
-    def part(self, rows: StoredRows, units: Units) -> "StoredPart":
+    def part(self, rows: StoredRows, units: Units) -> StoredRows:
         """Returns rows in the units of a model."""
-        return StoredPart(rows, units)
-
-
-@dataclass(frozen=True, eq=False)
-class StoredPart:
-    """Rows of a stored table in the units of the training rows."""
-
-    rows: StoredRows
-    units: Units
-
-    def chunks(self) -> Iterator[Batch]:
-        """Yields all rows as tensors, some at a time."""
-        for rows in self.rows.chunks():
-            yield self.units.apply(*rows)
-
-    def least_squares(self) -> LeastSquares:
-        """Returns the closed form of a line over them."""
-        return least_squares_of(self.chunks)
-
-    def batches(self, batch_size: int, seed: int | None, rank: int, num_processes: int) -> "StoredBatches":
-        """Returns them in batches, shuffled where there is a seed."""
-        return StoredBatches(self, batch_size, seed, rank, num_processes)
+        return replace(rows, units=units)
 
 
 class StoredBatches:
@@ -196,8 +186,8 @@ class StoredBatches:
 
     batch_sampler = None  # Lightning looks for it wherever it finds a `sampler`
 
-    def __init__(self, part: StoredPart, batch_size: int, seed: int | None, rank: int, num_processes: int) -> None:
-        self.units, self.rows = part.units, part.rows.share(rank, num_processes)
+    def __init__(self, rows: StoredRows, batch_size: int, seed: int | None, rank: int, num_processes: int) -> None:
+        self.rows = rows.share(rank, num_processes)
         self.batch_size, self.seed, self.start = batch_size, seed, 0
         self._order = None if seed is None else ShuffledOrder(len(self.rows.pieces), seed)
         if self._order is not None:  # Lightning takes whoever has the attribute for one that shuffles
@@ -216,22 +206,20 @@ class StoredBatches:
             if skipped >= num_rows:
                 skipped -= num_rows
                 continue
-            window = self.units.apply(*self.rows.read(pieces))
+            parts = [self.rows.batch(piece) for piece in pieces]  # one by one: the window's float64 never is in memory
+            window = tuple(map(torch.cat, zip(*parts, strict=True)))
+            del parts
             if self._order is not None and self.seed is not None:
                 key = (self.seed, self._order.epoch, first + 1)
                 shuffled = torch.from_numpy(generator(Stream.ORDER, *key).permutation(num_rows))
                 window = tuple(each[shuffled] for each in window)
             window = tuple(each[skipped:] for each in window)
-            window = tuple(map(_joined, zip(left, window, strict=True))) if left else window
+            window = tuple(map(torch.cat, zip(left, window, strict=True))) if left else window
             skipped, whole = 0, len(window[0]) // self.batch_size * self.batch_size
             yield from zip(*(each[:whole].split(self.batch_size) for each in window), strict=True) if whole else ()
             left = tuple(each[whole:] for each in window)
         if left and len(left[0]):
             yield left
-
-
-def _joined(parts: tuple[Tensor, Tensor]) -> Tensor:
-    return torch.cat(parts)
 
 
 def free_memory() -> float:

@@ -238,9 +238,9 @@ def _read_table(asked: Reading, _changed: tuple[tuple[int, int], ...]) -> Table 
     if store.file:
         notes.append(f"{8e-9 * store.width * store.num_rows:.2g} GB in a temporary file, shuffled in windows of ")
         notes[-1] += f"{WINDOW * store.chunk_rows:,} rows"
-        table = StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.target))
-        _warn(table, asked.target, table.all_rows().chunks)
-        return table
+        stored = StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.target))
+        _warn(stored, asked.target, stored.all_rows().chunks)
+        return stored
     features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.target)]), axis=1)
     target, weights = targets[:, 0] if len(asked.target) == 1 else targets, weight[:, 0] if asked.weight else None
     table = Table(name, features, target, *about, weights, tuple(plan.features), tuple(notes))
@@ -406,7 +406,7 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
                 part[:, start : start + values.shape[1]] = values
                 start += values.shape[1]
                 count += num_unknown * (missing == "keep")
-        is_whole = part.min() > -EXACT and part.max() < EXACT  # and no cell is missing: NaN is less than nothing
+        is_whole = part.size > 0 and part.min() > -EXACT and part.max() < EXACT  # of NaN all this is false
         if fast and not is_whole and (np.abs(part) >= EXACT).any():
             raise ValueError("Only a look at the text can tell whether float64 holds this.")
         if plan.has_weight and (part[:, -1] < 0).any():
@@ -416,9 +416,9 @@ def _fill(store: Store, path: str, file: TableFile, plan: Plan, missing: str) ->
         if not is_whole and missing != "keep":
             num_features = plan.width - len(plan.others)
             absent = np.isnan(part)
-            if missing == "refuse" and (bad := absent[:, :num_features].any(axis=1)).any():
-                place = file.place(row - len(part) + int(bad.argmax()))
-                raise ValueError(f"{place} must hold a finite number in each cell, got none.")
+            if missing == "refuse" and (refused := absent[:, :num_features].any(axis=1)).any():
+                where = file.place(row - len(part) + int(refused.argmax()))
+                raise ValueError(f"{where} must hold a finite number in each cell, got none.")
             gone = absent[:, 0 if missing == "drop" else num_features :].any(axis=1)
             count += int(gone.sum())
             part = part[~gone]

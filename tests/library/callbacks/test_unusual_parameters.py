@@ -27,14 +27,15 @@ NUM_STEPS = 4
 
 
 class Parabola(LightningModule):
-    """L = |w|², whatever the batch: g = 2w, λ = 2, and a step of η multiplies w by 1 − 2η."""
+    """L = s² + |w|², whatever the batch: g = 2(s, w), λ = 2, and a step of η multiplies both by 1 − 2η."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.shift = nn.Parameter(torch.tensor([1.5]))  # one number, so that the complex ones begin at an odd place
         self.weight = nn.Parameter(torch.tensor([1 + 2j, 0.5j]))
 
     def loss(self, batch: Any) -> Tensor:
-        return (self.weight * self.weight.conj()).real.sum()
+        return self.shift.square().sum() + (self.weight * self.weight.conj()).real.sum()
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.loss(batch)
@@ -124,7 +125,8 @@ def test_a_step_of_complex_parameters_is_drawn_with_the_rate_that_it_had() -> No
     module = Parabola()
     step = BatchStep(0, BatchLoss(module, None))
     with torch.no_grad():
-        module.weight.mul_(1 - 2 * RATE)
+        for parameter in module.parameters():
+            parameter.mul_(1 - 2 * RATE)
     step.ends()
     profile, rate = step.profile()
     assert rate == pytest.approx(RATE, rel=1e-6)
@@ -191,6 +193,28 @@ def test_of_a_part_of_what_moves_there_is_no_figure(tmp_path: Path, caplog: pyte
     named = ("CriticalLearningRate", "SharpnessMonitor", "learning_rate_effect/descent_ratio")
     assert sorted(said(caplog)) == [f"{each} {why}" for each in named]
     assert seen["update_ratio/total"].keys() == set(range(NUM_STEPS))
+
+
+class OfPredictions(Parabola):
+    """One argument is enough for it, and yet it is no loss of a batch: Lightning's own BoringModel has such a one."""
+
+    def loss(self, predictions: Any, targets: Any = None) -> Tensor:
+        return nn.functional.mse_loss(predictions[0], torch.zeros(1, 1) if targets is None else targets)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss([self.shift.expand(1, 1)])
+
+
+def test_a_loss_of_predictions_is_no_loss_of_a_batch_and_no_figure_comes_of_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = curves(tmp_path, OfPredictions())
+    assert not [tag for tag in seen if tag.startswith("curvature") or "critical" in tag or "descent" in tag]
+    assert sorted(said(caplog)) == [
+        "SharpnessMonitor is off from here on: the loss depends on no parameter, so that it is not that of a batch.",
+        "learning_rate_effect/descent_ratio is off from here on: the loss is 1 where `training_step` returned 2.25.",
+        "step_along_gradient.png is left out. This is because the gradient is zero.",
+    ]
 
 
 class WarmsUp(Parabola):

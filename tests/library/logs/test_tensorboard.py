@@ -120,7 +120,10 @@ def test_the_values_of_a_call_are_one_event(tmp_path: Path) -> None:
     logger.log_metrics({"train/loss": torch.tensor(0.5), "epoch": 3}, step=7)
     event = events(tmp_path)[-1]
     assert event.step == 7
-    assert {each.tag: each.simple_value for each in event.summary.value} == {"train/loss": 0.5, "epoch": 3.0}
+    assert {each.tag: each.simple_value for each in event.summary.value} == {
+        "train/loss": 0.5,
+        "Loss/log10_train": pytest.approx(-0.30103),  # log₁₀ ½
+    }
 
 
 def charts(tag: str) -> set[str]:

@@ -50,7 +50,10 @@ def served(loader: object, epoch: int = 0, start: int = 0) -> list[Tensor]:
 def test_every_row_is_in_one_part_and_served_once_an_epoch(path: str) -> None:
     module = data(path, in_memory=False)
     assert isinstance(module.table, StoredTable)
-    parts = {part: torch.cat([chunk[0][:, 0] for chunk in module.parts[part].chunks()]) for part in rows_of(module)}
+    parts = {
+        part: torch.cat([batch[0][:, 0] for batch in module.parts[part].batches(32, None, 0, 1)])
+        for part in rows_of(module)
+    }
     assert {part: len(rows) for part, rows in parts.items()} == {"train": 800, "val": 100, "test": 100}
     assert torch.equal(torch.cat(list(parts.values())).sort().values, torch.arange(1000.0))
     batches = served(module.train_dataloader())
@@ -91,7 +94,7 @@ def test_processes_share_the_rows(path: str) -> None:
 def test_units_and_closed_form_are_those_of_the_same_rows_in_memory(path: str) -> None:
     module = data(path, in_memory=False, standardize=True)
     features, target, weight = (
-        torch.cat(each).double().numpy() for each in zip(*module.parts["train"].chunks(), strict=True)
+        torch.cat(each).double().numpy() for each in zip(*module.parts["train"].batches(32, None, 0, 1), strict=True)
     )
     np.testing.assert_allclose(features.mean(axis=0), 0, atol=1e-6)
     np.testing.assert_allclose(features.std(axis=0), 1, atol=1e-6)
@@ -126,6 +129,17 @@ def test_a_limit_of_the_process_counts_as_memory_and_the_file_is_closed_with_its
     )
     ended = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True)
     assert (ended.stdout, ended.stderr) == ("True\n", "")
+
+
+def test_the_closed_form_of_many_chunks_takes_the_memory_of_a_few() -> None:
+    code = (
+        "import resource, torch; from downslope.gradients.least_squares import least_squares_of;"
+        "chunks = lambda num: lambda: ((torch.randn(20_000, 20), torch.randn(20_000)) for _ in range(num));"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024;"
+        "least_squares_of(chunks(5)); before = peak(); least_squares_of(chunks(100)); print(peak() - before)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(ended.stdout) < 60  # MB, of 330 that the chunks take in float64
 
 
 def test_what_makes_a_task_too_easy_is_warned_of_by_name(path: str, caplog: pytest.LogCaptureFixture) -> None:

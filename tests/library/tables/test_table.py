@@ -182,6 +182,16 @@ def test_a_parquet_file_that_is_none_is_refused(tmp_path: Path) -> None:
         read_table(write(tmp_path, "a,y\n1,2\n", "t.parquet"), target="y")
 
 
+def test_a_parquet_file_without_rows_is_refused(tmp_path: Path) -> None:
+    parquet.write_table(
+        pa.table({"a": pa.array([], pa.float64()), "y": pa.array([], pa.int64())}), tmp_path / "t.parquet"
+    )
+    with pytest.raises(ValueError, match="must hold rows below its header, got none"):
+        read_table(str(tmp_path / "t.parquet"), target="y")
+    with pytest.raises(ValueError, match="must hold rows below its header, got none"):
+        read_features(str(tmp_path / "t.parquet"), [Column("a")], "drop")
+
+
 finite = st.floats(allow_nan=False, allow_infinity=False)
 
 
