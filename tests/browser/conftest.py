@@ -1,5 +1,7 @@
 """A headless Chromium, and a real sweep for it to look at."""
 
+import contextlib
+import json
 import shutil
 import socket
 import subprocess
@@ -55,28 +57,37 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="package")
 def dashboard(sweep: Path) -> Iterator[str]:
-    """TensorBoard over the sweep, as `make dashboard` serves it, on a port that is free."""
+    """TensorBoard over the sweep."""
+    with served(sweep, len(RATES)) as address:
+        yield address
+
+
+@pytest.fixture(scope="package")
+def dashboard_of_five(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """TensorBoard over five runs: sound, slow, diverged, another task, and a sweep."""
+    folder = tmp_path_factory.mktemp("five")
+    for arguments in ([], ["experiment=too_slow"], ["experiment=diverge"], ["experiment=digits"]):
+        assert run_process(folder, "train", *arguments).returncode in (0, 3)
+    assert run_process(folder, "train", "-m", "lr=0.005,0.02,0.2", "trainer.max_epochs=40").returncode == 0
+    with served(folder / "outputs", 7) as address:
+        yield address
+
+
+@contextlib.contextmanager
+def served(folder: Path, num_runs: int) -> Iterator[str]:
+    """Serves TensorBoard as `make dashboard` does, on a port that is free, until it has found the runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "tensorboard.main",
-        "--logdir",
-        str(sweep),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
+    where = ["--logdir", str(folder), "--host", "127.0.0.1", "--port", str(port)]
+    command = [sys.executable, "-m", "tensorboard.main", *where]
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     address = f"http://127.0.0.1:{port}"
     try:
         for _ in range(300):
             try:
                 with urllib.request.urlopen(f"{address}/data/runs") as answer:
-                    if answer.read().count(b"lr=") >= len(RATES):
+                    if len(json.load(answer)) >= num_runs:
                         break
             except OSError:
                 pass

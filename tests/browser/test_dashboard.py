@@ -1,5 +1,6 @@
 """TensorBoard over a real sweep: the tabs show the rates."""
 
+import os
 import re
 import subprocess
 import time
@@ -42,6 +43,32 @@ def test_the_runs_are_named_by_their_rates(browser: "Chrome", dashboard: str, ta
         ["Gradients", "Learning-rate effects"] if tab == "custom_scalars" else ["gradient_norm", "learning_rate_effect"]
     )
     wait_for(browser, *cards, *(f"lr={rate}" for rate in RATES))
+
+
+FIRST = {  # what the first screen of a tab begins with
+    "timeseries": "Loss log10_train log10_val gradient_norm",
+    "scalars": "Loss log10_train log10_val gradient_norm",
+    "custom_scalars": "Loss log₁₀ other metrics",
+    "text": "verdict converged",
+    "images": "pictures loss_surface",
+    "hparams": "too_slow too_large",
+}
+
+
+@pytest.mark.parametrize("mode", ["light", "dark"])
+@pytest.mark.parametrize("tab", FIRST)
+def test_the_first_screen_of_a_tab_has_the_loss_or_the_verdict(
+    browser: "Chrome", dashboard_of_five: str, tab: str, mode: str, tmp_path: Path
+) -> None:
+    """The screenshots are for people: DOWNSLOPE_SCREENSHOTS names the folder that keeps them."""
+    browser.get("about:blank")
+    browser.get(f"{dashboard_of_five}/?darkMode={str(mode == 'dark').lower()}#{tab}")
+    text = " ".join(wait_for(browser, *FIRST[tab].split(), seconds=90).split())
+    folder = Path(os.environ.get("DOWNSLOPE_SCREENSHOTS", tmp_path))
+    time.sleep(1)  # for the curves to be drawn
+    assert browser.save_screenshot(str(folder / f"{tab}_{mode}.png"))
+    if tab in ("timeseries", "scalars"):
+        assert text.index("log10_train") < text.index("gradient_norm")
 
 
 def test_hparams_shows_rates_choices_metrics_and_verdicts(browser: "Chrome", dashboard: str, sweep: Path) -> None:

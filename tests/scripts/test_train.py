@@ -175,7 +175,6 @@ def test_a_line_through_as_many_features_as_rows_is_called_over_fitted(script: S
     (tmp_path / "t.csv").write_text(text)
     ended = script("train", "data=table", "data.path=t.csv", "data.target=y", "lr=0.1", "trainer.max_epochs=100")
     assert re.search(r"^  overfit   val/loss is 4.7 × train/loss: more rows, ", ended.out, re.MULTILINE)
-    assert re.search(r"last weights have [\d.]+ times that$", ended.out, re.MULTILINE)  # and not 168.73% above
     assert "  r2        val -" in ended.out
 
 

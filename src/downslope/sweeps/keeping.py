@@ -107,7 +107,7 @@ def _results(group: Group, fit: Fit) -> list[Result]:
     known = first_result(group.config, [])
     known.seconds, known.device = fit.seconds / len(group.jobs), str(fit.trainer.strategy.root_device)
     known.critical_learning_rate = fit.critical_learning_rate
-    known.num_validation_rows = num_rows(fit.trainer.val_dataloaders)
+    known.num_validation_rows = num_rows(fit.trainer.datamodule.val_dataloader())  # type: ignore[attr-defined]
     line, excess, first_excess = fit.line, None, None
     if line is not None:
         known.least_squares_loss, known.sharpness = line.loss, line.sharpness

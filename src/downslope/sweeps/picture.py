@@ -105,7 +105,7 @@ def _draw_lines(
         points += [(job.learning_rate or math.nan, job.objective) for job in line if math.isfinite(job.objective)]
         points.append((math.nan, math.nan))
     size = {"linewidth": 1.4} if is_curve else {"marker": "o", "markersize": 6, "linewidth": 2}
-    axes.plot(*zip(*points[1:], strict=True), label=label, clip_on=False, **size, **look)
+    axes.plot(*zip(*points[1:], strict=True), label=label, clip_on=is_curve, **size, **look)
     for status, symbol in SYMBOLS.items():
         if is_curve and status == "diverged":  # `_draw_regions` tells where
             continue

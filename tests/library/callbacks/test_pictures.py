@@ -48,10 +48,10 @@ def line_of(axes: Axes, label: str) -> Any:
 
 
 def fit(
-    folder: Path, learning_rate: float, *callbacks: Any, num_features: int = 1, epochs: int = 12
+    folder: Path, learning_rate: float, *callbacks: Any, num_features: int = 1, epochs: int = 12, batch_size: int = 1000
 ) -> tuple[LinearRegression, TableData]:
     torch.manual_seed(0)
-    data = SyntheticData(60, num_features, 0.3, 4.0, seed=0, batch_size=1000)
+    data = SyntheticData(60, num_features, 0.3, 4.0, seed=0, batch_size=batch_size)
     data.setup("fit")
     module = LinearRegression(
         num_features,
@@ -139,6 +139,16 @@ def test_the_step_is_marked_where_the_loss_really_went(tmp_path: Path, share: fl
     assert axes.get_title(loc="left").strip() == f"Step 19: {name} along its gradient"
     assert axes.get_xlabel().startswith("learning rate")
     assert axes.get_ylabel() == "training loss after the step"
+
+
+def test_a_lines_step_on_a_batch_is_drawn_along_the_gradient_of_that_batch(tmp_path: Path) -> None:
+    pictures = Kept(str(tmp_path))
+    fit(tmp_path, 0.03, pictures, epochs=4, batch_size=16)
+    axes = pictures.axes("step_along_gradient")
+    assert line_of(axes, "taken").get_xydata()[0][0] == pytest.approx(0.03, rel=1e-4)  # the rate itself
+    assert axes.get_ylabel() == "loss of the batch after the step"
+    assert any("0.03 × the gradient of its batch" in text.get_text() for text in axes.texts)
+    assert any(text.get_text().endswith("lr=0.03") for text in pictures.kept["step_along_gradient"].texts)
 
 
 def sharpness() -> float:

@@ -72,6 +72,7 @@ def test_every_job_ends_where_an_ordinary_run_ends(
         mine, yours = read_json(run), read_json(expected[name])
         for key in ("status", "learning_rate", "num_optimizer_steps", "overrides", "monitor", "seed"):
             assert mine[key] == yours[key], (name, key)
+        assert mine["num_validation_rows"] == yours["num_validation_rows"] > 0
         assert mine["objective"] == pytest.approx(yours["objective"], rel=1e-5)
         assert worst(run, expected[name]) < 1e-6
         assert worst(run, expected[name], "best") < 1e-6
