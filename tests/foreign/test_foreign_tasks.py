@@ -198,7 +198,9 @@ def test_a_task_is_trained_evaluated_and_asked_for_predictions(
     evaluated = run("evaluate", f"run={folder}")
     if task.evaluated:
         assert evaluated.code == 0, evaluated.err
-        assert tuple(line.split()[0] for line in sorted(evaluated.out.splitlines())) == task.evaluated
+        *metrics, of = evaluated.out.splitlines()
+        assert tuple(sorted(line.split()[0] for line in metrics)) == task.evaluated
+        assert of.split()[0] == "of"
     else:
         assert evaluated.code == 1
         assert re.fullmatch(
