@@ -10,7 +10,11 @@ fractal".
 """
 
 import argparse
+import os
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from itertools import repeat
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +42,7 @@ def values_of(name: str, size: int, ends: Sequence[float] | None = None) -> np.n
     return np.geomspace(low, high, size) if name in LOGARITHMIC else np.linspace(low, high, size)
 
 
-def train(axes: dict[str, Tensor], steps: int, seed: int) -> tuple[Tensor, Tensor]:
+def train(axes: dict[str, Tensor], steps: int, seed: int) -> tuple[Any, Any]:
     """Trains networks that differ in some hyperparameters, all at once.
 
     Args:
@@ -47,7 +51,7 @@ def train(axes: dict[str, Tensor], steps: int, seed: int) -> tuple[Tensor, Tenso
         seed: Of the weights, of the rows, and of their order.
 
     Returns:
-        The mean of the last losses over the first one, and the steps taken before it diverged.
+        The mean of the last losses over the first one, and the steps taken before it diverged, as arrays.
     """
     generator = torch.Generator().manual_seed(seed)
     first, second = (torch.randn(WIDTH, columns, generator=generator) / WIDTH**0.5 for columns in (WIDTH, 1))
@@ -80,7 +84,7 @@ def train(axes: dict[str, Tensor], steps: int, seed: int) -> tuple[Tensor, Tenso
             beginning[alive] = losses
         if step >= steps - LAST:
             last[alive] += losses / LAST
-    return last / beginning, optimizer.num_steps
+    return (last / beginning).numpy(), optimizer.num_steps.numpy()
 
 
 def draw(relative: Any, num_steps: Any, steps: int, x: Any, y: Any, names: Sequence[str]) -> bytes:
@@ -125,7 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     zoom = told.zoom or [None] * 4
     x, y = (values_of(name, told.size, ends if ends[0] is not None else None)
             for name, ends in ((told.x, zoom[:2]), (told.y, zoom[2:])))  # fmt: skip
-    torch.set_num_threads(1)
     relative, num_steps = _map({told.x: x, told.y: y}, told.steps, told.seed)
     told.out.parent.mkdir(parents=True, exist_ok=True)
     arrays = {"x": x, "y": y, "relative_loss": relative, "num_steps": num_steps}
@@ -139,11 +142,13 @@ def _map(axes: dict[str, Any], steps: int, seed: int) -> tuple[Any, Any]:
 
     (x_name, x), (y_name, y) = axes.items()
     columns, rows = (torch.from_numpy(each.ravel()) for each in np.meshgrid(x, y))
-    parts = list(zip(columns.split(AT_ONCE), rows.split(AT_ONCE), strict=True))
-    found = [
-        train({x_name: one, y_name: other}, steps, seed) for one, other in track(parts, f"{len(columns):,} networks")
-    ]
-    relative, num_steps = (torch.cat(each).reshape(len(y), len(x)).numpy() for each in zip(*found, strict=True))
+    pairs = zip(columns.split(AT_ONCE), rows.split(AT_ONCE), strict=True)
+    parts = [{x_name: one, y_name: other} for one, other in pairs]
+    context = get_context("spawn")  # torch's threads do not survive a fork
+    with ProcessPoolExecutor(min(os.cpu_count() or 1, len(parts)), context, torch.set_num_threads, (1,)) as pool:
+        trained = pool.map(train, parts, repeat(steps), repeat(seed))
+        found = list(track(trained, f"{len(columns):,} networks", len(parts)))
+    relative, num_steps = (np.concatenate(each).reshape(len(y), len(x)) for each in zip(*found, strict=True))
     return relative, num_steps
 
 
