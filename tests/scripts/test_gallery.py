@@ -46,4 +46,5 @@ def test_the_page_shows_what_a_run_said(tmp_path: Path) -> None:
     assert ">too_large<" in page
     assert ">stalled<" in page
     assert page.count("<polyline") == 3  # a detached loss has a curve, and no gradient
-    assert Image.open(tmp_path / "descent.gif").n_frames > 40
+    with Image.open(tmp_path / "descent.gif") as animation:
+        assert animation.n_frames > 40

@@ -10,6 +10,7 @@ import math
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cache
 from itertools import pairwise
@@ -341,10 +342,10 @@ def train(
 ) -> Course:
     """Trains a network, batches in an order of their own."""
     witness = Witness()
-    for name in ("lightning.pytorch", "downslope"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder, ExitStack() as quiet:
         warnings.simplefilter("ignore")
+        quiet.callback(logging.disable, logging.root.manager.disable)
+        logging.disable(logging.WARNING)
         loader = DataLoader(
             TensorDataset(*data),
             batch_size,
