@@ -10,6 +10,7 @@ from torch import Tensor
 from downslope.gradients.vectors import real
 
 HALF = (torch.float16, torch.bfloat16)
+ROW = 4096  # elements
 
 
 def dense(tensor: Inexact[Tensor, "..."]) -> Inexact[Tensor, "..."]:
@@ -56,6 +57,8 @@ def part_norms(
 ) -> Float[Tensor, "steps num_parts"]:
     """Returns the norm of each part of vectors that were put together of tensors: `norms`, for many steps at once.
 
+    A long part is added up row by row: on a CPU a sum of 10⁷ squares in float32 is off in its fourth digit.
+
     Args:
         vectors: One for each step.
         sizes: Of the parts, in their order.
@@ -66,9 +69,18 @@ def part_norms(
         tensor([[5., 2.],
                 [1., 0.]])
     """
-    dtype = torch.float32 if vectors.dtype in HALF else None
+    dtype = torch.float32 if vectors.dtype in HALF else vectors.dtype
     parts = [part if part.shape[1] else vectors.new_zeros(len(vectors), 1) for part in vectors.split(sizes, dim=1)]
-    return torch.stack([torch.linalg.vector_norm(part, norm_type, dim=1, dtype=dtype) for part in parts], dim=1)
+    return torch.stack([_norm(part, norm_type, dtype) for part in parts], dim=1)
+
+
+def _norm(part: Tensor, norm_type: float, dtype: torch.dtype) -> Tensor:
+    num_rows = part.shape[1] // ROW
+    if num_rows > 1:
+        rows, rest = part[:, : num_rows * ROW].unflatten(1, (num_rows, ROW)), part[:, num_rows * ROW :]
+        part = torch.cat([torch.linalg.vector_norm(rows, norm_type, dim=2, dtype=dtype), rest.to(dtype)], dim=1)
+    norm: Tensor = torch.linalg.vector_norm(part, norm_type, dim=1, dtype=dtype)
+    return norm
 
 
 def total_norm(parameter_norms: Float[Tensor, "*steps num_tensors"], norm_type: float = 2.0) -> Float[Tensor, "*steps"]:
