@@ -50,6 +50,7 @@ def test_valley_lies_at_the_third_root_of_epsilon(compare: ModuleType, dtype: to
     assert all(error == error for error in valley.errors)  # no NaN
 
 
+@pytest.mark.slow
 def test_script_prints_and_draws(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--quick", "--output", tmp_path / "new"]
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # what newer versions of torch say of torch's own code

@@ -87,6 +87,7 @@ def test_last_is_written_on_the_way(tmp_path: Path) -> None:
     assert (tmp_path / "last.ckpt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("max_share", "at_most"), [(0.5, 7), (1.0, 21)])
 def test_what_takes_long_to_write_is_written_less_often(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, max_share: float, at_most: int

@@ -89,6 +89,7 @@ def test_a_logger_that_fails_costs_no_other_one(tmp_path: Path) -> None:
     assert scalars(tmp_path, "loss") == [(7, 0.5)]
 
 
+@pytest.mark.slow
 def test_importing_the_loggers_changes_nothing_outside_them() -> None:
     code = """
 import logging, threading

@@ -138,6 +138,7 @@ def test_steps_that_nobody_has_judged_yet_are_not_lost_with_a_signal(
     assert all(value.isfinite().all() for each in saved for value in each["state_dict"].values())
 
 
+@pytest.mark.slow
 def test_a_run_that_is_resumed_begins_a_csv_table_of_its_own_at_its_checkpoint(
     tmp_path: Path, start: Start, script: Callable[..., Outcome]
 ) -> None:
