@@ -75,6 +75,7 @@ QUICK = {  # of each kind what once came through, and where
     "special: train.log a pipe": "resume",
     "addresses: ftp": "resume",
     "sizes: JSON 100,000": "report",
+    "sizes: 30,000 overrides": "again",
     "types: checkpoint progress None": "resume",
     "texts: formula in overrides": "report",
     "tags: '!!python/object/apply": "evaluate",

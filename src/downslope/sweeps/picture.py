@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 7  # colours that the eye tells apart
+MOST_KEYS = 4  # in a curve's name
 MOST_CURVES = 12
 MANY = 60  # points that are a curve, and not marks
 NEARLY = 1.05  # times the best objective, which is as good
@@ -296,9 +297,11 @@ def _sample(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _curve_name(job: Job, jobs: Sequence[Job]) -> str:
-    varied = [f"{key.rpartition('.')[2]}={_short(job.overrides.get(key, ''), 14)}" for key in varied_keys(jobs)]
+    keys = varied_keys(jobs)
+    varied = [f"{key.rpartition('.')[2]}={_short(job.overrides.get(key, ''), 14)}" for key in keys[:MOST_KEYS]]
+    more = ", …" * (len(keys) > MOST_KEYS)
     mark = "" if job.status == "completed" else f" ({job.status})"
-    return (", ".join(varied) or _short(job.name)) + mark
+    return (", ".join(varied) or _short(job.name)) + more + mark
 
 
 def _scale_of_most(axes: "Axes", values: Sequence[float], begin: float = 0.0) -> None:

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -93,17 +94,18 @@ def _page(title: str, jobs: Sequence[Job], picture: bytes, curves: bytes | None)
     from jinja2 import Environment, PackageLoader
 
     monitor, mode = judged_by(jobs)
-    table = rows(jobs, varied_keys(jobs))
+    keys = varied_keys(jobs)
+    table = rows(jobs, keys)
     first = _columns(jobs, table)
     left_out = {*first, *LONG, "learning_rate" if "lr" in first else ""}
     others = [*(name for name in table[0] if name not in left_out), *(name for name in LONG if name not in first)]
     columns = [*first, *(name for name in others if any(row[name] for row in table))][:MOST_COLUMNS]
     varies = [name for name in columns if name == monitor or len({str(row[name]) for row in table}) > 1]
-    same = {key: value for key, value in jobs[0].overrides.items() if key not in varied_keys(jobs)}
+    same = {key: value for key, value in islice(jobs[0].overrides.items(), MOST_COLUMNS) if key not in keys}
     if len(jobs) > 1:
         same |= {name: _text(table[0][name]) for name in columns if name not in varies}
         columns = varies
-    best = [f"{key}={jobs[0].overrides[key]}" for key in varied_keys(jobs) if key in jobs[0].overrides]
+    best = [f"{key}={jobs[0].overrides[key]}" for key in keys if key in jobs[0].overrides]
     over = rows_over_seeds(over_seeds(jobs), monitor)
     page = Environment(loader=PackageLoader("downslope.sweeps", "."), autoescape=True).get_template("page.html")
     return page.render(
