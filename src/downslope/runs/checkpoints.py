@@ -163,8 +163,9 @@ def checkpoint_of(run: Path, data: object, module: LightningModule) -> tuple[Pat
         check_same(file, "model", progress["model"], name_of(module))
         check_same(file, "set of weights", _shapes(checkpoint["state_dict"]), _shapes(module.state_dict()))
         check_same(file, "set of data", progress["data"], fingerprint(data))
-        there, here = dict(progress.get("versions", {})), versions()
-        changed = [f"{name} {there[name]} there, {here[name]} here" for name in there if there[name] != here[name]]
+        there = dict(progress.get("versions", {}))
+        others = {name: here for name, here in versions().items() if there.get(name, here) != here}
+        changed = [f"{name} {there[name]} there, {here} here" for name, here in others.items()]
     if changed:
         log.warning("Saved by other versions, so that the last bits may differ: %s.", ", ".join(changed))
     return file, checkpoint

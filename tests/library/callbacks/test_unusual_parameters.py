@@ -139,13 +139,13 @@ class HalfAGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]  # torch takes any number of them
         return gradient.real / 2 + 1j * gradient.imag
 
 
 def test_the_gradient_of_complex_parameters_is_checked_and_a_wrong_one_is_found() -> None:
     def wrong(module: Any, batch: Any) -> Tensor:
-        return HalfAGradient.apply(module.weight).abs().square().sum()  # type: ignore[no-any-return, no-untyped-call]
+        return HalfAGradient.apply(module.weight).abs().square().sum()  # type: ignore[no-any-return, no-untyped-call]  # apply has no types
 
     assert check(Parabola(), None).passed
     assert [each.parameter for each in check(Parabola(), None, wrong).disagreements] == ["weight"]

@@ -200,7 +200,7 @@ def test_accumulation_longer_than_an_epoch_is_a_warning_and_its_loss_is_that_of_
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.parametrize("batch_size", [354, 32])
 def test_a_loss_that_an_optimizer_asks_for_many_times_a_step_is_one_loss(batch_size: int) -> None:
-    monitor, _, _ = fit(Searching, 0.1, 4, batch_size)  # type: ignore[arg-type]
+    monitor, _, _ = fit(Searching, 0.1, 4, batch_size)  # type: ignore[arg-type]  # no Line
     assert monitor.verdict
     assert monitor.verdict.hints == ()
 
