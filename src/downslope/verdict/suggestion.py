@@ -25,7 +25,8 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     """Returns the rate to try, and why: none that is in use, that was tried, or that goes the wrong way.
 
     Where the critical learning rate η_c was measured, η_c/6 from a rate that is too small, a sixth of the least η_c
-    from one that is too large, whatever the optimizer. Else on a parabola, with λ its largest curvature:
+    from one that is too large, whatever the optimizer, and at most a sixth of that rate: where a network begins it may
+    be flatter than it comes to be. Else on a parabola, with λ its largest curvature:
 
     - gradient descent: where the closed form is known the rate that needs the fewest steps, at most 2/(λ_max + λ_min)
       and 3/(2λ); else 1/λ, half the limit, which needs at most twice the steps of the best.
@@ -55,7 +56,8 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
 
 def _found(seen: Evidence, word: Word, limits: Thresholds) -> Suggestion:
     is_mistaken = seen.leftover_gradient or seen.is_maximised or seen.broadcast or seen.broken_rows
-    if word == "stalled" or is_mistaken or has_ended_early(seen) or learns_nothing(seen):
+    learns = word in TOO_LARGE or not learns_nothing(seen)  # what was thrown cannot show what it might have learned
+    if word == "stalled" or is_mistaken or has_ended_early(seen) or not learns:
         return Suggestion(None, "no learning rate mends this")
     if seen.method == "lbfgs":
         return Suggestion(None, "no suggestion: L-BFGS scales its steps itself")
@@ -78,9 +80,12 @@ def _found(seen: Evidence, word: Word, limits: Thresholds) -> Suggestion:
 def _of_the_critical_rate(seen: Evidence, word: Word) -> Suggestion:
     latest, least = seen.critical_learning_rate, seen.least_critical_learning_rate
     if word in TOO_LARGE and least:
+        if seen.peak < least and (word != "non_finite" or CRITICAL_SHARE * least < seen.peak):
+            return Suggestion(CRITICAL_SHARE * seen.peak, "a sixth of the rate in use, which is above the critical one")
         return Suggestion(CRITICAL_SHARE * least, "a sixth of the least critical learning rate that was measured")
-    if word == "too_slow" and latest and math.isfinite(latest):
-        return Suggestion(CRITICAL_SHARE * latest, "a sixth of the critical learning rate")
+    if word == "too_slow" and latest and least and math.isfinite(latest):
+        rate = CRITICAL_SHARE * math.sqrt(latest * least)
+        return Suggestion(rate, "a sixth of the critical learning rate, between the latest and the least measured")
     return Suggestion(None, "none needed")
 
 

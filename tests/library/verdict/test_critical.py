@@ -30,7 +30,7 @@ SOUND = Evidence(
     left_to_gain=0.5,
     update_ratio=1e-2,
     critical_learning_rate=0.6,
-    least_critical_learning_rate=0.5,
+    least_critical_learning_rate=0.6,
     early_critical_ratio=0.2,
 )
 THROWN = replace(SOUND, early_growth=30.0, early_critical_ratio=4.0, least_critical_learning_rate=0.03)
@@ -42,6 +42,29 @@ def test_a_rate_far_below_the_critical_one_is_too_slow_whatever_the_optimizer_an
         assert verdict.word == "too_slow"
         assert verdict.suggestion.learning_rate == pytest.approx(0.1)
         assert "Try lr=0.1." in verdict.sentence
+
+
+def test_the_advice_from_too_slow_lies_between_what_was_measured_last_and_the_least() -> None:
+    slow = replace(SOUND, learning_rate=1e-3, critical_learning_rate=5.4, least_critical_learning_rate=0.6)
+    assert suggest(slow, "too_slow").learning_rate == pytest.approx(0.3)  # √(5.4 · 0.6) / 6
+
+
+@pytest.mark.parametrize("least", [0.3, 3.0])
+def test_what_was_thrown_is_told_a_rate_well_below_its_own_also_where_it_began_in_a_flat_place(least: float) -> None:
+    rate = suggest(replace(THROWN, learning_rate=0.3, least_critical_learning_rate=least), "too_large").learning_rate
+    assert rate == pytest.approx(0.05)
+
+
+def test_of_what_is_not_finite_without_a_rate_to_blame_no_rate_is_said() -> None:
+    spoilt = replace(SOUND, num_non_finite=1, least_critical_learning_rate=3.0)
+    assert suggest(spoilt, "non_finite").learning_rate is None
+    assert suggest(replace(spoilt, learning_rate=0.6), "non_finite").learning_rate == pytest.approx(0.1)
+
+
+def test_what_was_thrown_to_where_it_learns_nothing_is_told_a_rate_all_the_same() -> None:
+    nothing = replace(THROWN, loss=1.9, constant_loss=1.9, step=240)
+    assert suggest(nothing, "too_large").learning_rate == pytest.approx(0.005)
+    assert suggest(nothing, "too_slow").learning_rate is None
 
 
 def test_it_is_the_peak_of_a_schedule_that_is_held_against_the_critical_rate() -> None:
