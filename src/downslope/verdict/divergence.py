@@ -8,6 +8,7 @@ from downslope.verdict.thresholds import Thresholds
 
 NEARLY_CRITICAL = 0.3  # between two measurements η_c may be less than at either
 NEARLY_HELD = 0.7
+RECOVERED = 20  # what came down to a twentieth of where it began was not thrown away; what was has a third of it left
 LONG = 100  # steps after which a loss that does not fall has come to rest
 
 
@@ -50,7 +51,8 @@ def _was_thrown(seen: Evidence, limits: Thresholds) -> bool:
         return False
     # λ where it was thrown to tells nothing of where it began, which η_c was measured at.
     is_stable = seen.sharpness is not None and (seen.stability or 2) <= 1 and seen.early_critical_ratio is None
-    return (seen.early_critical_ratio or 0) > 1 or (not is_stable and _has_not_come_down(seen, limits.growth))
+    is_by_the_rate = (seen.early_critical_ratio or 0) > 1 and _has_not_come_down(seen, RECOVERED)
+    return is_by_the_rate or (not is_stable and _has_not_come_down(seen, limits.growth))
 
 
 def _has_not_come_down(seen: Evidence, factor: float) -> bool:

@@ -44,6 +44,8 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     """
     limits = thresholds or Thresholds()
     found = _found(seen, word, limits)
+    if word in TOO_LARGE and (found.learning_rate or 0.0) > seen.peak:
+        found = _of_the_critical_rate(seen, word)  # one batch can be far steeper than all rows are
     rate = found.learning_rate
     if rate is None:
         return found
@@ -56,8 +58,9 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
 
 def _found(seen: Evidence, word: Word, limits: Thresholds) -> Suggestion:
     is_mistaken = seen.leftover_gradient or seen.is_maximised or seen.broadcast or seen.broken_rows
-    learns = word in TOO_LARGE or not learns_nothing(seen)  # what was thrown cannot show what it might have learned
-    if word == "stalled" or is_mistaken or has_ended_early(seen) or not learns:
+    # What was thrown cannot show what it might have learned, and a line knows what there is to learn.
+    is_lost = learns_nothing(seen) and word not in TOO_LARGE and seen.line is None
+    if word == "stalled" or is_mistaken or has_ended_early(seen) or is_lost:
         return Suggestion(None, "no learning rate mends this")
     if seen.method == "lbfgs":
         return Suggestion(None, "no suggestion: L-BFGS scales its steps itself")

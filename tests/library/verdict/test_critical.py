@@ -11,7 +11,9 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from downslope.gradients import critical_learning_rate, least_squares
+from downslope.gradients.outlook import Outlook
 from downslope.verdict import Evidence, EvidenceCollector, Verdict, judge, suggest
+from downslope.verdict.hints import learns_nothing
 from downslope.verdict.method import first_length
 
 SOUND = Evidence(
@@ -33,6 +35,7 @@ SOUND = Evidence(
     least_critical_learning_rate=0.6,
     early_critical_ratio=0.2,
 )
+LINE = Outlook(excess=0.4, condition_number=2.0, direction="s1", share=1.0, decay=0.9, num_steps=50)
 THROWN = replace(SOUND, early_growth=30.0, early_critical_ratio=4.0, least_critical_learning_rate=0.03)
 
 
@@ -61,6 +64,20 @@ def test_of_what_is_not_finite_without_a_rate_to_blame_no_rate_is_said() -> None
     assert suggest(replace(spoilt, learning_rate=0.6), "non_finite").learning_rate == pytest.approx(0.1)
 
 
+def test_a_batch_that_is_far_steeper_than_all_rows_are_counts_where_a_line_diverges() -> None:
+    line = replace(THROWN, learning_rate=0.02, method="gradient_descent", sharpness=4.0, line=LINE)
+    assert suggest(line, "diverging").learning_rate == pytest.approx(0.02 / 6)  # not 1/(2λ), which is no smaller
+    assert suggest(replace(line, learning_rate=2.0), "diverging").learning_rate == pytest.approx(1 / 8)
+
+
+def test_a_line_that_has_next_to_nothing_to_learn_is_told_to_decay_all_the_same() -> None:
+    flat = replace(SOUND, step=400, loss=1.0, constant_loss=1.0, line=replace(LINE, excess=0.01), full_batch=False)
+    assert suggest(flat, "oscillating").decay
+    assert not suggest(replace(flat, line=None), "oscillating").decay
+    assert learns_nothing(flat)
+    assert not learns_nothing(replace(flat, line=LINE))  # it knows of a lower loss
+
+
 def test_what_was_thrown_to_where_it_learns_nothing_is_told_a_rate_all_the_same() -> None:
     nothing = replace(THROWN, loss=1.9, constant_loss=1.9, step=240)
     assert suggest(nothing, "too_large").learning_rate == pytest.approx(0.005)
@@ -80,7 +97,7 @@ def test_a_sound_run_gets_no_advice() -> None:
 
 
 def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_sixth_of_the_least_critical_rate() -> None:
-    for later in ({}, {"gradient_norm": 0.0}, {"loss": 1e-3}, {"critical_learning_rate": 1e6, "loss_trend": 0.0}):
+    for later in ({}, {"gradient_norm": 0.0}, {"loss": 0.11}, {"critical_learning_rate": 1e6, "loss_trend": 0.0}):
         verdict = judge(replace(THROWN, **later))  # type: ignore[arg-type]
         assert verdict.word == "too_large"
         assert verdict.suggestion.learning_rate == pytest.approx(0.005)
@@ -93,6 +110,7 @@ def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_sixth
         ({"early_growth": 1.9}, "converging"),  # uphill at first, but it came down
         ({"early_growth": 1.9, "loss": 1.9}, "too_large"),  # … and did not
         ({"early_critical_ratio": 0.5}, "converging"),  # a jump that no rate explains, and it came down
+        ({"loss": 0.09}, "converging"),  # it was not thrown away: nineteen twentieths are gone
         ({"early_critical_ratio": None, "loss": 1.9}, "too_large"),
         ({"early_critical_ratio": 0.4, "loss": 1.9, "sharpness": 1e-6}, "too_large"),  # flat where it was thrown to
         ({"early_growth": 1.0, "early_peak": 3.0, "step": 16, "loss": 1.9}, "too_large"),
@@ -130,7 +148,8 @@ def test_a_rate_that_is_in_use_is_never_suggested(peak: float) -> None:
 
 
 def test_no_suggestion_goes_the_wrong_way() -> None:
-    contradictory = replace(SOUND, critical_learning_rate=None, method="gradient_descent", largest_curvature=1e-6)
+    unknown = {"critical_learning_rate": None, "least_critical_learning_rate": None}
+    contradictory = replace(SOUND, **unknown, method="gradient_descent", largest_curvature=1e-6)  # type: ignore[arg-type]
     assert suggest(contradictory, "too_large").learning_rate is None  # flat where it was thrown to
     assert suggest(replace(contradictory, largest_curvature=1e6), "too_slow").learning_rate is None
     assert suggest(replace(SOUND, method="lbfgs"), "too_slow").learning_rate is None
