@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.networks import METHODS, NUM_STEPS, Course, Courses, Half, pairs
+from benchmarks.networks import METHODS, NUM_STEPS, Course, Courses, Part, pairs
 from benchmarks.report import print_report, show_progress
 from downslope.verdict import Evidence, Verdict, Word, judge
 
@@ -39,24 +39,25 @@ class Run:
     quickest: int  # steps to it at the best of the twelve
 
 
-def matrix(half: Half, file: Path) -> None:
+def matrix(part: Part, file: Path) -> None:
     """Prints what was said of each kind of run, how early, and what came of following it.
 
     Args:
-        half: The tasks that thresholds were chosen on, or the others.
+        part: Which tasks.
         file: Keeps what was trained; what it knows is not trained again.
     """
     torch.set_num_threads(1)
     courses = Courses(file)
-    runs = list(_runs(courses, half))
+    runs = list(runs_of(courses, part))
     show_progress("")
     for with_sharpness in (False, True):
         _print_words(runs, with_sharpness)
     _print_following(courses, runs)
 
 
-def _runs(courses: Courses, half: Half) -> Iterator[Run]:
-    for name, method in pairs(half):
+def runs_of(courses: Courses, part: Part) -> Iterator[Run]:
+    """Trains each pair at its twelve rates, and says what each is."""
+    for name, method in pairs(part):
         show_progress(f"{name}, {method}")
         rates = METHODS[method].rates
         grid = [courses.course(name, method, rate) for rate in rates]
