@@ -128,6 +128,7 @@ def test_units_that_a_large_step_killed_are_too_large_and_not_just_stalled() -> 
     assert judge(killed).word == "too_large"
     assert judge(replace(killed, first_share_moving=0.1)).word == "stalled"
     assert judge(replace(killed, early_critical_ratio=0.01)).word == "stalled"
+    assert judge(replace(killed, loss=0.0, share_moving=0.0, gradient_norm=0.0, left_to_gain=0.0)).word == "converged"
 
 
 def test_while_it_diverges_that_is_said_and_the_cause_at_the_end() -> None:
