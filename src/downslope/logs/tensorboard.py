@@ -164,11 +164,10 @@ class StepWriter:
         elif self._num_elements > MANY:
             self._derive()
 
-    def add_histograms(self, step: int, vector: Tensor, places: Mapping[str, slice]) -> None:
-        """Takes a vector, and the places of it that get histograms, by tag; nothing of it is kept."""
+    def add_histograms(self, step: int, vectors: Mapping[str, Tensor]) -> None:
+        """Takes what gets histograms, by tag; nothing of it is kept."""
         if any(isinstance(logger, TensorBoardLogger) and not is_off(logger) for logger in self._loggers):
-            filled = {tag: vector[place] for tag, place in places.items() if place.start < place.stop}
-            self._spreads += [(step, tag, spread(values)) for tag, values in filled.items()]
+            self._spreads += [(step, tag, spread(values)) for tag, values in vectors.items() if len(values)]
 
     def flush(self) -> None:
         """Writes everything that waits."""
@@ -222,8 +221,10 @@ class StepWriter:
 
 
 def _stack(part: Sequence[Any]) -> Tensor:
-    """One part of many rows, on a leading axis."""
-    return torch.stack(part) if isinstance(part[0], Tensor) else torch.tensor(part, dtype=torch.float64)  # type: ignore[arg-type]
+    """One part of many rows, on a leading axis; of one row without a copy."""
+    if not isinstance(part[0], Tensor):
+        return torch.tensor(part, dtype=torch.float64)
+    return torch.stack(part) if len(part) > 1 else part[0][None]  # type: ignore[arg-type]
 
 
 _WRITERS: WeakKeyDictionary[Trainer, StepWriter] = WeakKeyDictionary()
