@@ -75,7 +75,7 @@ def part_norms(
     return torch.stack([_norm(part, norm_type, dtype) for part in parts], dim=1)
 
 
-def _fused(tensors: Sequence[Tensor], norm_type: float, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+def _fused(tensors: list[Tensor] | tuple[Tensor, ...], norm_type: float, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
     """In one call, but for the L2 norms of long ones on a CPU."""
     if norm_type == 2 and tensors[0].is_cpu and max(each.numel() for each in tensors) >= 2 * ROW:
         return tuple(_norm(each.reshape(1, -1), norm_type, dtype or each.dtype)[0] for each in map(real, tensors))
