@@ -29,6 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects
+from downslope.logs.tensorboard import TensorBoard
 
 ROOT = Path(__file__).parents[2]
 LAST = "checkpoints/last.ckpt"
@@ -265,7 +266,7 @@ def waits(place: Place) -> str:
             warnings.showwarning = listener.listen  # type: ignore[assignment]
             known = observers(place.folder, every)
             known["FlightRecorder"] = FlightRecorder(folder=str(place.folder), mode="late")
-            logger = CSVLogger(place.folder / f"waits{every}", name="", version="")
+            logger = TensorBoard(str(place.folder / f"waits{every}"))
             fit(
                 place.device,
                 lambda: Layers(6, 512),

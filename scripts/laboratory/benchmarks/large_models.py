@@ -4,7 +4,7 @@ import itertools
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import median
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from downslope.callbacks import (
     LearningRateEffects,
     VerdictMonitor,
 )
+from downslope.logs.tensorboard import TensorBoard
 
 BEGINNING, LATER = (34, 100), (140, 240)  # steps that are timed: the first are watched closely
 NUM_STEPS = 1 + LATER[1]
@@ -137,35 +138,31 @@ def cost(
     folder: Path,
     network: Callable[[], nn.Module],
     batches: Sequence[Tensor],
-    rounds: int = 3,
     **settings: Any,
 ) -> list[str]:
     """Returns the rows of a table, each what some observers cost, measured in turn."""
-    kinds: dict[str, tuple[int, Sequence[str]]] = {
-        "none": (50, ()),
-        "all, every 50 steps": (50, [*observers(folder, 1)]),
-    }
-    kinds["all, every step"] = (1, [*observers(folder, 1)])
-    kinds |= {f"{name}, every step": (1, [name]) for name in observers(folder, 1)}
-    clocks: dict[str, list[Clock]] = {kind: [] for kind in kinds}
+    names = [*observers(folder, 1)]
+    kinds = {None: (50, ()), "all, every 50 steps": (50, names), "all, every step": (1, names)}
+    alone = {f"{name} alone, every step": (1, (name,)) for name in names}
+    clocks: dict[str | None, list[Clock]] = {kind: [] for kind in (*kinds, *alone)}
     many = [batches[index % len(batches)] for index in range(NUM_STEPS)]
-    for _, (kind, (every, names)) in itertools.product(range(rounds), kinds.items()):
+    for number, (kind, (every, chosen)) in enumerate([*kinds.items(), *kinds.items(), *alone.items()]):
         clock, known = Clock(), observers(folder, every)
-        fit(device, network, many, *(known[name] for name in names), clock, **settings)
+        logger = TensorBoard(str(folder / f"{id(network)}_{number}"))
+        fit(device, network, many, *(known[name] for name in chosen), clock, logger=logger, **settings)
         clocks[kind].append(clock)
-    size = sum(each.nbytes for each in network().parameters())
-    bare = clocks["none"]
-    later = LATER[1] - LATER[0]
-    rows = [f"| none: a step takes {1000 * median(each.seconds[LATER] for each in bare) / later:.2f} ms | | | | |"]
-    for kind in [*kinds][1:]:
-        mine = clocks[kind]
-        more = [
-            median(one.seconds[part] / other.seconds[part] for one, other in zip(mine, bare, strict=True)) - 1
-            for part in (BEGINNING, LATER)
-        ]
+    size, bare = sum(each.nbytes for each in network().parameters()), clocks.pop(None)
+    milliseconds = [1000 * each.seconds[LATER] / (LATER[1] - LATER[0]) for each in bare]
+    rows = [f"| none: a step takes {' and '.join(f'{each:.2f}' for each in milliseconds)} ms | | | | |"]
+    for kind, mine in clocks.items():
+        more = [f"{_mean(mine, part) / _mean(bare, part) - 1:+.1%}" for part in (BEGINNING, LATER)]
         held, peak = (mine[-1].held - bare[-1].held) / size, (mine[-1].peak[LATER] - bare[-1].peak[LATER]) / size
-        rows.append(f"| {kind} | {more[0]:+.0%} | {more[1]:+.0%} | {held:.2f} P | {peak:.2f} P |")
+        rows.append(f"| {kind} | {more[0]} | {more[1]} | {held:.2f} P | {peak:.2f} P |")
     return rows
+
+
+def _mean(clocks: Sequence[Clock], stretch: tuple[int, int]) -> float:
+    return fmean(each.seconds[stretch] for each in clocks)
 
 
 def layers(device: str, folder: Path) -> list[str]:
@@ -181,4 +178,4 @@ def gpt2(device: str, folder: Path) -> list[str]:
     sizes = (12, 768, 50257, 512) if device == "gpu" else (2, 64, 100, 16)
     place = "cuda" if device == "gpu" else "cpu"
     batches = [*torch.randint(sizes[2], (NUM_BATCHES, 8, sizes[3] + 1)).to(place)]
-    return cost(device, folder, lambda: Gpt2(*sizes), batches, rounds=2, precision="bf16-mixed")
+    return cost(device, folder, lambda: Gpt2(*sizes), batches, precision="bf16-mixed")

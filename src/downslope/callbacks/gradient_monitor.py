@@ -13,7 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from downslope.gradients.norms import norms, part_norms, total_norm
-from downslope.gradients.vectors import flat, num_elements, real
+from downslope.gradients.vectors import flat, num_elements
 from downslope.logs.tensorboard import MANY, Measurement, step_writer
 from downslope.steps.due import check_count, is_due
 from downslope.steps.observer import Observer
@@ -124,13 +124,13 @@ class GradientMonitor(Observer):
             self._plans[key] = self._plan(parameters, step.suffix)
         measurement, histograms = self._plans[key]
         if _is_long(parameters):
-            taken = [norms(each, self.norm_type) for each in (arrived, *applied)]
+            is_known = not unclipped and self.norm_type == 2
+            taken = [step.gradient_norms if is_known else norms(each, self.norm_type) for each in (arrived, *applied)]
         else:
             taken = [flat(arrived) if unclipped else step.flat_gradient, *map(flat, applied)]
         self._writer.add(step.step, measurement, self._values, *taken)
         if is_due(step.count, self.histogram_every_n_steps):
-            shown = {tag: real(arrived[index].detach().to_dense()).flatten() for tag, index in histograms.items()}
-            self._writer.add_histograms(step.step, shown)
+            self._writer.add_histograms(step.step, {tag: arrived[place] for tag, place in histograms.items()})
 
     def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> tuple[Measurement, dict[str, int]]:
         """What is measured of a set of parameters, and which of them get which histogram."""

@@ -68,14 +68,17 @@ def part_norms(
                 [1., 0.]])
     """
     dtype = torch.float32 if vectors.dtype in HALF else vectors.dtype
+    if (
+        len(vectors) < len(sizes) and not vectors.is_cpu and 0 not in sizes
+    ):  # a call takes as long as a million elements
+        return torch.stack([torch.stack(_fused(row.split(sizes), norm_type, dtype)) for row in vectors])
     parts = [part if part.shape[1] else vectors.new_zeros(len(vectors), 1) for part in vectors.split(sizes, dim=1)]
-    if len(vectors) < len(parts) and not vectors.is_cpu:  # each call takes as long as a million elements
-        rows = zip(*(part.unbind() for part in parts), strict=True)
-        return torch.stack([torch.stack(_fused(row, norm_type, dtype)) for row in rows])
     return torch.stack([_norm(part, norm_type, dtype) for part in parts], dim=1)
 
 
-def _fused(tensors: list[Tensor] | tuple[Tensor, ...], norm_type: float, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+def _fused(
+    tensors: list[Tensor] | tuple[Tensor, ...], norm_type: float, dtype: torch.dtype | None
+) -> tuple[Tensor, ...]:
     """In one call, but for the L2 norms of long ones on a CPU."""
     if norm_type == 2 and tensors[0].is_cpu and max(each.numel() for each in tensors) >= 2 * ROW:
         return tuple(_norm(each.reshape(1, -1), norm_type, dtype or each.dtype)[0] for each in map(real, tensors))

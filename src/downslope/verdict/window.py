@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from downslope.gradients.norms import norms
 from downslope.gradients.sample import Sample
 
+MOST = 2**18  # elements: of more a cosine is known to a few thousandths
 ROUNDING = 1e-5  # in units of the weights' size, or of the first gradient's
 
 
@@ -35,7 +36,7 @@ class Window:
     """
 
     def __init__(self) -> None:
-        self._sample = Sample(())
+        self._sample = Sample((), MOST)
         self.clear()
 
     def clear(self) -> None:
@@ -64,15 +65,15 @@ class Window:
         gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
         self._largest.append(norms(gradients, math.inf))
         if not self._sample.is_of(moved):
-            self._sample = Sample(moved)
-        gradient, parameters = self._sample.take(gradients), self._sample.take(moved)
+            self._sample = Sample(moved, MOST)
+        gradient, parameters = self._sample.weighted(gradients), self._sample.weighted(moved)
         nothing = torch.zeros_like(gradient)
         last, before_last, last_step, start = self._last or [nothing, nothing, nothing, parameters]
         step = parameters - start
         if any(decays):
             of_moved = [decay for decay, each in zip(decays, held, strict=True) if each.grad is not None]
-            parts = zip(of_moved, start.split(self._sample.sizes), strict=True)
-            gradient += torch.cat([decay * part for decay, part in parts])
+            parts = zip(self._sample.places, start.split(self._sample.sizes), strict=True)
+            gradient += torch.cat([of_moved[place] * part for place, part in parts])
         if moved[0].dtype in (torch.bfloat16, torch.float16) and self._last:
             self._changed.append(torch.stack([step.count_nonzero(), gradient.count_nonzero()]))
         pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
@@ -117,7 +118,7 @@ class Window:
     def load_state_dict(self, state: dict[str, Any], held: Sequence[Parameter]) -> None:
         """Resumes there."""
         self.num_steps, self.moved = state["num_steps"], [held[index] for index in state["moved"]]
-        self._sample = Sample(self.moved)
+        self._sample = Sample(self.moved, MOST)
         self._products, self._last, self._largest = (
             [tensor.to(held[0].device) for tensor in tensors] for tensors in state["tensors"]
         )
