@@ -12,20 +12,26 @@ import argparse
 import csv
 import json
 import math
+import os
 import re
+import runpy
 import shlex
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path, PurePath
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
 from tables import numeric_columns
+
+import template.train  # noqa: F401  # once for all runs
 
 TRAIN = Path(__file__).parents[1] / "train.py"
 PACKAGES = ("scikit-learn", "statsmodels", "vega-datasets")
@@ -40,12 +46,21 @@ SAME = 0.01  # of what there was to gain: a difference that no curve shows
 def train(folder: Path, *arguments: str) -> tuple[str, list[dict[str, Any]]]:
     """Runs the command in an empty folder; returns what it printed, and the results of its runs."""
     with tempfile.TemporaryDirectory(dir=folder) as here:
-        command = [sys.executable, str(TRAIN), *arguments]
-        ended = subprocess.run(command, cwd=here, capture_output=True, text=True, check=False)
+        process = get_context("fork").Process(target=_run, args=(here, arguments))  # which has imported all it needs
+        process.start()
+        process.join()
+        printed = Path(here, "printed").read_text()
         results = [json.loads(file.read_text()) for file in Path(here).glob("outputs/*s/*/**/result.json")]
         if not results:
-            raise ValueError((ended.stderr.strip().splitlines() or ["no result"])[0])
-        return ended.stdout, results
+            raise ValueError(printed.strip().partition("\n")[0])
+        return printed, results
+
+
+def _run(here: str, arguments: Sequence[str]) -> None:
+    os.chdir(here)
+    sys.argv = [str(TRAIN), *arguments]
+    with Path("printed").open("w") as printed, redirect_stdout(printed), redirect_stderr(printed):
+        runpy.run_path(str(TRAIN), run_name="__main__")
 
 
 def follow(folder: Path, arguments: Sequence[str]) -> list[dict[str, Any]]:

@@ -126,13 +126,14 @@ def _print_following(courses: Courses, runs: list[Run]) -> None:
     worse, rests, notes = [], [], []
     for run in runs:
         followed = _followed(courses, run)
-        rates, ratios = [*followed], [steps_to(each, run.goal) / run.quickest for each in followed.values()]
+        rates = [rate for rate, _ in followed]
+        ratios = [steps_to(each, run.goal) / run.quickest for _, each in followed]
         way = f"{_details(run)} {' → '.join(f'{rate:.3g}' for rate in rates[1:]) or 'none'}"
         rests.append(len(rates) <= MOST_FOLLOWED)
         if not rests[-1]:
             notes.append(f"- never rests: {way}")
         if len(rates) > 1:
-            after = followed[rates[1]]
+            after = followed[1][1]
             worse.append(after.last > run.course.last + 0.02 * abs(run.course.losses[0] - run.course.last))
             if worse[-1]:
                 notes.append(f"- worse: {way}: {run.course.last:.3g} became {after.last:.3g}")
@@ -155,13 +156,14 @@ def _print_following(courses: Courses, runs: list[Run]) -> None:
     )
 
 
-def _followed(courses: Courses, run: Run) -> dict[float, Course]:
-    """The run, and those that its suggestion and theirs lead to, by their rates; one too many where they do not end."""
-    followed = {run.rate: run.course}
-    rate = judge(run.course.seen[-1]).suggestion.learning_rate
-    while rate is not None and len(followed) <= MOST_FOLLOWED:
-        followed[rate] = courses.course(run.name, run.method, rate)
-        rate = judge(followed[rate].seen[-1]).suggestion.learning_rate
+def _followed(courses: Courses, run: Run) -> list[tuple[float, Course]]:
+    """The run, and those that its suggestion and theirs lead to, with their rates; one too many if they do not end."""
+    followed = [(run.rate, run.course)]
+    while len(followed) <= MOST_FOLLOWED:
+        rate = judge(followed[-1][1].seen[-1]).suggestion.learning_rate
+        if rate is None:
+            break
+        followed.append((rate, courses.course(run.name, run.method, rate)))
     return followed
 
 

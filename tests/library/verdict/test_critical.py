@@ -32,11 +32,12 @@ SOUND = Evidence(
     left_to_gain=0.5,
     update_ratio=1e-2,
     critical_learning_rate=0.6,
+    first_critical_learning_rate=0.6,
     least_critical_learning_rate=0.6,
     early_critical_ratio=0.2,
 )
 LINE = Outlook(excess=0.4, condition_number=2.0, direction="s1", share=1.0, decay=0.9, num_steps=50)
-THROWN = replace(SOUND, early_growth=30.0, early_critical_ratio=4.0, least_critical_learning_rate=0.03)
+THROWN = replace(SOUND, early_growth=30.0, early_critical_ratio=4.0, first_critical_learning_rate=0.03)
 
 
 def test_a_rate_far_below_the_critical_one_is_too_slow_whatever_the_optimizer_and_a_sixth_is_suggested() -> None:
@@ -47,26 +48,34 @@ def test_a_rate_far_below_the_critical_one_is_too_slow_whatever_the_optimizer_an
         assert "Try lr=0.1." in verdict.sentence
 
 
+def test_what_is_advised_from_too_large_is_not_called_too_slow_where_the_valley_widens_on_the_way() -> None:
+    advised = suggest(THROWN, "too_large").learning_rate
+    assert advised
+    after = replace(SOUND, learning_rate=advised, critical_learning_rate=0.5, least_critical_learning_rate=0.03)
+    assert advised / 0.5 < 0.015
+    assert judge(after).word == "converging"
+
+
 def test_the_advice_from_too_slow_lies_between_what_was_measured_last_and_the_least() -> None:
     slow = replace(SOUND, learning_rate=1e-3, critical_learning_rate=5.4, least_critical_learning_rate=0.6)
     assert suggest(slow, "too_slow").learning_rate == pytest.approx(0.3)  # √(5.4 · 0.6) / 6
 
 
-@pytest.mark.parametrize("least", [0.3, 3.0])
-def test_what_was_thrown_is_told_a_rate_well_below_its_own_also_where_it_began_in_a_flat_place(least: float) -> None:
-    rate = suggest(replace(THROWN, learning_rate=0.3, least_critical_learning_rate=least), "too_large").learning_rate
-    assert rate == pytest.approx(0.05)
+@pytest.mark.parametrize("first", [0.3, 3.0])
+def test_what_was_thrown_is_told_a_rate_well_below_its_own_also_where_it_began_in_a_flat_place(first: float) -> None:
+    rate = suggest(replace(THROWN, learning_rate=0.3, first_critical_learning_rate=first), "too_large").learning_rate
+    assert rate == pytest.approx(0.06)
 
 
 def test_of_what_is_not_finite_without_a_rate_to_blame_no_rate_is_said() -> None:
-    spoilt = replace(SOUND, num_non_finite=1, least_critical_learning_rate=3.0)
+    spoilt = replace(SOUND, num_non_finite=1, first_critical_learning_rate=3.0)
     assert suggest(spoilt, "non_finite").learning_rate is None
-    assert suggest(replace(spoilt, learning_rate=0.6), "non_finite").learning_rate == pytest.approx(0.1)
+    assert suggest(replace(spoilt, learning_rate=0.7), "non_finite").learning_rate == pytest.approx(0.14)
 
 
 def test_a_batch_that_is_far_steeper_than_all_rows_are_counts_where_a_line_diverges() -> None:
     line = replace(THROWN, learning_rate=0.02, method="gradient_descent", sharpness=4.0, line=LINE)
-    assert suggest(line, "diverging").learning_rate == pytest.approx(0.02 / 6)  # not 1/(2λ), which is no smaller
+    assert suggest(line, "diverging").learning_rate == pytest.approx(0.02 / 5)  # not 1/(2λ), which is no smaller
     assert suggest(replace(line, learning_rate=2.0), "diverging").learning_rate == pytest.approx(1 / 8)
 
 
@@ -80,7 +89,7 @@ def test_a_line_that_has_next_to_nothing_to_learn_is_told_to_decay_all_the_same(
 
 def test_what_was_thrown_to_where_it_learns_nothing_is_told_a_rate_all_the_same() -> None:
     nothing = replace(THROWN, loss=1.9, constant_loss=1.9, step=240)
-    assert suggest(nothing, "too_large").learning_rate == pytest.approx(0.005)
+    assert suggest(nothing, "too_large").learning_rate == pytest.approx(0.006)
     assert suggest(nothing, "too_slow").learning_rate is None
 
 
@@ -96,11 +105,11 @@ def test_a_sound_run_gets_no_advice() -> None:
     assert "Try" not in verdict.sentence
 
 
-def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_sixth_of_the_least_critical_rate() -> None:
+def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_fifth_of_the_first_critical_rate() -> None:
     for later in ({}, {"gradient_norm": 0.0}, {"loss": 0.11}, {"critical_learning_rate": 1e6, "loss_trend": 0.0}):
         verdict = judge(replace(THROWN, **later))  # type: ignore[arg-type]
         assert verdict.word == "too_large"
-        assert verdict.suggestion.learning_rate == pytest.approx(0.005)
+        assert verdict.suggestion.learning_rate == pytest.approx(0.006)
         assert "30 × where it began, at 4 × the critical learning rate" in verdict.sentence
 
 
@@ -149,7 +158,7 @@ def test_a_rate_that_is_in_use_is_never_suggested(peak: float) -> None:
 
 
 def test_no_suggestion_goes_the_wrong_way() -> None:
-    unknown = {"critical_learning_rate": None, "least_critical_learning_rate": None}
+    unknown = {"critical_learning_rate": None, "first_critical_learning_rate": None}
     contradictory = replace(SOUND, **unknown, method="gradient_descent", largest_curvature=1e-6)  # type: ignore[arg-type]
     assert suggest(contradictory, "too_large").learning_rate is None  # flat where it was thrown to
     assert suggest(replace(contradictory, largest_curvature=1e6), "too_slow").learning_rate is None
