@@ -36,7 +36,7 @@ import template.train  # noqa: F401  # once for all runs
 TRAIN = Path(__file__).parents[1] / "train.py"
 PACKAGES = ("scikit-learn", "statsmodels", "vega-datasets")
 TABLES = "*datasets/*/*.csv"
-MOST_ROWS = 5000
+MOST_ROWS = 1000
 STARTS = {"default": [], "a hundredth": ["lr=0.0002"], "fifty times": ["lr=1"]}
 GRID = ("lr=tag(log,interval(1e-4,1))", "hydra.sweeper.points=33", "hydra/launcher=vectorized", "callbacks=none")
 MOST_FOLLOWED = 6

@@ -9,6 +9,7 @@ from downslope.verdict.thresholds import Thresholds
 NEARLY_CRITICAL = 0.3  # between two measurements η_c may be less than at either
 NEARLY_HELD = 0.7
 RECOVERED = 20  # what came down to a twentieth of where it began was not thrown away; what was has a third of it left
+ROUNDING = 1e-10  # of the first loss: residuals in float32 are no smaller, and what is left of them is chance
 LONG = 100  # steps after which a loss that does not fall has come to rest
 
 
@@ -70,7 +71,7 @@ def is_diverging(seen: Evidence, limits: Thresholds) -> bool:
 
 
 def _has_grown(seen: Evidence, limits: Thresholds) -> bool:
-    if seen.loss is None or seen.best_loss is None:
+    if seen.loss is None or seen.best_loss is None or abs(seen.loss) < ROUNDING * abs(seen.first_loss or 0.0):
         return False
     # What has momentum swings, on a parabola up to where it began: only above that it has grown.
     best = seen.best_loss if seen.method == "gradient_descent" else max(seen.best_loss, seen.first_loss or -math.inf)

@@ -150,6 +150,12 @@ def test_while_it_diverges_that_is_said_and_the_cause_at_the_end() -> None:
     assert judge(replace(during, has_ended=True, num_non_finite=1)).word == "non_finite"
 
 
+@pytest.mark.parametrize(("size", "word"), [(1e-9, "diverging"), (1e-14, "converging")])
+def test_what_rounding_has_left_of_a_loss_does_not_grow(size: float, word: str) -> None:
+    grows = {"loss_growth": 9.0, "loss_rise": 9.0, "method": "gradient_descent"}
+    assert judge(replace(SOUND, loss=9 * size, best_loss=size, **grows)).word == word  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("peak", [0.1, 0.0999])
 def test_a_rate_that_is_in_use_is_never_suggested(peak: float) -> None:
     slow = replace(SOUND, learning_rate=1e-3)
