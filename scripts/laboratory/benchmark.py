@@ -11,7 +11,7 @@ BENCHMARKS = {
     "startup": "wall time of a tiny run, beside a bare PyTorch script that does the same",
     "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
     "verdict": "how often the verdict is right, whether its suggestion helps, and how early it warns",
-    "networks": "the same on real networks, and whether planted mistakes are named: an hour, kept in --folder",
+    "networks": "the same on real networks, and whether planted mistakes are named: half an hour, kept in --folder",
     "rivals": "what other packages say of the same networks; they are installed apart (benchmarks/rivals.py)",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
     "checkpoints": "what checkpoints add to a run, and one of their writes taken apart",

@@ -7,8 +7,8 @@ from downslope.verdict.evidence import Evidence
 from downslope.verdict.hints import has_ended_early, is_not_of_this_loss, learns_nothing
 from downslope.verdict.thresholds import Thresholds, Word
 
-CRITICAL_SHARE = 1 / 6  # of η_c, from too slow: within twice the steps of the best of 12 rates in 206 of 232 runs
-FIRST_SHARE = 1 / 5  # of the first η_c, from too large: in 86 of 105
+CRITICAL_SHARE = 1 / 6  # of η_c, from too slow: within twice the steps of the best of 12 rates in 205 of 232
+FIRST_SHARE = 1 / 5  # of the first η_c, from too large: in 86 of 108
 SAME = 1.05  # rates that are as near as this are one
 TOO_LARGE: tuple[Word, ...] = ("diverging", "too_large", "non_finite")
 
