@@ -150,6 +150,13 @@ def test_while_it_diverges_that_is_said_and_the_cause_at_the_end() -> None:
     assert judge(replace(during, has_ended=True, num_non_finite=1)).word == "non_finite"
 
 
+@pytest.mark.parametrize(("peak", "word"), [(0.1, "converging"), (1e-7, "too_slow")])
+def test_a_line_whose_schedule_has_come_to_its_end_is_held_against_its_peak(peak: float, word: str) -> None:
+    line = replace(LINE, excess=1e-3, num_steps=4_000_000)
+    ended = replace(SOUND, method="gradient_descent", learning_rate=1e-7, peak_learning_rate=peak, sharpness=5.0)
+    assert judge(replace(ended, line=line, first_excess=0.8, left_to_gain=1e-3)).word == word
+
+
 @pytest.mark.parametrize(("size", "word"), [(1e-9, "diverging"), (1e-14, "converging")])
 def test_what_rounding_has_left_of_a_loss_does_not_grow(size: float, word: str) -> None:
     grows = {"loss_growth": 9.0, "loss_rise": 9.0, "method": "gradient_descent"}
