@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -279,9 +279,13 @@ def waits(place: Place) -> str:
     return "no synchronisation of ours in 30 steps, all measured, or none" if torch.cuda.is_available() else "not asked"
 
 
-def checks(place: Place) -> Iterator[tuple[str, str, bool]]:
+SCRIPTS = {check.__name__: check for check in (trains, repeats, resumes, sweeps, many_at_once)}  # side by side
+OWN = {check.__name__: check for check in (diverges, figures, waits)}
+COSTS = {model.__name__: model for model in (layers, gpt2)}
+
+
+def checks(place: Place, only: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
     """Runs each check: its title, what it says or why it failed, whether it held."""
-    scripts, own = (trains, repeats, resumes, sweeps, many_at_once), (diverges, figures, waits)
 
     def attempt(check: Callable[[Place], str]) -> tuple[str, str, bool]:
         title = " ".join((check.__doc__ or "").split()).rstrip(".")
@@ -290,7 +294,8 @@ def checks(place: Place) -> Iterator[tuple[str, str, bool]]:
         except Exception as error:
             return title, f"**failed**: {error!r}", False
 
-    with ThreadPoolExecutor(len(scripts) if place.device == "gpu" else 1) as pool:
+    scripts, own = ([check for name, check in known.items() if name in only] for known in (SCRIPTS, OWN))
+    with ThreadPoolExecutor(len(SCRIPTS) if place.device == "gpu" else 1) as pool:
         progress = tqdm(total=len(scripts) + len(own), desc=place.device)
         for row in itertools.chain(pool.map(attempt, scripts), map(attempt, own)):
             progress.update()
@@ -301,7 +306,8 @@ def main() -> int:
     """Prints the tables; returns 1 where a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--only", choices=("checks", "costs"), help="a part")
+    known = (*SCRIPTS, *OWN, *COSTS)
+    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
     arguments = parser.parse_args()
     if arguments.device == "gpu" and not torch.cuda.is_available():
         print("error: there is no GPU here that torch can use; --device cpu tries the script itself.", file=sys.stderr)
@@ -310,12 +316,11 @@ def main() -> int:
     name = torch.cuda.get_device_name() if arguments.device == "gpu" else "CPU"
     start, held = time.perf_counter(), True
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.only != "costs":
-            print(f"\n| on {name}, torch {torch.__version__} | |\n|---|---|")
-            for title, words, holds in checks(Place(arguments.device, Path(folder))):
-                print(f"| {title} | {words} |", flush=True)
-                held = held and holds
-        for model in (layers, gpt2) if arguments.only != "checks" else ():
+        print(f"\n| on {name}, torch {torch.__version__} | |\n|---|---|")
+        for title, words, holds in checks(Place(arguments.device, Path(folder)), arguments.only):
+            print(f"| {title} | {words} |", flush=True)
+            held = held and holds
+        for model in (COSTS[each] for each in COSTS if each in arguments.only):
             title = (model.__doc__ or "").rstrip(".")
             print(f"\n| {title} | first 100 steps | later | held | at most |\n|---|---|---|---|---|")
             print(*model(arguments.device, Path(folder)), sep="\n", flush=True)
