@@ -34,6 +34,7 @@ from downslope.logs.tensorboard import TensorBoard
 ROOT = Path(__file__).parents[2]
 LAST = "checkpoints/last.ckpt"
 FLOAT32 = 1e-4  # other sums, in another order
+LONGEST = 120  # seconds, of a process
 AT_ONCE = max(1, (os.cpu_count() or 1) // 2)  # processes: most of what they do is to start
 
 
@@ -57,7 +58,7 @@ class Place:
     def train(self, name: str, *overrides: str, device: str | None = None, expected: int = 0) -> Path:
         """Trains by the script, in a folder of this name, which is returned."""
         command = self.command(name, *overrides, device=device)
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
         assert ended.returncode == expected, f"{name}: exit code {ended.returncode}: {ended.stderr[-500:]}"
         return self.folder / name
 
@@ -128,7 +129,7 @@ def resumes(place: Place) -> str:
     assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {process.returncode}"
     step = torch.load(killed / LAST, weights_only=True, map_location="cpu")["global_step"]
     command = [sys.executable, "scripts/train.py", f"resume={killed}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
     assert ended.returncode == 0, ended.stderr[-500:]
     assert same(whole, killed), "the resumed run ends in other bits"
     return f"SIGKILL at step {step}, resumed to the same bits"
@@ -139,7 +140,7 @@ def sweeps(place: Place) -> str:
     sweep = place.folder / "sweep"
     devices = f"device=cpu,{place.device}" if place.device != "cpu" else "device=cpu"
     command = [sys.executable, "scripts/train.py", "-m", devices, "lr=0.01,0.1", f"hydra.sweep.dir={sweep}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
     assert ended.returncode == 0, ended.stderr[-500:]
     worst = 0.0
     for rate in ("0.01", "0.1"):

@@ -152,10 +152,11 @@ def cost(
     many = [batches[index % len(batches)] for index in range(NUM_STEPS)]
     fit(device, network, many[:10], **settings)  # what is done once
     for number, (kind, (every, chosen)) in enumerate([*rounds * [*kinds.items()], *alone.items()]):
-        clock, known = Clock(), observers(folder, every)
-        logger = TensorBoard(str(folder / f"{id(network)}_{number}"))
-        fit(device, network, many, *(known[name] for name in chosen), clock, logger=logger, **settings)
+        clock, logger = Clock(), TensorBoard(str(folder / f"{id(network)}_{number}"))
+        watching = [each for name, each in observers(folder, every).items() if name in chosen]
+        fit(device, network, many, *watching, clock, logger=logger, **settings)
         clocks[kind].append(clock)
+        del watching  # with the last gradient that one has kept
         gc.collect()
     size, bare = sum(each.nbytes for each in network().parameters()), clocks.pop(None)
     milliseconds = [1000 * each.seconds[LATER] / (LATER[1] - LATER[0]) for each in bare]
