@@ -138,7 +138,7 @@ class Members(LightningModule):
             self._keep(f"learning_rate/{type(self.recipe).__name__}", step, torch.tensor(self._rates))
         if step + 1 == NUM_CHECKED:
             chosen = least_rate(self.settings)
-            self.checked = [each[chosen].cpu() for each in self.optimizer.weights()[: self.num_trained]]
+            self.checked = [each[chosen].clone().cpu() for each in self.optimizer.weights()[: self.num_trained]]
         ended = self._alive[torch.isin(self._alive, self.optimizer.alive, invert=True)]
         self.stopped_at[ended.cpu()] = step + 1
         self.trainer.should_stop = not len(self.optimizer.alive)
