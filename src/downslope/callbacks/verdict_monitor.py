@@ -119,7 +119,9 @@ class VerdictMonitor(Observer):
         self.listen("on_before_backward", when=self._collector.is_watching)
 
     def _catch(self, loss: Tensor | None) -> None:
-        self._losses = [] if loss is None else [loss.detach().mean()]
+        if loss is not None:  # a copy: a graph of the device may write into the same place at each step
+            loss = loss.detach().mean() if loss.ndim else loss.detach().clone()
+        self._losses = [] if loss is None else [loss]
 
     def _after(self, step: OptimizerStep) -> None:
         collector = self._collector
