@@ -46,6 +46,18 @@ def check_optimizer(config: DictConfig) -> None:
             raise ValueError(str(error) if "`" in str(error) else f"`{key}`: {error}") from error
     if isinstance(argument, ReduceLROnPlateau):
         _check_validation(config)
+    else:
+        _check_finder(config)
+
+
+def _check_finder(config: DictConfig) -> None:
+    """Raises where the rate that Lightning's finder sets would be forgotten: a schedule starts from its own."""
+    for name, node in config.get("callbacks", {}).items():
+        if str(node.get("_target_")).endswith(".LearningRateFinder"):
+            raise ValueError(
+                f"Cannot combine `callbacks.{name}` with `scheduler={_chosen('scheduler')}`. This is because a schedule "
+                "returns to the rate it was made with: find the rate with scheduler=constant, then set lr to it."
+            )
 
 
 def _check_validation(config: DictConfig) -> None:
@@ -104,13 +116,17 @@ def _from_data(config: DictConfig, data: Any) -> dict[str, Any]:
             except ValueError as error:  # the data are read here: their message names their own arguments
                 raise ValueError(re.sub(r"^`(\w+)`", r"`data.\1`", str(error))) from error
         elif parameter.default is parameter.empty:
-            choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
             raise ValueError(
                 f"`model.{name}` must be given: {target.__name__} needs it, and {type(data).__name__} has no attribute "
                 f"of that name. Write it into the file in conf/model/, or type +model.{name}=…; or choose `model=` "
-                f"and `data=` of one task (got data={choices.get('data')}, model={choices.get('model')})."
+                f"and `data=` of one task (got data={_chosen('data')}, model={_chosen('model')})."
             )
     return given
+
+
+def _chosen(group: str) -> str | None:
+    """Which option of a group was composed."""
+    return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
 
 
 def make_trainer(config: DictConfig, module: LightningModule, loggers: list[Logger]) -> Trainer:

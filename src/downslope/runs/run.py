@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +23,7 @@ from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
 from downslope.runs.checkpoints import LAST, checkpoint_of, versions, what_a_run_saves
 from downslope.runs.command_line import typed
-from downslope.runs.console import explain, print_header, print_interrupted, print_result
+from downslope.runs.console import explain, print_header, print_interrupted, print_result, say
 from downslope.runs.folder import is_main_process
 from downslope.runs.log import begin_log
 from downslope.runs.prepared import take
@@ -36,6 +37,10 @@ log = logging.getLogger(__name__)
 
 DIVERGED_BEYOND = 1e6
 DIVERGED_WORDS = ("diverging", "too_large", "non_finite")
+FOUND_NOTHING = (  # Lightning says so in its log alone
+    "LearningRateFinder found no rate, so lr stays %g. It tries one rate a step and needs at least 13: raise "
+    "`trainer.max_epochs`, or set the finder's `early_stop_threshold` to null."
+)
 CHOICES = ("device", "model", "optimizer", "data")  # that HPARAMS shows
 
 
@@ -237,8 +242,16 @@ class Outside(Callback):
         self.has_begun = True
         if trainer.is_global_zero:
             keep_changes(self.run.config, HydraConfig.get())  # a resume that is refused until here has changed nothing
-        if not trainer.global_step:  # a LearningRateFinder has set another one
-            self.run.result.learning_rate = _highest_rate(trainer)
+        finder = any(isinstance(each, LearningRateFinder) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        if finder and not trainer.global_step:
+            before, found = self.run.result.learning_rate, _highest_rate(trainer)
+            self.run.result.learning_rate = found
+            if not trainer.is_global_zero:
+                return
+            if found != before:
+                say(f"LearningRateFinder: lr {found:g}")
+            else:
+                log.warning(FOUND_NOTHING, found)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

@@ -20,7 +20,7 @@ from torch.utils.tensorboard.summary import custom_scalars
 
 from downslope.logs.event_files import encoded, encoded_scalars
 from downslope.logs.hparams import hparams_line
-from downslope.logs.tensorboard import LAYOUT
+from downslope.logs.tensorboard import LAYOUT, with_logarithms
 from downslope.runs.checkpoints import BEST, LAST, as_bytes, name_of
 from downslope.runs.console import one_line, say
 from downslope.runs.folder import LOCK
@@ -155,7 +155,7 @@ def _curves(fit: Fit) -> Iterator[bytes]:
                     mine[step][tag] = values[index]
                 elif "/loss" in tag:
                     mine[end].setdefault(tag, values[index])  # it was validated once more, when it had stopped
-        yield begin + encoded_scalars(mine, now)
+        yield begin + encoded_scalars({step: with_logarithms(values) for step, values in mine.items()}, now)
 
 
 def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:
