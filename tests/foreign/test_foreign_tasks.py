@@ -189,9 +189,9 @@ def test_a_task_is_trained_evaluated_and_asked_for_predictions(
     assert result["least_squares_loss"] is result["excess_loss"] is result["largest_stable_learning_rate"] is None
     # One line for all that has no leave to compute the loss again, and how to give it.
     off, *others = ended.err.splitlines()
-    why = "there is not one optimizer" if name == "gan" else r"\w+ has no method `loss\(batch\)`: add one, or give"
-    assert re.match(rf"WARNING: .*, like all that needs the loss of a step again, is off: {why}", off), ended.err
-    monitor = "`monitor` names val/loss, which was not logged, so that there is no objective. Logged: train/error, test"
+    why = "there are several optimizers" if name == "gan" else r"\w+ has no method `loss\(batch\)`: add one, or give"
+    assert re.match(rf"WARNING: .* is off, like everything that evaluates a step's loss again: {why}", off), ended.err
+    monitor = "`monitor` names val/loss, which was never logged, so there is no objective. Logged: train/error, test"
     assert [line[: len(monitor) + 9] for line in others] == [f"WARNING: {monitor}"] * (result["objective"] is None)
     said = [ended.out, ended.err, *((folder / each).read_text() for each in ("result.json", "train.log"))]
 
@@ -288,7 +288,7 @@ def test_data_of_one_task_and_a_model_of_another_are_named_where_the_first_step_
     data, model = arguments
     error = ended.err.splitlines()[-1]
     assert error.startswith(f"error: {message}")
-    assert error.endswith(f" (in the first step of {model} on {data}: do they belong to one task?)")
+    assert error.endswith(f" (in the first step of {model} on {data}: do they belong to the same task?)")
     assert all(line.startswith("WARNING: ") for line in ended.err.splitlines()[:-1])  # what has no leave is off
     result = read_json(only_run(tmp_path))
     assert (result["status"], result["num_optimizer_steps"]) == ("failed", 0)

@@ -74,8 +74,8 @@ def test_text_dates_and_missing_cells_of_a_new_file_are_read_as_in_training(scri
     assert [column["kind"] for column in state["columns"]] == ["number", "text", "date"]
     assert state["columns"][1]["values"] == ["Bonn", "Ulm"]
     assert float(known) != float(unknown)
-    assert "1 text not known to the run" in ended.err
-    assert "1 row with missing cells, not predicted: nan" in ended.err
+    assert "1 text that the run does not know" in ended.err
+    assert "1 row with missing cells: predicted as nan" in ended.err
 
 
 def test_evaluate_prints_the_metrics_of_the_best_checkpoint(script: Script, run: Path) -> None:

@@ -179,13 +179,13 @@ class Pictures(Observer):
         last_two = [flat(place) for place in self._last_two]
         taken_back = torch.equal(last_two[-1], end) and len(last_two) == 2
         if not taken_back and any(torch.equal(flat(place), end) for place in self._path):
-            raise ValueError("neither of the last two steps stands")
+            raise ValueError("the last two steps have been undone")
         before = last_two[-2 if taken_back else -1]
         if not (before.isfinite().all() and end.isfinite().all()):
             raise ValueError("the parameters are not finite")
         parabola, rate = loss_along_gradient(line, before, end - before)
         if parabola(0.0) - parabola(parabola.best) <= ROUNDING * parabola(0.0):
-            raise ValueError("the loss along the gradient is flat up to rounding")
+            raise ValueError("the loss along the gradient is flat to within rounding")
         step = self._num_steps - (2 if taken_back else 1)
         return draw_step_along_gradient(parabola, rate, step, line.largest_stable_learning_rate)
 

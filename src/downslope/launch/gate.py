@@ -107,14 +107,16 @@ class Gate(Callback):
             ended = load_run_configuration(config, trusted) if config.get("resume") else None
             if ended:
                 step = f"{ended.num_optimizer_steps:,}, {ended.status}"
-                say(f"{config.resume} has ended at step {step}: there is nothing left to do.")
+                say(f"{config.resume} ended at step {step}: there is nothing left to do.")
                 if ended.status == "diverged":
-                    say("A smaller lr wants a run of its own: the same command without resume=.")
+                    say("To try a smaller lr, start a new run: the same command without resume=.")
                 else:
-                    say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
+                    say("To train for more epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
             if config.hydra.launcher._target_ == VECTORIZED:
-                raise ValueError("`hydra/launcher=vectorized` trains the jobs of a sweep at once, got one run: add -m.")
+                raise ValueError(
+                    "`hydra/launcher=vectorized` trains the jobs of a sweep at once, but this is a single run: add -m."
+                )
             folder = _writable(config.hydra.run.dir, "hydra.run.dir")
             writes, resumes = is_main_process(), bool(config.get("resume"))
             if writes and resumes:
@@ -136,7 +138,10 @@ class Gate(Callback):
         """Refuses a sweep if one of its values is impossible, whatever the others are."""
         with refusing(config_name):
             if config.get("resume"):
-                raise ValueError("`resume` continues one run, got it with -m. A sweep: hydra.sweep.dir=<its folder>.")
+                raise ValueError(
+                    "`resume` continues a single run and cannot be combined with -m. "
+                    "To continue a sweep: hydra.sweep.dir=<its folder>."
+                )
             folder = _writable(config.hydra.sweep.dir, "hydra.sweep.dir")
             for each in folder.iterdir() if folder.is_dir() else ():
                 if each.is_symlink() or not each.is_dir():  # a job's folder is checked in its turn

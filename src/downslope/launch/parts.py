@@ -55,8 +55,8 @@ def _check_finder(config: DictConfig) -> None:
     for name, node in config.get("callbacks", {}).items():
         if str(node.get("_target_")).endswith(".LearningRateFinder"):
             raise ValueError(
-                f"Cannot combine `callbacks.{name}` with `scheduler={_chosen('scheduler')}`. This is because a schedule "
-                "returns to the rate it was made with: find the rate with scheduler=constant, then set lr to it."
+                f"Cannot combine `callbacks.{name}` with `scheduler={_chosen('scheduler')}`. This is because a "
+                "schedule returns to the rate it was made with: find a rate with scheduler=constant, then set lr to it."
             )
 
 
@@ -83,13 +83,13 @@ def check_device(config: DictConfig) -> None:
         names = ", ".join(name for name, present in available.items() if present)
         raise ValueError(
             f"`device={asked}` must be a device that PyTorch {torch.__version__} finds on this machine ({names}), "
-            f"got none: device=auto takes the best there is."
+            f"got none: device=auto uses the best one available."
         )
     devices, strategy = config.trainer.get("devices", 1), config.trainer.get("strategy", "auto")
     on_cpu = asked == "cpu" or not has_gpu
     if on_cpu and strategy == "auto" and isinstance(devices, int) and devices > 1:  # Lightning would, in silence
         raise ValueError(
-            f"`trainer.devices` must be 1 on the CPU, got {devices}. Several processes that share each batch: "
+            f"`trainer.devices` must be 1 on the CPU, got {devices}. To share each batch among processes: "
             f"trainer=ddp trainer.devices={devices}."
         )
 
@@ -154,11 +154,11 @@ def _check_manual_optimization(config: DictConfig, module: LightningModule, trai
     """Raises for what Lightning does for automatic optimization alone."""
     if module.automatic_optimization:
         return
-    reason = f"This is because the training_step of {type(module).__name__} takes its steps by itself"
+    reason = f"This is because the training_step of {type(module).__name__} takes its optimizer steps itself"
     if trainer.gradient_clip_val is not None:
         own = f"model.gradient_clip_val={trainer.gradient_clip_val}" if "gradient_clip_val" in config.model else ""
         raise ValueError(
-            f"Cannot set `trainer.gradient_clip_val` with manual optimization. {reason}, and clips for itself: use "
+            f"Cannot set `trainer.gradient_clip_val` with manual optimization. {reason}, and must clip for itself: use "
             f"{own or 'self.clip_gradients there'}."
         )
     if trainer.accumulate_grad_batches != 1:

@@ -214,7 +214,7 @@ class StepWriter:
             if histo := histogram(counted):
                 found[step].append(Summary.Value(tag=tag, histo=histo))
             if num_not_finite(counted):
-                words = "%s is not finite at step %d: histograms are of the rest, training continues."
+                words = "%s is not finite at step %d: histograms show the finite values only; training continues."
                 self._warn_once("histograms", words, tag, step)
         return found
 

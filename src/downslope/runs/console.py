@@ -104,7 +104,7 @@ def unheard() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logging.getLogger(__name__).warning("Cannot print any more, the run continues: %s", error)
+        logging.getLogger(__name__).warning("Cannot print any more; the run continues: %s", error)
         _hush()
 
 
@@ -140,11 +140,11 @@ def _explain(error: BaseException, config_name: str, folder: Path | None) -> str
         named = re.sub(r"^`(\w+)`", rf"`{key[1]}.\1`", message)  # the class knows its argument, not where it stands
         return named if "`" in named else f"`{key[1]}`: {named}"
     if isinstance(error, MissingMandatoryValue):
-        return f"`{error.full_key}` must be given, there is no default: {error.full_key}=…"
+        return f"`{error.full_key}` must be given, since it has no default: {error.full_key}=…"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composition(str(error), config_name, folder)
     if isinstance(error, MemoryError):
-        return "There is not enough memory: a smaller data.batch_size, or a smaller table, needs less."
+        return "There is not enough memory: try a smaller data.batch_size, or a smaller table."
     if isinstance(error, OSError) and error.errno in FULL and not error.filename:  # of a write Python names no file
         return f"A file cannot be written: {error.strerror}."
     if isinstance(error, ValueError | OSError) and str(error):
@@ -237,7 +237,7 @@ def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
     """Prints how far an interrupted run came, and how to resume it."""
     say("")
     if any((folder / "checkpoints").glob("*.ckpt")):
-        what = "saved" if saved else "not saved: what came after the last checkpoint is lost, and comes again"
+        what = "saved" if saved else "not saved: the steps since the last checkpoint are lost, and will be taken again"
         say(f"  stopped   at step {result.num_optimizer_steps:,}, {what}")
         say(f"  resume    python scripts/train.py resume={_shortest(folder)}")
     else:

@@ -172,7 +172,7 @@ class Run:
             self.result.status = "failed"
             if self._is_of_the_first_step(trace):
                 model, data = (HydraConfig.get().runtime.choices.get(name) for name in ("model", "data"))
-                error.add_note(f"in the first step of model={model} on data={data}: do they belong to one task?")
+                error.add_note(f"in the first step of model={model} on data={data}: do they belong to the same task?")
             self.result.error = {"type": type(error).__name__, "message": explain(error)}
             with contextlib.suppress(OSError):  # a disk that is full must not hide the error
                 self.result.write(self.folder)
@@ -187,7 +187,7 @@ class Run:
         result = self.result
         result.objective = result.metrics.get(result.monitor or "")
         if result.objective is None:
-            text = "`monitor` names %s, which was not logged, so that there is no objective. Logged: %s."
+            text = "`monitor` names %s, which was never logged, so there is no objective. Logged: %s."
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
             write_hparams(self.folder, *line_of(result))

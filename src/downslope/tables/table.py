@@ -262,10 +262,10 @@ def read_features(path: str, columns: Sequence[Column], missing: Missing, decima
     plan = Plan(list(columns), [])
     store = Store(plan.width, math.inf, 0)
     if unknown := _fill(store, path, file, plan, "refuse" if missing == "refuse" else "keep"):
-        log.warning("%s: %s not known to the run: none of its values.", path, counted(unknown, "text"))
+        log.warning("%s: %s that the run does not know: counted as none of its values.", path, counted(unknown, "text"))
     if absent_rows := int(np.isnan(store.values).any(axis=1).sum()):
-        done = "filled with the mean of the training rows" if missing == "mean" else "not predicted: nan"
-        log.warning("%s: %s with missing cells, %s.", path, counted(absent_rows, "row"), done)
+        done = "filled with the mean of the training rows" if missing == "mean" else "predicted as nan"
+        log.warning("%s: %s with missing cells: %s.", path, counted(absent_rows, "row"), done)
     return store.values
 
 
@@ -347,7 +347,7 @@ def _wrong(survey: Survey, is_target: bool, asked: Reading, file: TableFile) -> 
     must = f"column {name!r} must be a finite number, got"
     if (survey.is_mostly_numbers and column == Column(name)) or (is_text and asked.text == "refuse"):
         row, cell = survey.first_wrong or (0, None)
-        share = f"{survey.num_wrong:,} of {survey.num_rows - survey.num_missing:,} cells are none"
+        share = f"{survey.num_wrong:,} of {survey.num_rows - survey.num_missing:,} cells are not"
         return f"{file.place(row)}, {must} {cell!r}: {share}. data.exclude=[{name}] leaves the column out."
     if survey.num_missing and asked.missing == "refuse" and not is_target:
         share = f"{survey.num_missing:,} of {survey.num_rows:,} cells are missing"
@@ -368,7 +368,7 @@ def _judged(asked: Reading, features: list[Survey], others: list[Survey]) -> Pla
         else:
             columns.append(column)
             if column.kind == "text":
-                changed.setdefault("a 0 or 1 for each text of", []).append(f"{column.name} ({len(column.values)})")
+                changed.setdefault("a 0 or 1 for each value of", []).append(f"{column.name} ({len(column.values)})")
             elif column.kind == "date":
                 changed.setdefault("days since 1970 for", []).append(column.name)
     notes = [f"without {listed(names)}: {reason}" for reason, names in left_out.items()]
@@ -458,13 +458,18 @@ def _warn(table: Table | StoredTable, asked: Reading, chunks: Callable[[], Itera
         if all((rows[1][:, place] == values[0]).all() for rows in chunks()):
             log.warning("%s: the target %s is %g in every row: there is nothing to learn.", table.name, name, values[0])
         elif len(np.unique(values)) <= min(FEW_VALUES, len(table) // 5) and not (target[:, place] % 1).any():
-            text = "%s: the target %s holds %d whole numbers alone. If they are classes: %s"
+            text = "%s: the target %s takes only %d values, whole numbers. If they are classes: %s"
             log.warning(text, table.name, name, len(np.unique(values)), CLASSES)
     for one, other in sorted(pairs, key=lambda pair: pair[1] < features.shape[1]):
         if other < features.shape[1]:
-            log.warning("%s: the columns %s and %s are the same.", table.name, names[one], names[other])
+            log.warning("%s: the columns %s and %s are identical.", table.name, names[one], names[other])
         else:
-            log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, names[one], names[other])
+            log.warning(
+                "%s: %s is a copy of the target %s. To leave it out: data.exclude=[%s].",
+                table.name,
+                names[one],
+                names[other],
+            )
 
     def is_identifier(name: str) -> bool:
         values = features[:, table.feature_names.index(name)]
@@ -472,5 +477,5 @@ def _warn(table: Table | StoredTable, asked: Reading, chunks: Callable[[], Itera
 
     found = [name for name in table.feature_names if IDENTIFIER.fullmatch(name) and is_identifier(name)]
     if found and asked.features is None and len(found) < len(table.feature_names):
-        text = "%s: %s: another whole number in every row. If it says nothing about the target: data.exclude=[%s]."
+        text = "%s: every row has its own %s. If that says nothing about the target, leave it out: data.exclude=[%s]."
         log.warning(text, table.name, listed(found), ",".join(found))

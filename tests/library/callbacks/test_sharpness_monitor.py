@@ -400,7 +400,7 @@ class NoLoss(Automatic):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (TwoOptimizers, "there is not one optimizer"),
+        (TwoOptimizers, "there are several optimizers"),
         (OneArgument, "OneArgument has no method `loss(batch)`: add one, or give the callback `loss=`"),
         (ManualWithoutLoss, "ManualWithoutLoss has no method `loss(batch)`: add one"),
         (Sparse, "a gradient is sparse"),

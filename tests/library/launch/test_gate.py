@@ -134,4 +134,4 @@ def test_flags_may_stand_anywhere_and_values_hold_any_text(script: Callable[...,
 def test_a_number_where_text_is_wanted_is_answered_with_the_way_to_write_it(script: Callable[..., Outcome]) -> None:
     refused = script("train", "data.path=1992")
     assert refused.code == 1
-    assert """As text it is written in both quotes: 'data.path="1992"'.""" in refused.err
+    assert """To pass it as text, use both kinds of quotes: 'data.path="1992"'.""" in refused.err

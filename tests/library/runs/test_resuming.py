@@ -51,7 +51,7 @@ def test_a_run_that_another_process_works_on_is_left_alone(script: Script, stopp
     with FileLock(stopped / LOCK):
         ended = script("train", "resume=run")
     assert ended.code == 1
-    assert ended.err.startswith(f"error: Another process works on '{stopped}'. Wait until it ends, or stop it")
+    assert ended.err.startswith(f"error: Another process is working on '{stopped}'. Wait until it ends, or stop it")
     assert len(ended.err.splitlines()) == 1
     assert (stopped / LAST).read_bytes() == before
     assert script("train", "resume=run").code == 0
@@ -113,7 +113,7 @@ def test_a_table_in_a_file_is_resumed_to_the_bit(script: Script, run: Path) -> N
         (["model=manual", "resume_override=[model]"], r"another model: .*LinearRegression there, .*ManualLinear"),
         (["seed=4", "resume_override=[seed]"], r"Cannot change `seed` .* seed is 0 in the run, got 4"),
         (["data=diabetes"], r"Cannot change `data` .* data is table in the run, got diabetes"),
-        (["resume_override=[lr]"], r"`resume_override` must name keys that are set beside it, got 'lr'"),
+        (["resume_override=[lr]"], r"`resume_override` must name keys that the same command sets, got 'lr'"),
     ],
 )
 def test_what_differs_from_the_run_is_refused_with_both_values(
@@ -140,7 +140,7 @@ def test_a_table_that_has_changed_since_is_refused(script: Script, stopped: Path
     file.write_text(file.read_text().replace("\n5,5,", "\n5,5.5,"))
     ended = script("train", "resume=run")
     assert ended.code == 1
-    assert "another set of data: a, b → y, 40 rows, sha256 " in ended.err
+    assert "different set of data: a, b → y, 40 rows, sha256 " in ended.err
 
 
 def test_another_runs_checkpoint_is_refused(script: Script, stopped: Path) -> None:
@@ -149,7 +149,7 @@ def test_another_runs_checkpoint_is_refused(script: Script, stopped: Path) -> No
         shutil.copy(stopped.parent / "other" / "checkpoints" / f"{name}.ckpt", stopped / "checkpoints")
     ended = script("train", "resume=run")
     assert ended.code == 1
-    assert "made with another set of weights" in ended.err
+    assert "made with a different set of weights" in ended.err
 
 
 def test_other_versions_are_told_of_and_what_cannot_be_loaded_is_one_message(script: Script, stopped: Path) -> None:
