@@ -111,7 +111,7 @@ def test_nothing_is_written_by_either(script: Script, run: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("evaluate", [], "`run` must be given, there is no default: run=…"),
+        ("evaluate", [], "`run` must be given, since it has no default: run=…"),
         ("evaluate", ["run=nowhere"], "`run` must be the folder of a run, outputs/runs/…, got 'nowhere'"),
         ("evaluate", ["rum=x"], "`rum` is not a key. Did you mean `run`?"),
         ("predict", ["run={run}", "data.path=none.csv"], "`data.path` must name a CSV or Parquet file, got 'none.csv'"),

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import gc
 import logging
+import math
 import os
 import re
 import shlex
@@ -214,7 +215,9 @@ def _above(least: float, excess: float) -> str:
 
 
 def overfitting(result: Result) -> list[str]:
-    """Returns a line where the validation loss is more than twice the training loss, and not next to nothing.
+    """Returns a line where the validation loss L is more than twice the training loss, and not next to nothing.
+
+    Of n rows L counts as L − L/√n, since their noise may be the reason. How often that is right: docs/verdict.md.
 
     Example:
         >>> seen = Result("completed", monitor="val/loss", metrics={"train/loss": 0.25, "val/loss": 1.0})
@@ -226,7 +229,8 @@ def overfitting(result: Result) -> list[str]:
     monitor = result.monitor or ""
     counterpart = f"train/{monitor.partition('/')[2]}"
     train, value = result.metrics.get(counterpart, 0.0), result.metrics.get(monitor, 0.0)
-    is_much = value > OVERFITTED * train > 0 and value > 0.01 * result.evidence.get("first_loss", 0.0)
+    surely = value * (1 - 1 / math.sqrt(result.num_validation_rows or math.inf))
+    is_much = surely > OVERFITTED * train > 0 and value > 0.01 * result.evidence.get("first_loss", 0.0)
     if result.status != "completed" or result.mode != "min" or not is_much:
         return []
     factor = f"{value / train:.2g} ×"

@@ -25,7 +25,7 @@ from downslope.tables.stored import WINDOW, Store, StoredTable, free_memory
 log = logging.getLogger(__name__)
 
 INDEX = re.compile(r"rownames|Unnamed: \d+|__index_level_\d+__")  # row numbers, as R and pandas write them
-IDENTIFIER = re.compile(r"(.*[\W_])?(?i:id|idx|index|nr|no|row)|.*[a-z]I[dD]")
+IDENTIFIER = re.compile(r"(.*[\W_])?(?i:id|idx|index|nr|no)|.*[a-z]I[dD]")
 CLASSES = "make new NAME=…, with experiment=digits as the pattern."
 FEW_VALUES = 10  # of a target of whole numbers: they may be classes
 ROWS_AT_ONCE = 65_536
@@ -464,12 +464,8 @@ def _warn(table: Table | StoredTable, asked: Reading, chunks: Callable[[], Itera
         if other < features.shape[1]:
             log.warning("%s: the columns %s and %s are identical.", table.name, names[one], names[other])
         else:
-            log.warning(
-                "%s: %s is a copy of the target %s. To leave it out: data.exclude=[%s].",
-                table.name,
-                names[one],
-                names[other],
-            )
+            text = "%s: %s is a copy of the target %s. To leave it out: data.exclude=[%s]."
+            log.warning(text, table.name, names[one], names[other], names[one])
 
     def is_identifier(name: str) -> bool:
         values = features[:, table.feature_names.index(name)]
@@ -477,5 +473,5 @@ def _warn(table: Table | StoredTable, asked: Reading, chunks: Callable[[], Itera
 
     found = [name for name in table.feature_names if IDENTIFIER.fullmatch(name) and is_identifier(name)]
     if found and asked.features is None and len(found) < len(table.feature_names):
-        text = "%s: every row has its own %s. If that says nothing about the target, leave it out: data.exclude=[%s]."
+        text = "%s: different whole numbers in every row: %s. If it is an identifier, leave it out: data.exclude=[%s]."
         log.warning(text, table.name, listed(found), ",".join(found))

@@ -238,5 +238,5 @@ def test_a_rate_of_zero_is_no_reason_to_be_off(tmp_path: Path, caplog: pytest.Lo
 def test_without_an_optimizer_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert curves(tmp_path, Untrained()) == {}
     assert [each.partition(", ")[2] for each in said(caplog)] == [
-        "is off, like everything that evaluates a step's loss again: there is no optimizer."
+        "like everything that evaluates a step's loss again: there is no optimizer."
     ]

@@ -138,6 +138,21 @@ def test_what_makes_a_task_too_easy_or_no_regression_is_warned_of(
     ]
 
 
+def test_a_column_of_identifiers_is_a_feature_that_is_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "Id,rooms,paid,y\n" + "".join(f"{i},{i % 7},{i * 3},{i / 7}\n" for i in range(20))
+    assert read(tmp_path, text).feature_names == ("Id", "rooms", "paid")
+    (line,) = caplog.messages
+    assert line.startswith("t: different whole numbers in every row: Id.")
+    assert line.endswith("leave it out: data.exclude=[Id].")
+    caplog.clear()
+    read(tmp_path, text, exclude=["Id"])
+    read(tmp_path, text, features=["Id", "rooms"])
+    read(tmp_path, text.replace("Id", "year"))
+    assert caplog.messages == []
+
+
 def test_a_negative_weight_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"row 2 \(line 3\) must have a weight of at least 0, got -1"):
         read(tmp_path, "a,y,w\n1,2,1\n3,4,-1\n", weight="w")
