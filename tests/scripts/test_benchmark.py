@@ -98,3 +98,14 @@ def test_what_cannot_be_measured_is_refused_in_words(arguments):
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith("benchmark.py: error: argument")
     assert not process.stdout
+
+
+def test_rules_are_judged_on_tables_whose_true_loss_is_known():
+    process = run("rules", "--quick")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    assert [row.pop("rule") for row in rows] == ["best of six rates", "over-fitting"]
+    for row in rows:
+        said, wrongly, to_be_said, of_these = map(int, row.values())
+        assert said >= of_these + wrongly * (row is rows[1])
+        assert to_be_said >= of_these > 0

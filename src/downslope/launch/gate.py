@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from downslope.launch.checks import check_additions, check_nodes, check_settings, check_values
 from downslope.runs.command_line import typed
 from downslope.runs.configuration import hydra_config
-from downslope.runs.console import explain, refusing, say
+from downslope.runs.console import explain, refusing, say, shortest
 from downslope.runs.folder import check_unused, is_main_process, lock
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.plain_files import check_regular
@@ -107,7 +107,7 @@ class Gate(Callback):
             ended = load_run_configuration(config, trusted) if config.get("resume") else None
             if ended:
                 step = f"{ended.num_optimizer_steps:,}, {ended.status}"
-                say(f"{config.resume} ended at step {step}: there is nothing left to do.")
+                say(f"{shortest(Path(config.resume))} ended at step {step}: there is nothing left to do.")
                 if ended.status == "diverged":
                     say("To try a smaller lr, start a new run: the same command without resume=.")
                 else:

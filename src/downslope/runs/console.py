@@ -196,7 +196,7 @@ def print_result(result: Result, folder: Path) -> None:
     sentence = result.evidence.get("sentence", "")
     lines += textwrap.wrap(sentence, 118, initial_indent="  verdict   ", subsequent_indent=" " * 12)
     lines += overfitting(result)
-    run, again = _shortest(folder), ""
+    run, again = shortest(folder), ""
     lines += ["", f"  run       {run}"]
     if (folder / "checkpoints" / "best.ckpt").is_file():
         lines.append(f"  best      python scripts/evaluate.py run={run}   (above: the last weights)")
@@ -243,7 +243,7 @@ def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
     if any((folder / "checkpoints").glob("*.ckpt")):
         what = "saved" if saved else "not saved: the steps since the last checkpoint are lost, and will be taken again"
         say(f"  stopped   at step {result.num_optimizer_steps:,}, {what}")
-        say(f"  resume    python scripts/train.py resume={_shortest(folder)}")
+        say(f"  resume    python scripts/train.py resume={shortest(folder)}")
     else:
         say("  stopped   before anything was saved")
 
@@ -265,8 +265,8 @@ def metric_lines(metrics: Mapping[str, float]) -> list[str]:
     return [f"  {name:<9} {'   '.join(values)}" for name, values in lines.items()]
 
 
-def _shortest(folder: Path) -> Path:
-    """As it is typed where the command was: `hydra.job.chdir` leads away from there."""
+def shortest(folder: Path) -> Path:
+    """Returns a folder as it is typed where the command was: `hydra.job.chdir` leads away from there."""
     here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 

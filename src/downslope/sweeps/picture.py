@@ -68,10 +68,10 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
     paint(axes)
     values = [] if grid else [job.objective for line in lines.values() for job in line if math.isfinite(job.objective)]
     _scale(axes, "x", [job.learning_rate or 0.0 for line in lines.values() for job in line])
-    if not grid:
-        _scale(axes, "y", values)
     if is_curve:
         _scale_of_most(axes, values)
+    if not grid:
+        _scale(axes, "y", values)
     axes.set_title(_headline(jobs, averages, objective), loc="left", pad=22, color=INK, fontsize=13, fontweight="bold")
     drawn = [] if grid else [job for job in jobs if not (is_curve and job.status == "diverged")]
     _legend(axes, drawn, len(lines) > 1 and not grid)
@@ -125,7 +125,7 @@ def _draw_regions(axes: "Axes", line: Sequence[Job]) -> None:
     where: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "color": INK, "fontsize": 9}
     if good and judged_by(line)[1] == "min":
         axes.axvspan(good[0], good[-1], color=LINES[2], alpha=0.15, linewidth=0)
-        words = f"{NEARLY - 1:.0%} from the best:\n{good[0]:.3g} to {good[-1]:.3g}"
+        words = f"within {NEARLY - 1:.0%} of the best:\n{good[0]:.3g} to {good[-1]:.3g}"
         axes.annotate(words, (good[0], 0.98), (-6, 0), ha="right", va="top", **where)
     if bad:
         axes.axvspan(bad[0], bad[-1], color=LINES[1], alpha=0.15, linewidth=0)
