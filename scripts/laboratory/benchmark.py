@@ -56,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
     elif options.benchmark == "rules":
         from benchmarks.rules import rules
 
-        rules(num_tables=40 if options.quick else 2000)
+        rules(num_tables=300 if options.quick else 2000)
     elif options.benchmark == "checkpoints":
         from benchmarks.checkpoints import checkpoints
 

@@ -204,7 +204,7 @@ def test_a_task_is_trained_evaluated_and_asked_for_predictions(
     else:
         assert evaluated.code == 1
         assert re.fullmatch(
-            r"error: `run` .*`validation_step`.*`test_step`.*: GAN on ShapesData have not\.\n", evaluated.err
+            r"error: `run` .*`validation_step`.*`test_step`.*: GAN on ShapesData do not\.\n", evaluated.err
         )
     predicted = run("predict", f"run={folder}")
     if task.predicted:
@@ -215,7 +215,7 @@ def test_a_task_is_trained_evaluated_and_asked_for_predictions(
     else:
         assert predicted.code == 1
         assert predicted.out == ""
-        assert re.fullmatch(r"error: `run` .*`predict_step`.*: GAN on ShapesData have not\.\n", predicted.err)
+        assert re.fullmatch(r"error: `run` .*`predict_step`.*: GAN on ShapesData do not\.\n", predicted.err)
     check_nothing_is_said_of_lines(*said, evaluated.out + evaluated.err, predicted.out + predicted.err)
 
 
