@@ -262,7 +262,7 @@ def test_a_task_is_swept_over_two_rates_and_reported(run: Run, tmp_path: Path, n
     assert (sweep / "learning_rate.png").is_file()
     page = (sweep / "report.html").read_text()
     if name != "forecast":
-        extreme = "greatest" if task.mode == "max" else "least"
+        extreme = "highest" if task.mode == "max" else "lowest"
         assert f"The {extreme} {task.monitor}, " in page
     texts = [(sweep / "sweep.csv").read_text(), re.sub(r"data:image/[^\"]*", "", page)]
     check_nothing_is_said_of_lines(ended.out, ended.err, *texts)

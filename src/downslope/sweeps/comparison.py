@@ -57,7 +57,7 @@ def rows_over_seeds(averages: Sequence[Average], monitor: str) -> list[dict[str,
     """Returns what a table says of them, by column."""
     return [
         {**each.overrides, "seeds": len(each.jobs), f"mean {monitor}": each.mean, "standard deviation": each.spread}
-        | {"least": min(found), "greatest": max(found)}
+        | {"lowest": min(found), "highest": max(found)}
         for each in averages
         for found in [[job.objective for job in each.jobs.values()]]
     ]
