@@ -190,7 +190,8 @@ class Run:
             text = "`monitor` names %s, which was never logged, so there is no objective. Logged: %s."
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
-            write_hparams(self.folder, *line_of(result))
+            step = self._trainer.global_step if self._trainer else 0  # a step that was taken back counts: beside test/…
+            write_hparams(self.folder, *line_of(result), step)
             result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
@@ -203,15 +204,15 @@ def num_rows(loader: Any) -> int | None:
     return None
 
 
-def line_of(result: Result) -> tuple[dict[str, Any], dict[str, float | None], int]:
-    """Returns what TensorBoard's HPARAMS say of a run: what was asked for, what came of it, and its steps."""
+def line_of(result: Result) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """Returns what TensorBoard's HPARAMS say of a run: what was asked for, and what came of it."""
     choices = HydraConfig.get().runtime.choices
     asked = {"lr": result.learning_rate, **{name: choices.get(name) for name in CHOICES}}
     asked["verdict"] = result.verdict or result.status
     came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
     if result.excess_loss is not None:
         came["train/excess_loss"] = result.excess_loss
-    return asked, came, result.num_optimizer_steps
+    return asked, came
 
 
 class Outside(Callback):

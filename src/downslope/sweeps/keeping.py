@@ -53,7 +53,10 @@ def keep(group: Group, sweep: Path, fit: Fit) -> dict[int, float]:
     def files() -> Iterator[dict[str, bytes]]:  # of one job at a time: those of all might not fit into memory
         for index, (result, curves) in enumerate(zip(results, _curves(fit), strict=True)):
             mine = _checkpoints(fit, index, result) if fit.checkpoint else {}
-            yield mine | ({event_file: curves + hparams_line(*line_of(result))} if group.config.logger else {})
+            if group.config.logger:
+                step = max(result.num_optimizer_steps, int(fit.members.stopped_at[index]))  # beside test/loss
+                mine[event_file] = curves + hparams_line(*line_of(result), step)
+            yield mine
 
     return _place(group, sweep, results, files())
 

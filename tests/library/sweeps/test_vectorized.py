@@ -82,6 +82,8 @@ def test_every_job_ends_where_an_ordinary_run_ends(
             assert losses == pytest.approx(their_losses, rel=1e-5, abs=1e-5 if "log10" in tag else 0)
             if "experiment=digits" not in task:  # whose module leaves it to Lightning, which counts from 0
                 assert steps == their_steps
+        if "experiment=digits" not in task:
+            assert scalars(run, "train/excess_loss")[0][0] == scalars(run, "test/loss")[0][0]
         theirs = scalars(expected[name], "gradient_norm/total")
         assert dict(scalars(run, "gradient_norm/total")) == pytest.approx(dict(theirs), rel=1e-5)
         for file in ("config.yaml", "overrides.yaml"):
