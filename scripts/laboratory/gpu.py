@@ -13,30 +13,29 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
+import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
-from lightning import Callback, LightningModule, Trainer, seed_everything
+from benchmarks.large_models import Layers, fit, gpt2, layers, observers
+from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
-from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch import Tensor
 from tqdm import tqdm
 
-from downslope.callbacks import (
-    CriticalLearningRate,
-    FlightRecorder,
-    GradientMonitor,
-    LearningRateEffects,
-    VerdictMonitor,
-)
+from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects
+from downslope.logs.tensorboard import TensorBoard
 
 ROOT = Path(__file__).parents[2]
 LAST = "checkpoints/last.ckpt"
 FLOAT32 = 1e-4  # other sums, in another order
+LONGEST = 120  # seconds, of a process
+AT_ONCE = max(1, (os.cpu_count() or 1) // 2)  # processes: most of what they do is to start
 
 
 @dataclass
@@ -59,7 +58,7 @@ class Place:
     def train(self, name: str, *overrides: str, device: str | None = None, expected: int = 0) -> Path:
         """Trains by the script, in a folder of this name, which is returned."""
         command = self.command(name, *overrides, device=device)
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
         assert ended.returncode == expected, f"{name}: exit code {ended.returncode}: {ended.stderr[-500:]}"
         return self.folder / name
 
@@ -84,28 +83,37 @@ def same(one: Path, other: Path) -> bool:
 def trains(place: Place) -> str:
     """Each model in each precision, on the device that was asked for."""
     models = {"automatic": [], "manual": ["model=manual"], "digits": ["experiment=digits", "trainer.max_epochs=8"]}
-    for (model, chosen), precision in itertools.product(models.items(), ("32-true", "16-mixed", "bf16-mixed")):
-        if place.device == "cpu" and precision == "16-mixed":
-            continue  # there is no scaler there
-        run = place.train(f"{model}_{precision}", *chosen, f"+trainer.precision={precision}")
+    precisions = ["32-true", "bf16-mixed", *(["16-mixed"] if place.device == "gpu" else [])]  # else there is no scaler
+    pairs = [*itertools.product(models, precisions)]
+
+    def train(model: str, precision: str) -> Path:
+        return place.train(f"{model}_{precision}", *models[model], f"+trainer.precision={precision}")
+
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        runs = [*pool.map(lambda pair: train(*pair), pairs)]
+    for (model, _), run in zip(pairs, runs, strict=True):
         result = json.loads((run / "result.json").read_text())
         assert result["status"] == "completed", result
         assert result["device"].startswith(place.torch_device), result["device"]
         if model == "digits":
             assert result["metrics"]["test/accuracy"] > 0.9, result["metrics"]
     automatic = json.loads((place.train("auto", device="auto") / "result.json").read_text())
-    return f"3 models × 3 precisions completed; device=auto took {automatic['device']}"
+    return f"3 models × {len(precisions)} precisions completed; device=auto took {automatic['device']}"
 
 
 def repeats(place: Place) -> str:
     """The same command twice, automatic and manual, and with no observer."""
-    for chosen in ([], ["optimizer=adam"], ["experiment=digits", "trainer.max_epochs=5"]):
-        name = "_".join(chosen).replace("=", "-") or "sgd"
-        first = place.train(f"first_{name}", *chosen)
-        assert same(first, place.train(f"second_{name}", *chosen)), f"{name}: another end the second time"
-        assert same(first, place.train(f"bare_{name}", *chosen, "callbacks=checkpoints")), (
-            f"{name}: observers changed it"
-        )
+    tasks = {"sgd": [], "adam": ["optimizer=adam"], "digits": ["experiment=digits", "trainer.max_epochs=5"]}
+    runs = {
+        f"{again}_{name}": [*chosen, *(["callbacks=checkpoints"] if again == "bare" else [])]
+        for (name, chosen), again in itertools.product(tasks.items(), ("first", "second", "bare"))
+    }
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        [*pool.map(lambda name: place.train(name, *runs[name]), runs)]
+    for name in tasks:
+        first, second, bare = (place.folder / f"{again}_{name}" for again in ("first", "second", "bare"))
+        assert same(first, second), f"{name}: another end the second time"
+        assert same(first, bare), f"{name}: observers changed it"
     assert same(place.folder / "first_sgd", place.train("by_hand", "model=manual")), "manual is not automatic"
     return "the same bits twice, with and without observers, automatic and manual"
 
@@ -121,7 +129,7 @@ def resumes(place: Place) -> str:
     assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {process.returncode}"
     step = torch.load(killed / LAST, weights_only=True, map_location="cpu")["global_step"]
     command = [sys.executable, "scripts/train.py", f"resume={killed}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
     assert ended.returncode == 0, ended.stderr[-500:]
     assert same(whole, killed), "the resumed run ends in other bits"
     return f"SIGKILL at step {step}, resumed to the same bits"
@@ -132,7 +140,7 @@ def sweeps(place: Place) -> str:
     sweep = place.folder / "sweep"
     devices = f"device=cpu,{place.device}" if place.device != "cpu" else "device=cpu"
     command = [sys.executable, "scripts/train.py", "-m", devices, "lr=0.01,0.1", f"hydra.sweep.dir={sweep}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
     assert ended.returncode == 0, ended.stderr[-500:]
     worst = 0.0
     for rate in ("0.01", "0.1"):
@@ -163,177 +171,162 @@ def many_at_once(place: Place) -> str:
     return f"100 rates in {seconds:.0f} s; a member differs from its run by {worst:.1e}"
 
 
-class Layers(LightningModule):
-    """Layers of one width under a mean squared error, or a transformer of GPT-2's size."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def loss(self, batch: Tensor) -> Tensor:
-        """Returns the mean square of what comes out."""
-        loss: Tensor = self.network(batch).float().square().mean()
-        return loss
-
-    def training_step(self, batch: Tensor) -> Tensor:
-        return self.loss(batch)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(self.parameters(), lr=1e-4)
+def diverges(place: Place) -> str:
+    """A run that blows up says so; a batch that is not finite is taken back to the bit, or ends the run a step late."""
+    run = place.train("diverges", "experiment=diverge", expected=3)
+    word = json.loads((run / "result.json").read_text())["verdict"]
+    assert word in ("diverging", "too_large", "non_finite"), word
+    batches = [*torch.randn(10, 32, 64)]
+    before = fit(place.device, lambda: Layers(3, 64), batches[:6])
+    batches[6] = batches[6] * float("inf")
+    recorder = FlightRecorder(folder=str(place.folder), mode="exact")
+    taken_back = fit(place.device, lambda: Layers(3, 64), batches, recorder)
+    assert all(map(torch.equal, before.parameters(), taken_back.parameters())), "not the weights before the step"
+    late = FlightRecorder(folder=str(place.folder), mode="late")
+    steps = fit(place.device, lambda: Layers(3, 64), batches, late).trainer.global_step
+    assert late.diverged, "late: it was not seen"
+    assert steps <= 8, f"late: ended after {steps} steps only"
+    return f"{word}; exact: the weights of step 6 to the bit; late: ended after {steps} of 10 steps"
 
 
 class Recorder(Callback):
-    """Gradient norms in float64 on the CPU, parameter by parameter: nothing of ours."""
+    """What our observers measure, in float64 on the CPU: nothing of ours."""
 
     def __init__(self) -> None:
-        self.norms: list[float] = []
+        self.rows: list[dict[str, float]] = []
+        self._gradient: Tensor | None = None
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        gradients = [parameter.grad for parameter in pl_module.parameters() if parameter.grad is not None]
-        squares = [gradient.cpu().double().square().sum() for gradient in gradients]
-        self.norms.append(float(torch.stack(squares).sum().sqrt()))
+        self._before = _vector(pl_module.parameters())
+        self._last, self._gradient = self._gradient, _vector(each.grad for each in pl_module.parameters())
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        gradient, step = self._gradient, _vector(pl_module.parameters()) - self._before
+        assert gradient is not None
+        row = {
+            "gradient_norm/total": gradient.norm(),
+            "update_ratio/total": step.norm() / self._before.norm(),
+            "learning_rate_effect/effective": step.norm() / gradient.norm(),
+        }
+        if self._last is not None:
+            row["learning_rate_effect/gradient_cosine"] = torch.cosine_similarity(gradient, self._last, dim=0)
+        self.rows.append({tag: float(value) for tag, value in row.items()})
 
 
-class Clock(Callback):
-    """The seconds of each step after the first, the device waited for."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-
-    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
-        _wait()
-        self._start = time.perf_counter()
-
-    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
-        _wait()
-        self.seconds.append(time.perf_counter() - self._start)
-
-
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def fit(
-    place: Place,
-    network: Callable[[], nn.Module],
-    shape: Sequence[int],
-    steps: int,
-    *callbacks: Callback,
-    **settings: Any,
-) -> LightningModule:
-    """Trains a network on fixed random batches."""
-    seed_everything(0, verbose=False)
-    rows: Any = torch.randn(steps, *shape)  # a tensor is a dataset of its rows
-    batches: DataLoader[Tensor] = DataLoader(rows, batch_size=None)
-    module = Layers(network())
-    trainer = Trainer(
-        max_epochs=1, accelerator=place.device, devices=1, callbacks=list(callbacks), enable_progress_bar=False,
-        enable_model_summary=False, enable_checkpointing=False, **{"logger": False, **settings},
-    )  # fmt: skip
-    trainer.fit(module, batches)
-    return module
-
-
-def mlp() -> nn.Module:
-    """Returns 20 tensors: ten layers of 1024 units."""
-    return nn.Sequential(*itertools.chain(*((nn.Linear(1024, 1024), nn.Tanh()) for _ in range(10))))
-
-
-def gpt2() -> nn.Module:
-    """Returns a transformer of GPT-2's size, 12 layers of 768 units, without its table of words: 85 million."""
-    layer = nn.TransformerEncoderLayer(768, 12, 3072, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-    return nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+def _vector(tensors: Any) -> Tensor:
+    return torch.cat([each.detach().flatten().cpu().double() for each in tensors])
 
 
 def figures(place: Place) -> str:
-    """The gradient norm of every step against an independent recorder; the weights with and without."""
-    recorder, folder = Recorder(), place.folder / "figures"
-    logger = CSVLogger(folder, name="", version="")
-    watched = fit(
-        place, mlp, (64, 1024), 20, GradientMonitor(every_n_steps=1), recorder, logger=logger, log_every_n_steps=1
-    )
-    bare = fit(place, mlp, (64, 1024), 20)
-    assert all(torch.equal(*pair) for pair in zip(watched.parameters(), bare.parameters(), strict=True))
-    lines = (folder / "metrics.csv").read_text().splitlines()
-    column = lines[0].split(",").index("gradient_norm/total")
-    logged = [float(line.split(",")[column]) for line in lines[1:] if line.split(",")[column]]
-    worst = max(abs(one / other - 1) for one, other in zip(logged, recorder.norms, strict=True))
-    assert worst < FLOAT32, f"a gradient norm is off by {worst:.1e}"
-    return f"20 gradient norms within {worst:.1e} of float64's; the same bits without observers"
+    """Figures of every step against an independent recorder in float64; the weights with all observers and without."""
+    batches, worst = [*torch.randn(20, 64, 512)], 0.0
+    for num_layers in (2, 6):  # half a million elements, which wait to be worked on, and more than a million
+        recorder, folder = Recorder(), place.folder / f"figures{num_layers}"
+        measured = [GradientMonitor(every_n_steps=1), LearningRateEffects(every_n_steps=1)]
+        logger = CSVLogger(folder, name="", version="")
+        network = lambda: Layers(num_layers, 512)  # noqa: B023, E731
+        fit(place.device, network, batches, *measured, recorder, logger=logger, log_every_n_steps=1)
+        lines = (folder / "metrics.csv").read_text().splitlines()
+        header = lines[0].split(",")
+        logged = [dict(zip(header, line.split(","), strict=True)) for line in lines[1:]]
+        logged = [row for row in logged if row["gradient_norm/total"]]
+        for row, expected in zip(logged, recorder.rows, strict=True):
+            worst = max(
+                worst, *(abs(float(row[tag]) - value) / max(abs(value), 0.01) for tag, value in expected.items())
+            )
+        assert worst < FLOAT32, f"a figure is off by {worst:.1e}"
+        bare = fit(place.device, network, batches)
+        watched = fit(place.device, network, batches, *observers(place.folder, 1).values())
+        assert all(map(torch.equal, watched.parameters(), bare.parameters())), "observers changed it"
+    return f"norms, ratios, rates, cosines of 2 × 20 steps within {worst:.1e}; the same bits without observers"
 
 
-def observers(folder: Path, every_n_steps: int) -> list[Callback]:
-    """Returns the default observers."""
-    return [
-        GradientMonitor(every_n_steps=every_n_steps),
-        LearningRateEffects(every_n_steps=every_n_steps),
-        CriticalLearningRate(),
-        FlightRecorder(folder=str(folder)),
-        VerdictMonitor(),
-    ]
+class Waits(Callback):
+    """Where the device is waited for within a stretch of steps in which nothing has to be."""
+
+    def __init__(self) -> None:
+        self.places: set[str] = set()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if torch.cuda.is_available() and batch_idx in (55, 85):  # between two judgements, after the first steps' looks
+            torch.cuda.set_sync_debug_mode("warn" if batch_idx == 55 else "default")
+
+    def listen(self, message: Warning | str, *_: Any) -> None:
+        """Takes the place of what shows warnings."""
+        if "synchronizing" in str(message):
+            ours = [each for each in traceback.extract_stack() if str(Path("src/downslope")) in each.filename]
+            self.places.update(f"{Path(each.filename).name}:{each.lineno}" for each in ours[-1:])
 
 
-def cost(place: Place, network: Callable[[], nn.Module], shape: Sequence[int], **settings: Any) -> str:
-    """Time added to a step, by the clock, in turn; and the most memory held beside the bare run's."""
-    steps, kinds = (110, (None, 50, 1)) if place.device == "gpu" else (6, (None, 1))
-    seconds: dict[int | None, list[float]] = {kind: [] for kind in kinds}
-    memory: dict[int | None, int] = {}
-    for _, kind in itertools.product(range(2), kinds):
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats()
-        clock, watching = Clock(), observers(place.folder, kind) if kind else []
-        fit(place, network, shape, steps, *watching, clock, **settings)
-        seconds[kind] += clock.seconds[len(clock.seconds) // 10 :]
-        memory[kind] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
-    size = sum(parameter.nbytes for parameter in network().parameters())
-    bare = sum(seconds[None]) / len(seconds[None])
-    words = [f"step {1000 * median(seconds[None]):.2f} ms"]
-    for kind in kinds[1:]:
-        more, held = sum(seconds[kind]) / len(seconds[kind]) / bare - 1, (memory[kind] - memory[None]) / size
-        words.append(f"every {kind}: {more:+.0%}, {held:.1f} P")
-    return "; ".join(words)
+def waits(place: Place) -> str:
+    """Steps that are measured, and those that are not, wait for nothing."""
+    for every in (1, 50):
+        listener = Waits()
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.showwarning = listener.listen  # type: ignore[assignment]
+            known = observers(place.folder, every)
+            known["FlightRecorder"] = FlightRecorder(folder=str(place.folder), mode="late")
+            logger = TensorBoard(str(place.folder / f"waits{every}"))
+            fit(
+                place.device,
+                lambda: Layers(6, 512),
+                [torch.randn(64, 512)] * 90,
+                *known.values(),
+                listener,
+                logger=logger,
+            )
+        assert not listener.places, f"every {every}: {', '.join(sorted(listener.places))}"
+    return "no synchronisation of ours in 30 steps, all measured, or none" if torch.cuda.is_available() else "not asked"
 
 
-def small_network(place: Place) -> str:
-    """What observing costs a network of ten layers of 1024 units, batch 1024."""
-    return cost(place, mlp, (1024, 1024))
+SCRIPTS = {check.__name__: check for check in (trains, repeats, resumes, sweeps, many_at_once)}  # side by side
+OWN = {check.__name__: check for check in (diverges, figures, waits)}
+COSTS = {model.__name__: model for model in (layers, gpt2)}
 
 
-def large_network(place: Place) -> str:
-    """What observing costs a transformer of GPT-2's size in bf16, 8 × 512."""
-    return cost(place, gpt2, (8, 512, 768), precision="bf16-mixed")
+def checks(place: Place, only: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
+    """Runs each check: its title, what it says or why it failed, whether it held."""
 
-
-def checks(place: Place) -> Iterator[tuple[Callable[[Place], str], str, bool]]:
-    """Runs each check: what it says, or why it failed."""
-    known = [trains, repeats, resumes, sweeps, many_at_once, figures, small_network]
-    for check in tqdm([*known, *([large_network] if place.device == "gpu" else [])], desc=place.device):
+    def attempt(check: Callable[[Place], str]) -> tuple[str, str, bool]:
+        title = " ".join((check.__doc__ or "").split()).rstrip(".")
         try:
-            yield check, check(place), True
+            return title, check(place), True
         except Exception as error:
-            yield check, f"**failed**: {error}", False
+            return title, f"**failed**: {error!r}", False
+
+    scripts, own = ([check for name, check in known.items() if name in only] for known in (SCRIPTS, OWN))
+    with ThreadPoolExecutor(len(SCRIPTS) if place.device == "gpu" else 1) as pool:
+        progress = tqdm(total=len(scripts) + len(own), desc=place.device)
+        for row in itertools.chain(pool.map(attempt, scripts), map(attempt, own)):
+            progress.update()
+            yield row
 
 
 def main() -> int:
-    """Prints the table; returns 1 where a check failed."""
+    """Prints the tables; returns 1 where a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
+    known = (*SCRIPTS, *OWN, *COSTS)
+    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
     arguments = parser.parse_args()
     if arguments.device == "gpu" and not torch.cuda.is_available():
         print("error: there is no GPU here that torch can use; --device cpu tries the script itself.", file=sys.stderr)
         return 1
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic products
-    start = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        rows = list(checks(Place(arguments.device, Path(folder))))
     name = torch.cuda.get_device_name() if arguments.device == "gpu" else "CPU"
-    print(f"\n| on {name}, torch {torch.__version__} | |\n|---|---|")
-    for check, words, _ in rows:
-        print(f"| {' '.join((check.__doc__ or '').split()).rstrip('.')} | {words} |")
-    print(f"\n{time.perf_counter() - start:.0f} s: `python scripts/laboratory/gpu.py --device {arguments.device}`")
-    return int(not all(succeeded for *_, succeeded in rows))
+    start, held = time.perf_counter(), True
+    with tempfile.TemporaryDirectory() as folder:
+        print(f"\n| on {name}, torch {torch.__version__} | |\n|---|---|")
+        for title, words, holds in checks(Place(arguments.device, Path(folder)), arguments.only):
+            print(f"| {title} | {words} |", flush=True)
+            held = held and holds
+        for model in (COSTS[each] for each in COSTS if each in arguments.only):
+            title = (model.__doc__ or "").rstrip(".")
+            print(f"\n| {title} | first 100 steps | later | held | at most |\n|---|---|---|---|---|")
+            print(*model(arguments.device, Path(folder)), sep="\n", flush=True)
+    print(f"\n{time.perf_counter() - start:.0f} s: `python {' '.join(['scripts/laboratory/gpu.py', *sys.argv[1:]])}`")
+    return int(not held)
 
 
 if __name__ == "__main__":

@@ -50,8 +50,9 @@ class FlightRecorder(Observer):
     - exact: The step is taken back: parameters, optimizer state and buffers are, to the bit, those before it. So all of
       these are copied before each step, into as much memory again (3 times the parameters' under Adam), and on a GPU
       each judgement waits for the step. `trainer.global_step` counts the step that was taken back.
-    - late: Nothing is copied, and nothing waited for: a step is judged when the next one is done. The weights stay as
-      the two have left them, and the last checkpoint is one of before.
+    - late: Nothing is copied, and nothing waited for: a step is judged when the next one is done, by its loss and its
+      gradients, and by its weights before these are saved. They stay as the steps have left them, and the last
+      checkpoint is one of before.
 
     It is judged when the step is done, because a finite gradient can still overflow a weight, and LBFGS tries several.
     With several processes a judgement is one exchange: `every_n_steps` makes them rarer. A step that a GradScaler skips
@@ -238,7 +239,8 @@ class FlightRecorder(Observer):
         rates = [float(group["lr"]) for group in step.optimizer.param_groups if group.get("lr") is not None]
         measured.optimizer, measured.learning_rate = step.name, rates[0] if len(rates) == 1 else rates or None
         measured.arrived, self._arrived = self._arrived, None
-        self._look(lambda: self._norms.measure(step, measured))
+        is_whole = not self._is_late or not step.count
+        self._look(lambda: self._norms.measure(step, measured, parameters=is_whole))
         if self._is_quick or not self._automatic:  # otherwise it comes with what `training_step` returns
             measured.loss, self._loss = self._loss, None
         if not self._is_quick:
@@ -314,6 +316,7 @@ class FlightRecorder(Observer):
     def judge(self) -> None:
         """Judges the steps that wait for it: whoever saves the weights asks first."""
         if self._is_attached and self._unjudged:
+            self._attempt(self._look, lambda: self._norms.look_again(self._unjudged[-1]))
             self._attempt(self._judge, len(self._unjudged))
 
     def _judge(self, num_steps: int) -> None:
@@ -357,8 +360,11 @@ class FlightRecorder(Observer):
         loss = measured.loss
         if first is None or loss is None:
             return None
-        if self.diverged_beyond * abs(first[0]) < loss < inf and measured.size() < GROWN * first[1]:
-            first = self._first[measured.optimizer or ""] = (float(loss), measured.size())
+        if self.diverged_beyond * abs(first[0]) < loss < inf:
+            self._norms.look_again(measured)
+            measured.read()
+            if (size := measured.size()) < GROWN * first[1]:
+                first = self._first[measured.optimizer or ""] = (float(loss), size)
         return first[0]
 
     def _agree(self, diagnosis: Diagnosis | None) -> tuple[bool, bool]:

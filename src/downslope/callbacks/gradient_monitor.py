@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from downslope.gradients.norms import part_norms, total_norm
+from downslope.gradients.norms import norms, part_norms, total_norm
 from downslope.gradients.vectors import flat, num_elements
-from downslope.logs.tensorboard import Measurement, step_writer
+from downslope.logs.tensorboard import MANY, Measurement, step_writer
 from downslope.steps.due import check_count, is_due
 from downslope.steps.observer import Observer
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames
@@ -74,7 +74,7 @@ class GradientMonitor(Observer):
         if not self._writer.is_open:
             return
         self._names = ParameterNames(module)
-        self._plans: dict[object, tuple[Measurement, dict[str, slice]]] = {}
+        self._plans: dict[object, tuple[Measurement, dict[str, int]]] = {}
         self._held: list[Parameter] = []
         self._small: list[Parameter] = []
         steps = self.follow(trainer, self._before, self._after, self.every_n_steps, num_first=self.num_first_steps)
@@ -117,18 +117,23 @@ class GradientMonitor(Observer):
         parameters: tuple[Tensor, ...] = step.moved if self._unclipped.are_applied else tuple(unclipped)
         if not parameters:
             return
-        applied = [parameter.grad for parameter in unclipped if parameter.grad is not None]
-        vectors = [flat(list(unclipped.values())), flat(applied)] if unclipped else [step.flat_gradient]
+        arrived = [*unclipped.values()] or step.gradients
+        applied = [[each.grad for each in unclipped if each.grad is not None]] if unclipped else []
         key = (step.name, len(self._small), *map(id, parameters))  # a parameter's hash takes longer
         if key not in self._plans:
             self._plans[key] = self._plan(parameters, step.suffix)
         measurement, histograms = self._plans[key]
-        self._writer.add(step.step, measurement, self._values, *vectors)
+        if _is_long(parameters):
+            is_known = not unclipped and self.norm_type == 2
+            taken = [step.gradient_norms if is_known else norms(each, self.norm_type) for each in (arrived, *applied)]
+        else:
+            taken = [flat(arrived) if unclipped else step.flat_gradient, *map(flat, applied)]
+        self._writer.add(step.step, measurement, self._values, *taken)
         if is_due(step.count, self.histogram_every_n_steps):
-            self._writer.add_histograms(step.step, vectors[0], histograms)
+            self._writer.add_histograms(step.step, {tag: arrived[place] for tag, place in histograms.items()})
 
-    def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> tuple[Measurement, dict[str, slice]]:
-        """What is measured of a set of parameters, and where in a vector of them each histogram's stand."""
+    def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> tuple[Measurement, dict[str, int]]:
+        """What is measured of a set of parameters, and which of them get which histogram."""
         names, sizes = self._names.of(parameters), [num_elements(each) for each in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
         kept = {id(each) for each in self._small}
@@ -137,18 +142,22 @@ class GradientMonitor(Observer):
         tags += [f"gradient_norm/{names[index]}" for index in shown]
         for kind in ("gradient_value", "parameter_value"):
             tags += [f"{kind}/{self._names.of([each])[0]}{place}" for each in small for place in _places(each)]
-        of_gradients, of_values = _columns(small, parameters), _columns(small, self._small)
+        device = parameters[0].device
+        of_gradients, of_values = (_columns(small, each).to(device) for each in (parameters, self._small))
+        is_shown, is_long = torch.tensor(shown, dtype=torch.long, device=device), _is_long(parameters)
 
-        def derive(values: Tensor, arrived: Tensor, *applied: Tensor) -> Tensor:
-            each = part_norms(arrived, sizes, self.norm_type)
-            total = total_norm(each, self.norm_type)
-            totals = [total, *(total_norm(part_norms(last, sizes, self.norm_type), self.norm_type) for last in applied)]
-            elements = [arrived[:, of_gradients], values[:, of_values].to(arrived.device)]
-            return torch.cat([totals[0][:, None], totals[-1][:, None], each[:, shown], *elements], dim=1)
+        def derive(values: Tensor, *taken: Tensor) -> Tensor:
+            each = taken if is_long else [part_norms(vectors, sizes, self.norm_type) for vectors in taken]
+            totals = [total_norm(of_parts, self.norm_type)[:, None] for of_parts in each]
+            elements = [taken[0][:, of_gradients], values[:, of_values]] if small else []
+            return torch.cat([totals[0], totals[-1], each[0][:, is_shown], *elements], dim=1)
 
-        ends = list(accumulate(sizes, initial=0))
-        histograms = {f"gradient/{names[index]}": slice(ends[index], ends[index + 1]) for index in shown}
-        return Measurement(tags, derive), histograms
+        return Measurement(tags, derive), {f"gradient/{names[index]}": index for index in shown}
+
+
+def _is_long(parameters: Sequence[Tensor]) -> bool:
+    """Whether a step would be worked on at once anyhow: then norms are taken in place, and nothing is copied."""
+    return sum(map(num_elements, parameters)) > MANY
 
 
 def _columns(chosen: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

@@ -177,12 +177,13 @@ class LearningRateEffects(Observer):
         names, gradient, square = self._names.of(step.moved), step.flat_gradient, step.gradient_square
         known, last = self._last.pop(step.name, (None, gradient))
         has_cosine, groups = known == names, step.optimizer.param_groups
+        products = [torch.dot(gradient, last), torch.dot(last, last)] if has_cosine else []
+        del last  # of a large model there is no room for what is done with
         key = (step.name, has_cosine, len(groups), *names)
         if key not in self._plans:
             self._plans[key] = self._plan(step, names, has_cosine)
         rates = [math.nan if group.get("lr") is None else float(group["lr"]) for group in groups]
         change = flat(step.parameters).sub_(before)
-        products = [torch.dot(gradient, last), torch.dot(last, last)] if has_cosine else []
         self._writer.add(step.step, self._plans[key], rates, before, change, square, *products)
         if self._is_watched and any(map(math.isnan, rates)):
             self._leave_out_descent_ratio(ValueError("a parameter group has no learning rate"))
@@ -191,7 +192,9 @@ class LearningRateEffects(Observer):
 
     def _plan(self, step: OptimizerStep, names: list[str], has_cosine: bool) -> Measurement:
         suffix, sizes = step.suffix, [num_elements(each) for each in step.parameters]
-        shown = [index for index, each in enumerate(step.parameters) if any(each is moved for moved in step.moved)]
+        moved = {*map(id, step.moved)}
+        shown = torch.tensor([index for index, each in enumerate(step.parameters) if id(each) in moved])
+        shown = shown.to(step.moved[0].device)
         groups = range(len(step.optimizer.param_groups))
         places = [""] if len(groups) == 1 else [f"/{group}" for group in groups]
         tags = [f"update_ratio/total{suffix}", f"learning_rate_effect/effective{suffix}"]
@@ -206,7 +209,7 @@ class LearningRateEffects(Observer):
                 update_ratio(total, total_norm(own))[:, None],
                 effective_learning_rate(total, length)[:, None],
                 update_ratio(changes, own)[:, shown],
-                rates.to(changes.device, torch.promote_types(changes.dtype, torch.float32)),
+                rates.to(changes.device, torch.promote_types(changes.dtype, torch.float32), non_blocking=True),
             ]
             if has_cosine:
                 columns.append(cosine(products[0], length, products[1].sqrt())[:, None])

@@ -135,7 +135,8 @@ class VerdictMonitor(Observer):
 
     def _add_loss(self, collector: EvidenceCollector) -> None:
         if self._losses:
-            collector.add_loss(torch.stack(self._losses).mean(), len(self._losses))
+            loss = torch.stack(self._losses).mean() if len(self._losses) > 1 else self._losses[0]
+            collector.add_loss(loss, len(self._losses))
             self._losses.clear()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:

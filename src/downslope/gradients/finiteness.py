@@ -78,4 +78,6 @@ def wide_norms(tensors: Sequence[Inexact[Tensor, "..."]]) -> Float[Tensor, " num
         if math.isfinite(quick.sum().item()):
             return quick
     wide = torch.float32 if device == "mps" else torch.float64
-    return torch.stack(torch._foreach_norm([real(dense(tensor)) for tensor in tensors], dtype=wide))
+    values = [real(dense(each)) if each.is_sparse or each.is_complex() else each for each in tensors]
+    with torch.no_grad():
+        return torch.stack(torch._foreach_norm(values, dtype=wide))

@@ -1,6 +1,7 @@
 """How values are spread, counted where they are, and stored as TensorBoard does."""
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate, repeat
 from operator import mul
@@ -12,8 +13,10 @@ from tensorboard.compat.proto.histogram_pb2 import HistogramProto
 from torch import Tensor
 
 from downslope.gradients.norms import HALF
+from downslope.gradients.sample import Sample
+from downslope.gradients.vectors import real
 
-SAMPLE = 2**20  # elements of a tensor that are counted; minimum, maximum and sums are those of all
+SAMPLE = 2**20  # elements that are counted; minimum, maximum and sums are those of all
 ROW = 1024  # elements whose sum float32 holds: in float64 all of them would take six times as long
 _POSITIVE = list(accumulate(repeat(1.1, 773), mul, initial=1e-12))  # up to 1e20
 EDGES = np.array([-edge for edge in reversed(_POSITIVE)] + [0.0] + _POSITIVE)
@@ -21,24 +24,34 @@ EDGES = np.array([-edge for edge in reversed(_POSITIVE)] + [0.0] + _POSITIVE)
 _BOUNDARIES = [-torch.finfo(torch.float64).max, *EDGES[1:-1].tolist(), math.inf]
 
 
-def spread(values: Tensor) -> Tensor:
-    """Returns what a histogram is made of: counts by bin, and minimum, maximum, Σx and Σx² of the finite elements.
+def spreads(tensors: Sequence[Tensor]) -> Tensor:
+    """Returns what histograms are made of: counts by bin, and minimum, maximum, Σx and Σx² of the finite elements.
 
-    The bins are those of torch's `add_histogram`, each a tenth wider than the last. Of more than `SAMPLE` elements so
-    many are counted, spread evenly over all, and their counts scaled up.
+    The bins are those of torch's `add_histogram`, each a tenth wider than the last. Of more than `SAMPLE` elements, all
+    tensors together, about so many are counted, spread evenly over all, and their counts scaled up. On a GPU the four
+    figures of a tensor that is not finite are none either.
 
     Args:
-        values: At least one, in one dimension, on any device, for whose work nobody waits.
+        tensors: Each with an element at least, on any device, for whose work nobody waits.
 
     Returns:
-        One vector on their device: not finite on the left, the bins, not finite on the right, the four figures.
+        A row for each, on the device of the first: not finite on the left, the bins, not finite on the right, the four
+        figures.
     """
-    values = values.detach().float() if values.dtype in HALF else values.detach()
-    sample = values if len(values) <= SAMPLE else values[_evenly(len(values), values.device)]
-    wide = torch.float32 if values.device.type == "mps" else torch.float64
-    places = torch.bucketize(sample.to(wide), _boundaries(wide, values.device), right=True)
-    counts = values.new_zeros(len(_BOUNDARIES) + 1, dtype=torch.long).scatter_add_(0, places, torch.ones_like(places))
-    return torch.cat([counts.to(wide) * (len(values) / len(sample)), torch.stack(_figures(values, wide))])
+    device = tensors[0].device
+    tensors = [each.to(device) for each in tensors]
+    wide = torch.float32 if device.type == "mps" else torch.float64
+    sample = Sample(tensors, SAMPLE)
+    places = torch.bucketize(sample.elements(tensors).to(wide), _boundaries(wide, device), right=True)
+    num_bins = len(_BOUNDARIES) + 1
+    about = torch.tensor([sample.places, sample.sizes]).to(device, non_blocking=True)
+    places += num_bins * about[0].repeat_interleave(about[1], output_size=len(places))
+    counts = places.new_zeros(len(tensors) * num_bins).scatter_add_(0, places, torch.ones_like(places))
+    shares = torch.empty(len(tensors), dtype=wide)
+    shares[sample.places] = torch.tensor(sample.shares, dtype=wide)
+    counted = counts.view(-1, num_bins).to(wide) / shares.to(device, non_blocking=True)[:, None]
+    figures = torch.stack([figure for each in tensors for figure in _figures(each, wide)]).view(-1, 4)
+    return torch.cat([counted, figures], dim=1)
 
 
 @cache
@@ -46,18 +59,15 @@ def _boundaries(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.tensor(_BOUNDARIES, dtype=dtype, device=device)
 
 
-def _evenly(length: int, device: torch.device) -> Tensor:
-    """Places of `SAMPLE` elements: one in each of so many equal stretches, where within it differs.
-
-    Every n-th element would be one column of a matrix as often as not.
-    """
-    stretch = torch.arange(SAMPLE, device=device)
-    return (stretch * length >> 20) + ((stretch * 40503 & 0xFFFF) * length >> 36)
-
-
-def _figures(values: Tensor, wide: torch.dtype) -> list[Tensor]:
+def _figures(tensor: Tensor, wide: torch.dtype) -> list[Tensor]:
+    values = real(tensor.detach().to_dense()).reshape(-1)
+    if not values.is_cpu:
+        low, high = values.aminmax()
+        squares = torch.linalg.vector_norm(values, dtype=wide).square()
+        return [low.to(wide), high.to(wide), values.sum(dtype=wide), squares]
+    values = values.float() if values.dtype in HALF else values
     low, high = values.aminmax()
-    if not (values.is_cpu and math.isfinite(low) and math.isfinite(high)):  # of a device, to ask would be to wait
+    if not (math.isfinite(low) and math.isfinite(high)):
         finite = values.isfinite()
         low, high = values.where(finite, math.inf).amin(), values.where(finite, -math.inf).amax()
         values = values.where(finite, 0.0)
@@ -69,12 +79,19 @@ def _figures(values: Tensor, wide: torch.dtype) -> list[Tensor]:
 
 
 def histogram(spread: NDArray[np.float64]) -> HistogramProto | None:
-    """Returns what `spread` counted, as TensorBoard stores it; None where nothing is finite."""
-    counts, (low, high, total, squares) = spread[1:-5], spread[-4:]
+    """Returns a row of `spreads` as TensorBoard stores it; None where nothing is finite.
+
+    Figures that are missing are those of the bins' middles.
+    """
+    counts, figures = spread[1:-5], spread[-4:]
     filled = np.flatnonzero(counts)
     if not len(filled):
         return None
     first, last = filled[[0, -1]]
+    if not np.isfinite(figures).all():
+        middles = (EDGES[1:] + EDGES[:-1]) / 2
+        figures = np.array([EDGES[first], EDGES[last + 1], counts @ middles, counts @ middles**2])
+    low, high, total, squares = figures
     return HistogramProto(
         min=low, max=high, num=counts.sum(), sum=total, sum_squares=squares,
         bucket_limit=EDGES[first : last + 2].tolist(),  # upper ones: the first bin is empty, and there for its limit

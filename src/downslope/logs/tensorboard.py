@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.tensorboard.summary import custom_scalars, text
 
 from downslope.logs.event_files import EVENT_FILES, append
-from downslope.logs.histograms import histogram, num_not_finite, spread
+from downslope.logs.histograms import histogram, num_not_finite, spreads
 from downslope.logs.non_raising import attempt, is_off, log_values
 
 log = logging.getLogger(__name__)
@@ -148,7 +148,7 @@ class StepWriter:
         self._rows: dict[Measurement, list[tuple[int, Row]]] = {}
         self._num_waiting = self._num_elements = 0
         self._derived: list[tuple[list[int], Measurement, Tensor]] = []
-        self._spreads: list[tuple[int, str, Tensor]] = []
+        self._spreads: list[tuple[int, list[str], Tensor]] = []
         self._told: set[object] = set()  # what was warned of
         append_everywhere(trainer, [Event(wall_time=time.time(), summary=custom_scalars(LAYOUT))])
 
@@ -167,11 +167,11 @@ class StepWriter:
         elif self._num_elements > MANY:
             self._derive()
 
-    def add_histograms(self, step: int, vector: Tensor, places: Mapping[str, slice]) -> None:
-        """Takes a vector, and the places of it that get histograms, by tag; nothing of it is kept."""
+    def add_histograms(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what gets histograms, by tag; nothing of it is kept."""
         if any(isinstance(logger, TensorBoardLogger) and not is_off(logger) for logger in self._loggers):
-            filled = {tag: vector[place] for tag, place in places.items() if place.start < place.stop}
-            self._spreads += [(step, tag, spread(values)) for tag, values in filled.items()]
+            filled = {tag: values for tag, values in tensors.items() if values.numel()}
+            self._spreads += [(step, [*filled], spreads([*filled.values()]))] if filled else []
 
     def flush(self) -> None:
         """Writes everything that waits."""
@@ -209,8 +209,9 @@ class StepWriter:
         """Returns for each step the histograms that wait, of finite values: of others it warns once."""
         waiting, self._spreads = self._spreads, []
         found: dict[int, list[Summary.Value]] = defaultdict(list)
-        counts = torch.stack([each for *_, each in waiting]).cpu().numpy() if waiting else ()
-        for (step, tag, _), counted in zip(waiting, counts, strict=True):
+        counts = torch.cat([each for *_, each in waiting]).cpu().numpy() if waiting else ()
+        about = [(step, tag) for step, tags, _ in waiting for tag in tags]
+        for (step, tag), counted in zip(about, counts, strict=True):
             if histo := histogram(counted):
                 found[step].append(Summary.Value(tag=tag, histo=histo))
             if num_not_finite(counted):
@@ -225,8 +226,10 @@ class StepWriter:
 
 
 def _stack(part: Sequence[Any]) -> Tensor:
-    """One part of many rows, on a leading axis."""
-    return torch.stack(part) if isinstance(part[0], Tensor) else torch.tensor(part, dtype=torch.float64)  # type: ignore[arg-type]
+    """One part of many rows, on a leading axis; of one row without a copy."""
+    if not isinstance(part[0], Tensor):
+        return torch.tensor(part, dtype=torch.float64)
+    return torch.stack(part) if len(part) > 1 else part[0][None]  # type: ignore[arg-type]
 
 
 _WRITERS: WeakKeyDictionary[Trainer, StepWriter] = WeakKeyDictionary()

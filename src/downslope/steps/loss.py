@@ -186,7 +186,9 @@ class BatchLoss:
 
     def leaves(self, parameters: Mapping[str, Tensor]) -> Parameters:
         """Returns copies that autograd takes for parameters: an evaluation may edit them in place."""
-        copies = self._copies(parameters)
+        return self._leaves(self._copies(parameters))
+
+    def _leaves(self, copies: Parameters) -> Parameters:
         return {name: nn.Parameter(tensor, self._own[name].requires_grad) for name, tensor in copies.items()}
 
     def names(self, parameters: Iterable[Tensor]) -> list[str]:
@@ -291,8 +293,12 @@ class BatchLoss:
 
         def loss(length: float) -> Tensor:
             moved = torch._foreach_add(origin, arrow, alpha=length) if length else origin
-            place = {**self._own, **start, **dict(zip(direction, moved, strict=True))}
-            return self(self.leaves(place)).detach()
+            others = {name: tensor for name, tensor in {**self._own, **start}.items() if name not in direction}
+            there = dict(zip(direction, moved, strict=True))
+            is_new = (
+                length and self._dtype is None
+            )  # nobody else has it: of a large model a second copy is one too many
+            return self(self._leaves(self._copies(others) | (there if is_new else self._copies(there)))).detach()
 
         return loss
 

@@ -120,16 +120,29 @@ class StepNorms:
         present = [each for each in held(optimizers) if each.grad is not None and id(each) not in self._left_out]
         return Norms(self._names.of(present), norms_now([each.grad for each in present if each.grad is not None]))
 
-    def measure(self, step: OptimizerStep, measured: MeasuredStep) -> None:
-        """Looks after the step at what moved, and at the gradients that were applied."""
+    def measure(self, step: OptimizerStep, measured: MeasuredStep, parameters: bool = True) -> None:
+        """Looks after the step at the gradients that were applied, and at what moved if that is asked for."""
         row = self._rows.get(step.name)
         if row is None or row[0] is not step.moved:
             kept = [id(each) not in self._left_out for each in step.moved]
             names = self._names.of(compress(step.moved, kept))
             row = self._rows[step.name] = step.moved, kept, names, RowNorms(_both(step, kept))
         _, kept, names, norms = row
-        values = norms.of(_both(step, kept))
-        measured.applied, measured.parameters = Norms(names, values[: len(names)]), Norms(names, values[len(names) :])
+        if parameters:
+            values = norms.of(_both(step, kept))
+            measured.applied, measured.parameters = (
+                Norms(names, values[: len(names)]),
+                Norms(names, values[len(names) :]),
+            )
+        else:
+            values = step.gradient_norms
+            measured.applied = Norms(names, values if all(kept) else values[torch.tensor(kept, device=values.device)])
+
+    def look_again(self, measured: MeasuredStep) -> None:
+        """Looks at what moved in a step, as it is now, where it was not asked for then."""
+        if measured.optimizer and not measured.parameters.names:
+            moved, kept, names, _ = self._rows[measured.optimizer]
+            measured.parameters = Norms(names, norms_now([*compress(moved, kept)]))
 
 
 def _both(step: OptimizerStep, kept: list[bool]) -> list[Tensor]:

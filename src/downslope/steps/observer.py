@@ -12,6 +12,7 @@ from downslope.steps.optimizer_steps import OptimizerStep, OptimizerSteps
 log = logging.getLogger(__name__)
 
 HOOKS = {name for name, hook in vars(Callback).items() if callable(hook) and not name.startswith("_")}
+SHARDING = {"DeepSpeedStrategy", "FSDPStrategy", "ModelParallelStrategy"}  # Lightning's, by name: to import takes long
 IN_TRAINING = ("on_train", "on_before", "on_after", "on_validation")
 STEP_HOOKS = (
     "on_train_batch_start",
@@ -67,6 +68,8 @@ class Observer(Callback):
         self._end()
         self._kept = frozenset([*vars(self), "_kept", "is_off"])
         self.listen_only(*(name for name in STEP_HOOKS if getattr(type(self), name) is not getattr(Callback, name)))
+        if sharding := SHARDING & {each.__name__ for each in type(trainer.strategy).__mro__}:
+            raise ValueError(f"under {min(sharding)} each process holds only a part of every parameter")
         self._is_attached = True
         self.attach(trainer, pl_module)
 

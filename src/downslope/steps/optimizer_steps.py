@@ -15,6 +15,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from downslope.gradients.finiteness import wide_norms
 from downslope.gradients.norms import HALF
 from downslope.gradients.vectors import flat
 from downslope.steps.due import is_due
@@ -44,6 +45,7 @@ class OptimizerStep:
     _parameters: list[Parameter] = field(default_factory=list)
     _flat: Tensor | None = None
     _square: Tensor | None = None
+    _norms: Tensor | None = None
     _depth: int = 0
     _batch: int = -1
 
@@ -90,9 +92,16 @@ class OptimizerStep:
             self._square = torch.dot(self.flat_gradient, self.flat_gradient)
         return self._square
 
+    @property
+    def gradient_norms(self) -> Tensor:
+        """The norm of each of `gradients`, `wide_norms`, computed once for all observers."""
+        if self._norms is None:
+            self._norms = wide_norms(self.gradients)
+        return self._norms
+
     def forget(self) -> None:
         """Lets the gradients go."""
-        self.gradients, self._flat, self._square = [], None, None
+        self.gradients, self._flat, self._square, self._norms = [], None, None, None
 
 
 def _are_same(some: Sequence[Parameter], others: Sequence[Parameter]) -> bool:

@@ -138,7 +138,7 @@ class Members(LightningModule):
             self._keep(f"learning_rate/{type(self.recipe).__name__}", step, torch.tensor(self._rates))
         if step + 1 == NUM_CHECKED:
             chosen = least_rate(self.settings)
-            self.checked = [each[chosen].clone() for each in self.optimizer.weights()[: self.num_trained]]
+            self.checked = [each[chosen].clone().cpu() for each in self.optimizer.weights()[: self.num_trained]]
         ended = self._alive[torch.isin(self._alive, self.optimizer.alive, invert=True)]
         self.stopped_at[ended.cpu()] = step + 1
         self.trainer.should_stop = not len(self.optimizer.alive)
@@ -169,6 +169,13 @@ class Members(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._end("test")
+
+    def come_home(self) -> None:
+        """Brings to the host, when all is done, what Lightning does not know of, and a job's files are made of."""
+        optimizer = self.optimizer
+        optimizer.frozen = [each.cpu() for each in optimizer.frozen]
+        optimizer.alive, optimizer.num_steps = optimizer.alive.cpu(), optimizer.num_steps.cpu()
+        self.best_weights, self.best = [each.cpu() for each in self.best_weights], self.best.cpu()
 
     def _keep(self, tag: str, step: int, values: Tensor) -> None:
         self.curves.setdefault(tag, []).append((step, values.detach().cpu()))
@@ -295,7 +302,7 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
         last = Path(folder) / "last.ckpt"
         checkpoint = load_checkpoint(last) if last.is_file() else None
     for found, each in zip(stack.checked, expected, strict=False):  # a shorter run is not checked
-        worst = float((found - each).abs().max() / each.abs().max().clamp(min=1e-12))
+        worst = float((found - each.cpu()).abs().max() / each.abs().max().clamp(min=1e-12))
         if not worst <= MOST_DIFFERENT:
             raise CannotStackError(
                 f"after {NUM_CHECKED} steps the weights differ by {worst:.1e} from those of an ordinary run: "
@@ -307,6 +314,7 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
         trainer.validate(stack, datamodule=data, verbose=False)
     if any(passes(data, module, trainer, ["test"])):
         trainer.test(stack, datamodule=data, verbose=False)
+    stack.come_home()
     return Fit(stack, trainer, checkpoint, seconds, critical, line)
 
 

@@ -340,7 +340,7 @@ class EvidenceCollector:
     def _exact_excess(self) -> float | None:
         """⟨g, ∇L⟩ / ‖∇L‖², with the slope ∇L = H(θ − θ*) of a line where the last step began."""
         moved = [*map(id, self._window.moved)]
-        if not self._full_batch or moved != [*map(id, self._line_parameters)]:
+        if not (self._full_batch and self._window.is_whole) or moved != [*map(id, self._line_parameters)]:
             return None
         assert self._line
         gradient, start = (each.cpu().double() for each in self._window.last_step)

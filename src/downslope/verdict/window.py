@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from downslope.gradients.norms import norms
-from downslope.gradients.vectors import flat, num_elements
+from downslope.gradients.sample import Sample
 
+MOST = 2**18  # elements: of more a cosine is known to a few thousandths
 ROUNDING = 1e-5  # in units of the weights' size, or of the first gradient's
 
 
@@ -29,9 +30,13 @@ class Row(NamedTuple):
 
 
 class Window:
-    """Watches successive steps, and keeps seven products of each on its device until it is asked."""
+    """Watches successive steps, and keeps seven products of each on its device until it is asked.
+
+    Of many elements the products are those of a `Sample`: gradients and steps are kept of it alone.
+    """
 
     def __init__(self) -> None:
+        self._sample = Sample((), MOST)
         self.clear()
 
     def clear(self) -> None:
@@ -59,13 +64,16 @@ class Window:
             return
         gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
         self._largest.append(norms(gradients, math.inf))
-        gradient, parameters = flat(gradients).float(), flat(moved).float()
+        if not self._sample.is_of(moved):
+            self._sample = Sample(moved, MOST)
+        gradient, parameters = self._sample.weighted(gradients), self._sample.weighted(moved)
         nothing = torch.zeros_like(gradient)
         last, before_last, last_step, start = self._last or [nothing, nothing, nothing, parameters]
         step = parameters - start
         if any(decays):
-            sizes = torch.tensor([num_elements(each) * (each.grad is not None) for each in held])
-            gradient += torch.tensor(decays).repeat_interleave(sizes).to(start) * start
+            of_moved = [decay for decay, each in zip(decays, held, strict=True) if each.grad is not None]
+            parts = zip(self._sample.places, start.split(self._sample.sizes), strict=True)
+            gradient += torch.cat([of_moved[place] * part for place, part in parts])
         if moved[0].dtype in (torch.bfloat16, torch.float16) and self._last:
             self._changed.append(torch.stack([step.count_nonzero(), gradient.count_nonzero()]))
         pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
@@ -89,6 +97,11 @@ class Window:
         return float(changed / asked) if asked else None
 
     @property
+    def is_whole(self) -> bool:
+        """Tells whether it sees every element."""
+        return self._sample.is_whole
+
+    @property
     def last_step(self) -> tuple[Tensor, Tensor]:
         """The last gradient, and the parameters that it was taken at."""
         return self._last[0], self._last[3] - self._last[2]
@@ -105,9 +118,12 @@ class Window:
     def load_state_dict(self, state: dict[str, Any], held: Sequence[Parameter]) -> None:
         """Resumes there."""
         self.num_steps, self.moved = state["num_steps"], [held[index] for index in state["moved"]]
+        self._sample = Sample(self.moved, MOST)
         self._products, self._last, self._largest = (
             [tensor.to(held[0].device) for tensor in tensors] for tensors in state["tensors"]
         )
+        if any(len(vector) != sum(self._sample.sizes) for vector in self._last):
+            raise ValueError("the gradients are of other elements")
 
 
 def cosine(rows: Sequence[Row], lag: int) -> float | None:

@@ -9,11 +9,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.compat.proto.histogram_pb2 import HistogramProto
 from torch.utils.tensorboard.summary import make_histogram
 
-from downslope.logs.histograms import EDGES, SAMPLE, histogram, num_not_finite, spread
+from downslope.logs.histograms import EDGES, SAMPLE, histogram, num_not_finite, spreads
 
 
 def made(values: torch.Tensor) -> HistogramProto:
-    histo = histogram(spread(values).numpy())
+    histo = histogram(spreads([values])[0].numpy())
     assert histo
     return histo
 
@@ -45,8 +45,28 @@ def test_what_is_not_finite_is_left_out_and_counted(dtype: torch.dtype) -> None:
     values = torch.tensor([math.nan, 2.0, math.inf, -math.inf, 4.0], dtype=dtype)
     counted = made(values)
     assert (counted.min, counted.max, counted.num, counted.sum, counted.sum_squares) == (2.0, 4.0, 2.0, 6.0, 20.0)
-    assert num_not_finite(spread(values).numpy()) == 3
-    assert histogram(spread(torch.full([3], math.nan)).numpy()) is None
+    assert num_not_finite(spreads([values])[0].numpy()) == 3
+    assert histogram(spreads([torch.full([3], math.nan)])[0].numpy()) is None
+
+
+def test_many_tensors_at_once_are_as_one_by_one() -> None:
+    tensors = [torch.randn(40, 5), torch.tensor(2.0), torch.tensor([1j]), torch.full([3], math.nan)]
+    one_by_one = torch.cat([spreads([each]) for each in tensors])
+    assert torch.equal(spreads(tensors).nan_to_num(7.0), one_by_one.nan_to_num(7.0))
+
+
+def test_figures_that_are_missing_are_those_of_the_bins() -> None:
+    row = spreads([torch.tensor([2.0, 4.0, 4.0])])[0].numpy()
+    row[-4:] = math.nan
+    counted = histogram(row)
+    assert counted
+    assert (counted.num, counted.sum, counted.sum_squares) == (
+        3,
+        pytest.approx(10, rel=0.05),
+        pytest.approx(36, rel=0.1),
+    )
+    assert 2 / 1.1 <= counted.min <= 2
+    assert 4 <= counted.max <= 4 * 1.1
 
 
 def test_a_large_tensor_is_sampled_evenly_with_figures_of_all() -> None:
@@ -63,4 +83,4 @@ def test_a_large_tensor_is_sampled_evenly_with_figures_of_all() -> None:
     shares = dict(zip(whole.bucket_limit, whole.bucket, strict=True))
     for limit, count in zip(counted.bucket_limit, counted.bucket, strict=True):
         assert count / len(flat) == pytest.approx(shares.get(limit, 0.0) / len(flat), abs=3e-4)
-    assert torch.equal(spread(flat), spread(flat))
+    assert torch.equal(spreads([flat]), spreads([flat]))
