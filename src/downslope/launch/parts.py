@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from downslope.runs.configuration import show
+from downslope.runs.configuration import has_target, show
 from downslope.runs.prepared import take
 
 Parts = TypeVar("Parts")
@@ -53,7 +53,7 @@ def check_optimizer(config: DictConfig) -> None:
 def _check_finder(config: DictConfig) -> None:
     """Raises where the rate that Lightning's finder sets would be forgotten: a schedule starts from its own."""
     for name, node in config.get("callbacks", {}).items():
-        if str(node.get("_target_")).endswith(".LearningRateFinder"):
+        if has_target(node) and str(node["_target_"]).endswith(".LearningRateFinder"):
             raise ValueError(
                 f"Cannot combine `callbacks.{name}` with `scheduler={_chosen('scheduler')}`. This is because a "
                 "schedule returns to the rate it was made with: find a rate with scheduler=constant, then set lr to it."
