@@ -73,12 +73,13 @@ def as_good(jobs: Sequence[Job]) -> list[Job]:
         jobs: The best first.
     """
     best = jobs[0]
-    rows = (best.result.num_validation_rows if best.result else None) or math.inf
+    rows = (best.result.num_validation_rows if best.result else None) or 0
     is_share = judged_by(jobs)[1] == "max" and 0 <= best.objective <= 1
 
     def is_as_good(value: float) -> bool:
         spread = math.sqrt(max(0.0, value * (1 - value))) if is_share else abs(value)
-        return math.isfinite(value) and abs(value - best.objective) <= NOISE * spread / math.sqrt(rows)
+        noise = NOISE * spread / math.sqrt(rows) if rows > 0 else 0.0
+        return math.isfinite(value) and abs(value - best.objective) <= noise
 
     return [job for job in jobs if job is best or is_as_good(job.objective)]
 
