@@ -11,6 +11,7 @@ BENCHMARKS = {
     "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
     "verdict": "how often the verdict is right, whether its suggestion helps, and how early it warns",
     "networks": "the same on real networks, and whether planted mistakes are named: an hour, kept in --folder",
+    "rules": "how often the best job of a sweep, and over-fitting, are named rightly",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
     "checkpoints": "what checkpoints add to a run, and one of their writes taken apart",
     "sweep": "what a sweep of a thousand rates costs at once, and a job one by one",
@@ -52,6 +53,10 @@ def main(arguments: Sequence[str]) -> int:
         mistakes()
         for half in () if options.quick else ("chosen", "unseen"):
             matrix(half, options.folder / f"{half}.jsonl")
+    elif options.benchmark == "rules":
+        from benchmarks.rules import rules
+
+        rules(num_tables=300 if options.quick else 2000)
     elif options.benchmark == "checkpoints":
         from benchmarks.checkpoints import checkpoints
 

@@ -99,3 +99,12 @@ def test_what_cannot_be_measured_is_refused_in_words(arguments):
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith("benchmark.py: error: argument")
     assert not process.stdout
+
+
+def test_rules_are_judged_on_tables_whose_true_loss_is_known():
+    process = run("rules", "--quick")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    assert [row.pop("rule") for row in rows] == ["best of six rates", "over-fitting"]
+    for said, *_, right in (map(int, row.values()) for row in rows):
+        assert said >= right > 0

@@ -63,7 +63,7 @@ class VerdictMonitor(Observer):
             self.thresholds = Thresholds(**(thresholds or {}))
         except TypeError as error:
             known = ", ".join(Thresholds.__dataclass_fields__)
-            raise ValueError(f"`thresholds` must be of {known}; got {', '.join(thresholds or {})}.") from error
+            raise ValueError(f"`thresholds` must be among {known}, got {', '.join(thresholds or {})}.") from error
         self.every_n_steps = every_n_steps
         self.window = window
         self.print_verdict = print_verdict

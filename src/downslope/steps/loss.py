@@ -83,7 +83,7 @@ def why_no_loss(module: nn.Module, loss: Loss | None) -> str | None:
 def why_not_one_optimizer(trainer: Trainer) -> str | None:
     """Returns why it is not known which loss belongs to whom, None where it is."""
     if len(trainer.optimizers) > 1:
-        return "there is not one optimizer, and it is not known which loss belongs to whom"
+        return "there are several optimizers, and it is not known which loss belongs to which"
     has_one = any(optimizer.param_groups for optimizer in trainer.optimizers)  # Lightning's stand-in has no groups
     return None if has_one else "there is no optimizer"
 
@@ -99,7 +99,7 @@ def why_no_loss_of_a_step(
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         return "LBFGS evaluates the loss many times a step"
     if trainer.world_size > 1:
-        return "each process knows the loss of its own share of the batch alone"
+        return "each process knows only the loss of its own share of the batch"
     return why_no_loss(module, loss)
 
 
@@ -117,7 +117,7 @@ def said_off(trainer: Trainer, what: str, reason: str | None) -> bool:
     told = _TOLD.setdefault(trainer, set())
     if reason is not None:
         level = logging.INFO if reason in told else logging.WARNING
-        log.log(level, "%s, like all that needs the loss of a step again, is off: %s.", what, reason)
+        log.log(level, "%s is off, like everything that evaluates a step's loss again: %s.", what, reason)
         told.add(reason)
     return reason is not None
 

@@ -236,11 +236,13 @@ def _recipe(member: Any, settings: Sequence[Mapping[str, Any]]) -> tuple[Optimiz
         optimizers, schedulers, monitor = _configure_optimizers(member.configure_optimizers())
         made = _configure_schedulers_automatic_opt(schedulers, monitor)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CannotStackError(f"the optimizer takes no group for each job: {explain(error)}") from error
+        raise CannotStackError(
+            f"the optimizer does not take a parameter group for each job: {explain(error)}"
+        ) from error
     finally:
         del member.parameters
     if len(optimizers) != 1 or len(optimizers[0].param_groups) != len(groups):
-        raise CannotStackError(f"{type(member).__name__} makes other parameter groups, or other optimizers, than one")
+        raise CannotStackError(f"{type(member).__name__} makes several optimizers or parameter groups")
     for each in made:
         if each.reduce_on_plateau or each.frequency != 1 or getattr(each.scheduler, "cycle_momentum", False):
             name = type(each.scheduler).__name__
@@ -370,14 +372,14 @@ def _ordinary(
 def _check_parts(module: Any, trainer: Trainer) -> None:
     """Raises for what trains otherwise than by one step a batch, in float32, in this process."""
     if not module.automatic_optimization:
-        raise CannotStackError(f"{type(module).__name__} takes its steps by itself")
+        raise CannotStackError(f"{type(module).__name__} takes its optimizer steps itself")
     if not hasattr(module, "loss"):
         raise CannotStackError(f"{type(module).__name__} has no `loss(batch)`")
     usual = {"accumulate_grad_batches": trainer.accumulate_grad_batches == 1,
              "precision": trainer.precision == "32-true",
              "strategy": isinstance(trainer.strategy, SingleDeviceStrategy)}  # fmt: skip
     if odd := [f"trainer.{name}" for name, is_usual in usual.items() if not is_usual]:
-        raise CannotStackError(f"the vectorized launcher does not know {', '.join(odd)}")
+        raise CannotStackError(f"the vectorized launcher does not support {', '.join(odd)}")
 
 
 def _check_validation_loss(trainer: Trainer, module: Any) -> None:
@@ -391,4 +393,4 @@ def _check_validation_loss(trainer: Trainer, module: Any) -> None:
             rows += extract_batch_size(batch)
     logged = trainer.callback_metrics.get("val/loss")
     if logged is None or not rows or not math.isclose(float(logged), total / rows, rel_tol=1e-4):
-        raise CannotStackError(f"{type(module).__name__} logs no `val/loss` that is the mean of its loss")
+        raise CannotStackError(f"{type(module).__name__} does not log a `val/loss` that is the mean of its loss")

@@ -29,7 +29,7 @@ def why_too_large(seen: Evidence, limits: Thresholds, diverges: bool) -> str | N
     if (early or 0) > NEARLY_HELD and seen.step >= LONG and _rests_high(seen, limits):
         return f"noise holds the loss at {seen.loss or 0:.3g}, from {seen.first_loss or 0:.3g}{where}"
     if (early or 0) > NEARLY_CRITICAL and seen.share_moving < 0.5 < (seen.first_share_moving or 0):
-        return f"a step killed units{where}: {1 - seen.share_moving:.0%} of the weights have no gradient any more"
+        return f"a step killed units{where}: {1 - seen.share_moving:.0%} of the weights no longer have a gradient"
     return None
 
 

@@ -47,7 +47,7 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     if rate is None:
         return found
     if seen.peak and 1 / SAME < rate / seen.peak < SAME:
-        return Suggestion(None, "no suggestion: the rate that theory has is in use")
+        return Suggestion(None, "no suggestion: the rate that theory gives is already in use")
     if (word in TOO_LARGE and rate > seen.peak) or (word == "too_slow" and rate < seen.peak):
         return Suggestion(None, "no suggestion: what is known of the curvature contradicts the word")
     return found
@@ -56,7 +56,7 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
 def _found(seen: Evidence, word: Word, limits: Thresholds) -> Suggestion:
     is_mistaken = seen.leftover_gradient or seen.is_maximised or seen.broadcast or seen.broken_rows
     if word == "stalled" or is_mistaken or has_ended_early(seen) or learns_nothing(seen):
-        return Suggestion(None, "no learning rate mends this")
+        return Suggestion(None, "no learning rate fixes this")
     if seen.method == "lbfgs":
         return Suggestion(None, "no suggestion: L-BFGS scales its steps itself")
     if seen.noise_share > limits.noisy and word == "oscillating":
