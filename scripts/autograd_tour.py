@@ -557,7 +557,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the ideas that were asked for."""
     global PICTURE
     parser = argparse.ArgumentParser(description="The ideas of autograd, one by one, with their numbers.")
-    parser.add_argument("--list", action="store_true", help="show the ideas, and run none")
+    parser.add_argument("--list", action="store_true", help="list the ideas without running any")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="run these ideas, in this order")
     parser.add_argument(
         "--picture",

@@ -1,4 +1,4 @@
-"""Compares four ways to a derivative: how exact, how dear, and why the numeric one has a best step.
+"""Compares four ways to a derivative: how exact, how expensive, and why the numeric one has a best step.
 
 Prints the figures, and draws them to derivatives.png and to TensorBoard.
 """
@@ -175,11 +175,13 @@ def draw(measurements: list[Measurement], valleys: list[Valley]) -> "Figure":
     error.text(12, 1.3e-4, "central differences", color=COLORS["numeric"])
     error.text(12, 2.5e-8, "symbolic, forward and reverse mode", color="#555555")
     draw_valley(step, valleys)
-    cost.set(title="Cost: reverse mode does not care\nhow many parameters there are", xlabel="number of parameters")
+    cost.set(
+        title="Cost: reverse mode takes one pass,\nhowever many parameters there are", xlabel="number of parameters"
+    )
     cost.set(ylabel="milliseconds for one gradient")
     error.set(title="Accuracy: formulas err in the last digit,\ncentral differences two or three before it")
     error.set(ylabel="relative error of the gradient (float32)", xlabel="number of parameters", ylim=(5e-9, 1e-2))
-    step.set(title="Central differences have a best step:\nmore bends away, less drowns in rounding")
+    step.set(title="Central differences have a best step:\na larger one bends away, a smaller one drowns in rounding")
     step.set(ylabel="relative error of the gradient", xlabel="step h", ylim=(1e-12, 1e2))
     for axes in (cost, error, step):
         axes.set(xscale="log", yscale="log")

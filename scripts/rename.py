@@ -77,8 +77,8 @@ def main(name: str) -> None:
         files = rename(name)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
-    print(f"src/{name}, and {len(files)} files that speak of it. Next: make format, then make test.")
-    print("Runs from before name the old package: they can be looked at, but neither resumed nor evaluated.")
+    print(f"src/{name}, and {len(files)} files that mention it. Next: make format, then make test.")
+    print("Earlier runs name the old package: they can be looked at, but not resumed or evaluated.")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ BENCHMARKS = {
     "verdict": "how often the verdict is right, whether its suggestion helps, and how early it warns",
     "networks": "the same on real networks, and whether planted mistakes are named: half an hour, kept in --folder",
     "rivals": "what other packages say of the same networks; they are installed apart (benchmarks/rivals.py)",
+    "rules": "how often the best job of a sweep, and over-fitting, are named rightly",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
     "checkpoints": "what checkpoints add to a run, and one of their writes taken apart",
     "sweep": "what a sweep of a thousand rates costs at once, and a job one by one",
@@ -61,6 +62,10 @@ def main(arguments: Sequence[str]) -> int:
 
         for part in () if options.quick else get_args(Part):
             rivals(part, options.folder / f"{part}.jsonl")
+    elif options.benchmark == "rules":
+        from benchmarks.rules import rules
+
+        rules(num_tables=300 if options.quick else 2000)
     elif options.benchmark == "checkpoints":
         from benchmarks.checkpoints import checkpoints
 

@@ -4,7 +4,6 @@ python scripts/laboratory/chaos.py [--kills 200] [--seed 0] [--only manual] [--c
 """
 
 import argparse
-import contextlib
 import itertools
 import os
 import random
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from forked import fork, wait
 from lightning import LightningModule, Trainer, seed_everything
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -182,46 +182,17 @@ CASES: dict[str, Callable[[Path, bool], None]] = {
 }
 
 
-def fork(run: Path, train: Callable[[Path, bool], None], goes_on: bool, before: Callable[[], None]) -> int:
-    """Starts a training in a process of its own, with everything imported already; returns its number."""
-    sys.stdout.flush()
-    process = os.fork()
-    if process:
-        return process
-    code = 70
-    try:
-        os.setpgid(0, 0)
-        output = os.open(run.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        before()
+def start(
+    run: Path, train: Callable[[Path, bool], None], goes_on: bool, before: Callable[[], None] | None = None
+) -> int:
+    """Starts a training in a process of its own; returns its number."""
+
+    def act() -> None:
+        if before:
+            before()
         train(run, goes_on)
-        code = 0
-    except SystemExit as leave:
-        code = leave.code if isinstance(leave.code, int) else 1
-    except BaseException:
-        import traceback
 
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
-def wait(process: int, seconds: float | None = None) -> int:
-    """Waits for a process, for so long at most before it is killed; returns its exit code, -9 where it was killed."""
-    if seconds is not None:
-        end = time.monotonic() + seconds
-        while time.monotonic() < end:
-            if os.waitpid(process, os.WNOHANG)[0]:
-                return 0
-            time.sleep(0.002)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process, signal.SIGKILL)
-    status = os.waitpid(process, 0)[1]
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process, signal.SIGKILL)  # the workers of a killed process
-    return os.waitstatus_to_exitcode(status)
+    return fork(run.with_suffix(".out"), act)
 
 
 def die(*_: object) -> NoReturn:
@@ -276,13 +247,13 @@ def kill_once(run: Path, train: Callable[[Path, bool], None], goes_on: bool, rng
     """Starts or goes on with a run, and kills it at a random moment; tells whether it died."""
     moment = rng.choice(MOMENTS)
     if moment == "outside":
-        return wait(fork(run, train, goes_on, lambda: None), rng.uniform(0.2, 1.0) * took) == -signal.SIGKILL
+        return wait(start(run, train, goes_on), rng.uniform(0.2, 1.0) * took) == -signal.SIGKILL
     plan = {
         "step": lambda: after_step(rng.randint(1, 40)),
         "write": lambda: in_write(rng.randint(2, 10), rng.choice([0.0, 0.3, 0.9, 1.0])),
         "rename": lambda: at_rename(rng.randint(2, 10), rng.random() < 0.5),
     }[moment]()
-    return wait(fork(run, train, goes_on, plan)) == -signal.SIGKILL
+    return wait(start(run, train, goes_on, plan)) == -signal.SIGKILL
 
 
 def plain(value: Any) -> Any:
@@ -334,7 +305,7 @@ def chaos(name: str, num_kills: int, rng: random.Random, folder: Path, count: Co
     train = CASES[name]
     reference = folder / "reference"
     started = time.monotonic()
-    assert wait(fork(reference, train, False, lambda: None)) == 0, reference.with_suffix(".out").read_text()
+    assert wait(start(reference, train, False)) == 0, reference.with_suffix(".out").read_text()
     took = time.monotonic() - started
     done = 0
     for number in itertools.count():
@@ -356,7 +327,7 @@ def chaos(name: str, num_kills: int, rng: random.Random, folder: Path, count: Co
             continue
         done += kills
         count.killed += kills
-        if wait(fork(run, train, goes_on, lambda: None)) != 0:
+        if wait(start(run, train, goes_on)) != 0:
             count.failures.append(f"{name}, {run}: did not go on: {run.with_suffix('.out').read_text()[-2000:]}")
             continue
         count.resumed += kills

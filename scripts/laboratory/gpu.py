@@ -15,7 +15,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from downslope.logs.tensorboard import TensorBoard
 ROOT = Path(__file__).parents[2]
 LAST = "checkpoints/last.ckpt"
 FLOAT32 = 1e-4  # other sums, in another order
+LONGEST = 120  # seconds, of a process
 AT_ONCE = max(1, (os.cpu_count() or 1) // 2)  # processes: most of what they do is to start
 
 
@@ -57,7 +58,7 @@ class Place:
     def train(self, name: str, *overrides: str, device: str | None = None, expected: int = 0) -> Path:
         """Trains by the script, in a folder of this name, which is returned."""
         command = self.command(name, *overrides, device=device)
-        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
         assert ended.returncode == expected, f"{name}: exit code {ended.returncode}: {ended.stderr[-500:]}"
         return self.folder / name
 
@@ -128,7 +129,7 @@ def resumes(place: Place) -> str:
     assert process.returncode == -signal.SIGKILL, f"it ended before it was killed: {process.returncode}"
     step = torch.load(killed / LAST, weights_only=True, map_location="cpu")["global_step"]
     command = [sys.executable, "scripts/train.py", f"resume={killed}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
     assert ended.returncode == 0, ended.stderr[-500:]
     assert same(whole, killed), "the resumed run ends in other bits"
     return f"SIGKILL at step {step}, resumed to the same bits"
@@ -139,7 +140,7 @@ def sweeps(place: Place) -> str:
     sweep = place.folder / "sweep"
     devices = f"device=cpu,{place.device}" if place.device != "cpu" else "device=cpu"
     command = [sys.executable, "scripts/train.py", "-m", devices, "lr=0.01,0.1", f"hydra.sweep.dir={sweep}"]
-    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LONGEST)
     assert ended.returncode == 0, ended.stderr[-500:]
     worst = 0.0
     for rate in ("0.01", "0.1"):
@@ -279,9 +280,13 @@ def waits(place: Place) -> str:
     return "no synchronisation of ours in 30 steps, all measured, or none" if torch.cuda.is_available() else "not asked"
 
 
-def checks(place: Place) -> Iterator[tuple[str, str, bool]]:
+SCRIPTS = {check.__name__: check for check in (trains, repeats, resumes, sweeps, many_at_once)}  # side by side
+OWN = {check.__name__: check for check in (diverges, figures, waits)}
+COSTS = {model.__name__: model for model in (layers, gpt2)}
+
+
+def checks(place: Place, only: Sequence[str]) -> Iterator[tuple[str, str, bool]]:
     """Runs each check: its title, what it says or why it failed, whether it held."""
-    scripts, own = (trains, repeats, resumes, sweeps, many_at_once), (diverges, figures, waits)
 
     def attempt(check: Callable[[Place], str]) -> tuple[str, str, bool]:
         title = " ".join((check.__doc__ or "").split()).rstrip(".")
@@ -290,7 +295,8 @@ def checks(place: Place) -> Iterator[tuple[str, str, bool]]:
         except Exception as error:
             return title, f"**failed**: {error!r}", False
 
-    with ThreadPoolExecutor(len(scripts) if place.device == "gpu" else 1) as pool:
+    scripts, own = ([check for name, check in known.items() if name in only] for known in (SCRIPTS, OWN))
+    with ThreadPoolExecutor(len(SCRIPTS) if place.device == "gpu" else 1) as pool:
         progress = tqdm(total=len(scripts) + len(own), desc=place.device)
         for row in itertools.chain(pool.map(attempt, scripts), map(attempt, own)):
             progress.update()
@@ -301,7 +307,8 @@ def main() -> int:
     """Prints the tables; returns 1 where a check failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("gpu", "cpu"), default="gpu")
-    parser.add_argument("--only", choices=("checks", "costs"), help="a part")
+    known = (*SCRIPTS, *OWN, *COSTS)
+    parser.add_argument("--only", nargs="+", choices=known, default=known, metavar="NAME", help=", ".join(known))
     arguments = parser.parse_args()
     if arguments.device == "gpu" and not torch.cuda.is_available():
         print("error: there is no GPU here that torch can use; --device cpu tries the script itself.", file=sys.stderr)
@@ -310,12 +317,11 @@ def main() -> int:
     name = torch.cuda.get_device_name() if arguments.device == "gpu" else "CPU"
     start, held = time.perf_counter(), True
     with tempfile.TemporaryDirectory() as folder:
-        if arguments.only != "costs":
-            print(f"\n| on {name}, torch {torch.__version__} | |\n|---|---|")
-            for title, words, holds in checks(Place(arguments.device, Path(folder))):
-                print(f"| {title} | {words} |", flush=True)
-                held = held and holds
-        for model in (layers, gpt2) if arguments.only != "checks" else ():
+        print(f"\n| on {name}, torch {torch.__version__} | |\n|---|---|")
+        for title, words, holds in checks(Place(arguments.device, Path(folder)), arguments.only):
+            print(f"| {title} | {words} |", flush=True)
+            held = held and holds
+        for model in (COSTS[each] for each in COSTS if each in arguments.only):
             title = (model.__doc__ or "").rstrip(".")
             print(f"\n| {title} | first 100 steps | later | held | at most |\n|---|---|---|---|---|")
             print(*model(arguments.device, Path(folder)), sep="\n", flush=True)

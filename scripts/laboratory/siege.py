@@ -23,7 +23,6 @@ import socket
 import stat
 import sys
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +34,7 @@ import hydra.core.plugins
 import matplotlib.pyplot as plt
 import torch
 from attacks import MARKUP, Attack, Ground, attacks
+from forked import fork, wait
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_multiplexer import EventMultiplexer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -119,53 +119,18 @@ COMMANDS = {
 }
 
 
-def fork(world: Path, act: Callable[[], Any]) -> tuple[int | None, str]:
-    """Does something in a process of its own, where everything is imported already.
-
-    Returns:
-        The exit code, None where it had to be killed; and what it printed.
-    """
-    sys.stdout.flush()
+def alone(world: Path, act: Callable[[], Any]) -> tuple[int | None, str]:
+    """Does something in a process of its own; returns the exit code, None where it was killed, and what it printed."""
     output = world / "output"
-    process = os.fork()
-    if not process:
-        code = 70
-        try:
-            os.setpgid(0, 0)
-            handle = os.open(output, os.O_WRONLY | os.O_CREAT)
-            os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-            os.dup2(handle, 1)
-            os.dup2(handle, 2)
-            sys.stdout, sys.stderr = (open(number, "w", closefd=False) for number in (1, 2))  # noqa: SIM115  # not pytest's
-            os.chdir(world / "work")
-            act()
-            code = 0
-        except SystemExit as leave:
-            code = leave.code if isinstance(leave.code, int) else 1
-        except BaseException:
-            import traceback
+    output.unlink(missing_ok=True)
 
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(code)
-    ended = code_of(process)
-    return ended, output.read_text(errors="surrogateescape") if output.exists() else ""
+    def inside() -> None:
+        os.chdir(world / "work")
+        act()
 
-
-def code_of(process: int) -> int | None:
-    """Waits for a process, and kills it when it takes too long."""
-    end = time.monotonic() + SECONDS
-    while not (done := os.waitpid(process, os.WNOHANG))[0]:
-        if time.monotonic() > end:
-            os.killpg(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-            return None
-        time.sleep(0.005)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(process, signal.SIGKILL)  # what it has left behind
-    return os.waitstatus_to_exitcode(done[1])
+    code = wait(fork(output, inside), SECONDS)
+    said = output.read_text(errors="surrogateescape") if output.exists() else ""
+    return None if code == -signal.SIGKILL else code, said
 
 
 def watch(world: Path) -> None:
@@ -206,7 +171,7 @@ def make_template(root: Path) -> Path:
         register_optimizer_step_post_hook(interrupt)
         script("train", *SWEEP)
 
-    code, said = fork(world, train)
+    code, said = alone(world, train)
     if code != 143:
         raise SystemExit(f"the honest sweep has ended with {code}:\n{said}")
     for name in MADE_BY_THE_REPORT:
@@ -235,7 +200,7 @@ def besiege(attack: Attack, name: str, template: Path, seed: int) -> list[tuple[
         target = "sweep" if attack.on_sweep else f"sweep/{EVIL_JOB}" if command.of_sweep else "run"
         rng = random.Random(f"{seed} {attack.name}")
         ground = Ground(world / target, world / "outside", world / "canary", listener.getsockname()[1], rng)
-        code, said = fork(world, partial(attack.plant, ground))
+        code, said = alone(world, partial(attack.plant, ground))
         if code != 0:
             raise RuntimeError(f"{attack.name} could not be prepared:\n{said}")
         (world / "output").unlink()
@@ -246,7 +211,7 @@ def besiege(attack: Attack, name: str, template: Path, seed: int) -> list[tuple[
             watch(world)
             command.run()
 
-        code, said = fork(world, act)
+        code, said = alone(world, act)
         harms = list(judge(world, name, code, said, before))
         with contextlib.suppress(BlockingIOError):
             listener.accept()[0].close()

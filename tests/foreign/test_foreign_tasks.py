@@ -189,9 +189,9 @@ def test_a_task_is_trained_evaluated_and_asked_for_predictions(
     assert result["least_squares_loss"] is result["excess_loss"] is result["largest_stable_learning_rate"] is None
     # One line for all that has no leave to compute the loss again, and how to give it.
     off, *others = ended.err.splitlines()
-    why = "there is not one optimizer" if name == "gan" else r"\w+ has no method `loss\(batch\)`: add one, or give"
-    assert re.match(rf"WARNING: .*, like all that needs the loss of a step again, is off: {why}", off), ended.err
-    monitor = "`monitor` names val/loss, which was not logged, so that there is no objective. Logged: train/error, test"
+    why = "there are several optimizers" if name == "gan" else r"\w+ has no method `loss\(batch\)`: add one, or give"
+    assert re.match(rf"WARNING: .* is off, like everything that evaluates a step's loss again: {why}", off), ended.err
+    monitor = "`monitor` names val/loss, which was never logged, so there is no objective. Logged: train/error, test"
     assert [line[: len(monitor) + 9] for line in others] == [f"WARNING: {monitor}"] * (result["objective"] is None)
     said = [ended.out, ended.err, *((folder / each).read_text() for each in ("result.json", "train.log"))]
 
@@ -204,7 +204,7 @@ def test_a_task_is_trained_evaluated_and_asked_for_predictions(
     else:
         assert evaluated.code == 1
         assert re.fullmatch(
-            r"error: `run` .*`validation_step`.*`test_step`.*: GAN on ShapesData have not\.\n", evaluated.err
+            r"error: `run` .*`validation_step`.*`test_step`.*: GAN on ShapesData do not\.\n", evaluated.err
         )
     predicted = run("predict", f"run={folder}")
     if task.predicted:
@@ -215,7 +215,7 @@ def test_a_task_is_trained_evaluated_and_asked_for_predictions(
     else:
         assert predicted.code == 1
         assert predicted.out == ""
-        assert re.fullmatch(r"error: `run` .*`predict_step`.*: GAN on ShapesData have not\.\n", predicted.err)
+        assert re.fullmatch(r"error: `run` .*`predict_step`.*: GAN on ShapesData do not\.\n", predicted.err)
     check_nothing_is_said_of_lines(*said, evaluated.out + evaluated.err, predicted.out + predicted.err)
 
 
@@ -262,7 +262,7 @@ def test_a_task_is_swept_over_two_rates_and_reported(run: Run, tmp_path: Path, n
     assert (sweep / "learning_rate.png").is_file()
     page = (sweep / "report.html").read_text()
     if name != "forecast":
-        extreme = "greatest" if task.mode == "max" else "least"
+        extreme = "highest" if task.mode == "max" else "lowest"
         assert f"The {extreme} {task.monitor}, " in page
     texts = [(sweep / "sweep.csv").read_text(), re.sub(r"data:image/[^\"]*", "", page)]
     check_nothing_is_said_of_lines(ended.out, ended.err, *texts)
@@ -288,7 +288,7 @@ def test_data_of_one_task_and_a_model_of_another_are_named_where_the_first_step_
     data, model = arguments
     error = ended.err.splitlines()[-1]
     assert error.startswith(f"error: {message}")
-    assert error.endswith(f" (in the first step of {model} on {data}: do they belong to one task?)")
+    assert error.endswith(f" (in the first step of {model} on {data}: do they belong to the same task?)")
     assert all(line.startswith("WARNING: ") for line in ended.err.splitlines()[:-1])  # what has no leave is off
     result = read_json(only_run(tmp_path))
     assert (result["status"], result["num_optimizer_steps"]) == ("failed", 0)

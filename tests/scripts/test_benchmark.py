@@ -81,7 +81,8 @@ def test_observers_measures_every_way_at_both_frequencies():
     process = run("observers", "--quick")
     assert process.returncode == 0, process.stderr
     rows = table(process.stdout)
-    assert [(row["model"], row["every"]) for row in rows] == [("line, 10 features", "50"), ("line, 10 features", "1")]
+    assert [row["model"] for row in rows] == ["line, 10 features"] * 3
+    assert [row["steps"] for row in rows] == ["the first 100", "later, every 50", "later, every 1"]
     for row in rows:
         assert is_positive(row["step, processor ms"])
         ways = list(row.items())[4:]
@@ -98,3 +99,12 @@ def test_what_cannot_be_measured_is_refused_in_words(arguments):
     assert process.returncode == 2
     assert process.stderr.splitlines()[-1].startswith("benchmark.py: error: argument")
     assert not process.stdout
+
+
+def test_rules_are_judged_on_tables_whose_true_loss_is_known():
+    process = run("rules", "--quick")
+    assert process.returncode == 0, process.stderr
+    rows = table(process.stdout)
+    assert [row.pop("rule") for row in rows] == ["best of six rates", "over-fitting"]
+    for said, *_, right in (map(int, row.values()) for row in rows):
+        assert said >= right > 0

@@ -74,8 +74,8 @@ def test_text_dates_and_missing_cells_of_a_new_file_are_read_as_in_training(scri
     assert [column["kind"] for column in state["columns"]] == ["number", "text", "date"]
     assert state["columns"][1]["values"] == ["Bonn", "Ulm"]
     assert float(known) != float(unknown)
-    assert "1 text not known to the run" in ended.err
-    assert "1 row with missing cells, not predicted: nan" in ended.err
+    assert "1 text that the run does not know" in ended.err
+    assert "1 row with missing cells: predicted as nan" in ended.err
 
 
 def test_evaluate_prints_the_metrics_of_the_best_checkpoint(script: Script, run: Path) -> None:
@@ -111,7 +111,7 @@ def test_nothing_is_written_by_either(script: Script, run: Path, tmp_path: Path)
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("evaluate", [], "`run` must be given, there is no default: run=…"),
+        ("evaluate", [], "`run` must be given, since it has no default: run=…"),
         ("evaluate", ["run=nowhere"], "`run` must be the folder of a run, outputs/runs/…, got 'nowhere'"),
         ("evaluate", ["rum=x"], "`rum` is not a key. Did you mean `run`?"),
         ("predict", ["run={run}", "data.path=none.csv"], "`data.path` must name a CSV or Parquet file, got 'none.csv'"),

@@ -31,7 +31,7 @@ def test_the_default_run_leaves_what_the_readme_says(tmp_path: Path) -> None:
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_[a-z2-9]{4}", run.name)
     events = [file.name for file in run.iterdir() if file.name.startswith("events.out.tfevents.")]
     assert len(events) == 1
-    pictures = {"loss_surface.png", "step_along_gradient.png"}
+    pictures = {f"{name}_{run.name}_lr=0.02.png" for name in ("loss_surface", "step_along_gradient")}
     others = {file.name for file in run.iterdir()} - set(events) - pictures
     assert others == {".hydra", ".lock", "checkpoints", "result.json", "train.log"}
     assert all((run / name).exists() for name in pictures)

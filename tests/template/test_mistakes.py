@@ -12,7 +12,7 @@ from lightning import Trainer
 from template.regression import mistakes
 from template.regression.data import TableData
 from template.regression.manual import ManualLinearRegression
-from tests.conftest import ROOT, read_json
+from tests.conftest import ROOT, read_json, scalars
 
 RATE = 0.02
 NUM_STEPS = 5
@@ -195,10 +195,13 @@ def test_an_experiment_runs_behaves_as_it_says_and_ends_with_its_exit_code(
     run = tmp_path / "run"
     result = read_json(run)
     assert result["status"] == ("diverged" if ended.code else "completed")
-    assert (run / "step_along_gradient.png").exists()
+    assert list(run.glob("step_along_gradient_*.png"))
     is_line = name != "dead_relu"
-    assert (run / "loss_surface.png").exists() == is_line
+    assert bool(list(run.glob("loss_surface_*.png"))) == is_line
     assert (result["largest_stable_learning_rate"] is not None) == is_line
+    if is_line:
+        (excess,), (tested,) = scalars(run, "train/excess_loss"), scalars(run, "test/loss")
+        assert excess[0] == tested[0]
     if name in BEHAVIOURS:
         config = yaml.safe_load((ROOT / "conf" / "experiment" / f"{name}.yaml").read_text())
         by_hand = descend(config, result["num_optimizer_steps"])

@@ -19,10 +19,18 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from benchmarks.report import print_report, show_progress
-from downslope.callbacks import FlightRecorder, GradientMonitor, LearningRateEffects, SharpnessMonitor, VerdictMonitor
+from downslope.callbacks import (
+    CriticalLearningRate,
+    FlightRecorder,
+    GradientMonitor,
+    LearningRateEffects,
+    SharpnessMonitor,
+    VerdictMonitor,
+)
 from downslope.tables.batches import Batch, Batches, ShuffledOrder
 
 FREQUENCIES = (50, 1)
+FIRST = 100  # steps, which are all watched
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ CASES = [
     Case("MLP, 20 tensors", 64, (64,) * 9, 64),
     Case("MLP, 20 tensors", 64, (64,) * 9, 1024),
     Case("MLP, 200 tensors", 32, (32,) * 99, 64),
+    Case("MLP, 2.1 million elements", 512, (512,) * 8, 96),
 ]
 QUICK = [CASES[0]]
 
@@ -62,7 +71,7 @@ class Seconds:
 
 
 class Network(LightningModule):
-    """A line, or a line after some layers; it starts the clocks before its first step."""
+    """A line, or a line after some layers; it reads the clocks before its first step, and after the first hundred."""
 
     def __init__(self, case: Case) -> None:
         super().__init__()
@@ -73,6 +82,11 @@ class Network(LightningModule):
     def on_train_start(self) -> None:
         """Starts the clocks."""
         self.started = Seconds.now()
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Reads the clocks between the first steps and the others."""
+        if self.trainer.global_step == FIRST:
+            self.middle = Seconds.now()
 
     def training_step(self, batch: Batch) -> Tensor:
         """Returns the loss."""
@@ -134,6 +148,12 @@ WAYS: dict[str, Callable[[int], list[Callback]]] = {
     "ours and `FlightRecorder`": lambda every_n_steps: [*_ours(every_n_steps), FlightRecorder()],
     "ours and `FlightRecorder`, late": lambda every_n_steps: [*_ours(every_n_steps), FlightRecorder(mode="late")],
     "`VerdictMonitor`": lambda _: [VerdictMonitor(print_verdict=False)],
+    "all defaults": lambda every_n_steps: [
+        *_ours(every_n_steps),
+        CriticalLearningRate(),
+        FlightRecorder(),
+        VerdictMonitor(print_verdict=False),
+    ],
     "`SharpnessMonitor`": lambda _: [SharpnessMonitor()],
     "`grad_norm` + `log_dict`": lambda every_n_steps: [GradNorm(every_n_steps)],
     "histograms": lambda every_n_steps: [Histograms(every_n_steps)],
@@ -155,13 +175,13 @@ def observers(rounds: int, seconds: float, cases: Sequence[Case] = CASES) -> Non
     for case in cases:
         for every_n_steps in FREQUENCIES:
             show_progress(f"observers, {case.name}, batch {case.batch_size}, every {every_n_steps} steps")
-            rows.append(_row(case, every_n_steps, rounds, seconds))
+            rows += _rows(case, every_n_steps, rounds, seconds)
     show_progress("")
-    header = ("model", "batch", "every", "step, processor ms", *WAYS)
+    header = ("model", "batch", "steps", "step, processor ms", *WAYS)
     notes = [
         "Processor time, all threads together, that is added to a run without observers, and in brackets time by the "
-        f"clock, until everything is written; TensorBoard on; about {seconds} s each in turn, the median of {rounds} "
-        f"rounds' ratios; one thread of torch; {_load()}. "
+        f"clock, in the first {FIRST} steps, all of which are watched, and later, until everything is written; about "
+        f"{seconds} s each in turn, the median of {rounds} rounds' ratios; one thread of torch; {_load()}. "
         "Ours: `GradientMonitor` and `LearningRateEffects`, the descent ratio at every 50 steps, histograms at every "
         "100; `FlightRecorder` judges every step whatever the frequency, `SharpnessMonitor` measures at every 200. "
         "`grad_norm` computes norms alone, and only where it is due; documented as it is, it does so at every step."
@@ -169,23 +189,31 @@ def observers(rounds: int, seconds: float, cases: Sequence[Case] = CASES) -> Non
     print_report(header, rows, notes)
 
 
-def _row(case: Case, every_n_steps: int, rounds: int, seconds: float) -> list[str]:
-    warm = _time(case, [], 50, every_n_steps).processor
-    num_steps = max(50 if seconds < 0.1 else 200, round(seconds / (warm / 50) / 50) * 50)
+def _rows(case: Case, every_n_steps: int, rounds: int, seconds: float) -> list[list[str]]:
+    """What each way adds: to the first steps, which are all watched whatever the frequency, and to the others."""
+    warm = sum(each.processor for each in _time(case, [], FIRST + 50, every_n_steps))
+    num_steps = FIRST + max(50 if seconds < 0.1 else 200, round(seconds / (warm / (FIRST + 50)) / 50) * 50)
     for way in WAYS.values():
-        _time(case, way(every_n_steps), 50, every_n_steps)
-    alone: list[float] = []
-    ratios: dict[str, list[Seconds]] = {name: [] for name in WAYS}
+        _time(case, way(every_n_steps), FIRST + 1, every_n_steps)
+    alone: list[Seconds] = []
+    ratios: dict[str, list[list[Seconds]]] = {name: [] for name in WAYS}
     for _ in range(rounds):
         bare = _time(case, [], num_steps, every_n_steps)
-        alone.append(bare.processor / num_steps)
+        alone.append(bare[1])
         for name, way in WAYS.items():
             watched = _time(case, way(every_n_steps), num_steps, every_n_steps)
-            ratios[name].append(Seconds(watched.processor / bare.processor, watched.wall / bare.wall))
-    figures = [
-        f"{_added(each.processor for each in way)} ({_added(each.wall for each in way)})" for way in ratios.values()
+            pairs = zip(watched, bare, strict=True)
+            ratios[name].append([Seconds(one.processor / two.processor, one.wall / two.wall) for one, two in pairs])
+    step = 1000 * median(each.processor for each in alone) / (num_steps - FIRST)
+    parts = {0: f"the first {FIRST}"} if every_n_steps == FREQUENCIES[0] else {}
+    return [
+        [case.name, str(case.batch_size), words, f"{step:.2f}"]
+        + [
+            f"{_added(each[part].processor for each in way)} ({_added(each[part].wall for each in way)})"
+            for way in ratios.values()
+        ]
+        for part, words in (parts | {1: f"later, every {every_n_steps}"}).items()
     ]
-    return [case.name, str(case.batch_size), str(every_n_steps), f"{1000 * median(alone):.2f}", *figures]
 
 
 def _added(ratios: Iterable[float]) -> str:
@@ -197,8 +225,8 @@ def _load() -> str:
     return f"load {os.getloadavg()[1]:.1f}" if hasattr(os, "getloadavg") else "load unknown"
 
 
-def _time(case: Case, callbacks: list[Callback], num_steps: int, every_n_steps: int) -> Seconds:
-    """How long some steps take, till everything is written and the logger closed."""
+def _time(case: Case, callbacks: list[Callback], num_steps: int, every_n_steps: int) -> tuple[Seconds, Seconds]:
+    """How long the first steps take, and the others till everything is written and the logger closed."""
     random = torch.Generator().manual_seed(0)
     features = torch.randn(max(case.batch_size, 8192), case.num_features, generator=random)
     target = features.sum(dim=1)
@@ -216,4 +244,4 @@ def _time(case: Case, callbacks: list[Callback], num_steps: int, every_n_steps: 
         )
         module = Network(case)
         trainer.fit(module, Batches(features, target, case.batch_size, ShuffledOrder(len(target), seed=0)))
-        return Seconds.now().since(module.started)
+        return module.middle.since(module.started), Seconds.now().since(module.middle)

@@ -244,7 +244,7 @@ class Checkpoints(Checkpoint):
 
     def _warn(self, name: str) -> OSError | None:
         if self._io.error:
-            log.warning("Cannot write %s, training continues: %s", self.folder / name, self._io.error)
+            log.warning("Cannot write %s; training continues: %s", self.folder / name, self._io.error)
         return self._io.error
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -169,8 +169,8 @@ class FlightRecorder(Observer):
         if self.mode or num_elements <= SMALL or self.on_divergence == "continue":
             return self.mode or "exact"
         log.warning(
-            "FlightRecorder copies nothing of %.0f million elements: a run that diverges ends one step late ('late'). "
-            "With mode='exact' the step is taken back.",
+            "FlightRecorder keeps no copy of a model of %.0f million elements: a run that diverges ends one step "
+            "late ('late'). With mode='exact' the step is taken back.",
             num_elements / 1e6,
         )
         return "late"
@@ -401,7 +401,7 @@ class FlightRecorder(Observer):
     def _stop(self) -> None:
         where = f"See {self._folder / FILE_NAME}."
         if self._is_late:
-            where += " The weights are those after it: the last checkpoint is from before."
+            where += " The weights are those after that step; the last checkpoint is from before it."
         message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
         if self.on_divergence == "raise":
             raise DivergenceError(message)

@@ -39,7 +39,7 @@ EIGENVECTOR_AXES = ("along the steepest direction", "along the flattest directio
 
 
 class Pictures(Observer):
-    """Draws `loss_surface.png` and `step_along_gradient.png`, at the end and every so often.
+    """Draws `loss_surface_<run>.png` and `step_along_gradient_<run>.png`, at the end and every so often.
 
     The path lies over (weight, bias) where the model has these two, else over the plane of the Hessian's two extreme
     eigenvectors: that needs the loss in closed form, `least_squares()`. Before each step the parameters are copied
@@ -50,7 +50,7 @@ class Pictures(Observer):
     was not kept, is drawn on the closed form. Of any other module the log says why the loss cannot be had.
     A picture that fails is warned of, and training continues.
 
-    Each has the run's folder and its rate in a corner.
+    `<run>` is the name of the folder and the rate; it stands in a corner of each picture, too.
 
     Args:
         folder: Where the PNG files go; a later one replaces the one before.
@@ -77,7 +77,7 @@ class Pictures(Observer):
         self._line = module.least_squares() if isinstance(module, HasLeastSquares) else None
         self._batch_step: BatchStep | None = None
         reason = why_no_loss_of_a_step(trainer, module, self.loss)
-        is_off = self._line is None and said_off(trainer, "step_along_gradient.png", reason)
+        is_off = self._line is None and said_off(trainer, "pictures/step_along_gradient", reason)
         follows_all_rows = trainer.num_training_batches == 1 and trainer.limit_train_batches == 1.0
         self._is_of_a_batch = not reason and not (self._line and follows_all_rows)
         if is_off or len(trainer.optimizers) != 1 or not trainer.is_global_zero:
@@ -89,10 +89,10 @@ class Pictures(Observer):
         self._last_two: deque[Place] = deque(maxlen=2)
         self._first = self._num_steps = self._drawn_at = self._shown_at = trainer.global_step
         self.folder.mkdir(parents=True, exist_ok=True)
-        rate = next((group["lr"] for group in trainer.optimizers[0].param_groups if "lr" in group), None)
-        self._run = (
-            self.folder.name if rate is None or "lr=" in self.folder.name else f"{self.folder.name}, lr={rate:g}"
-        )
+        groups = trainer.optimizers[0].param_groups
+        rate = next((group.get("initial_lr", group["lr"]) for group in groups if "lr" in group), None)
+        is_told = rate is None or "lr=" in self.folder.name
+        self._run = self.folder.name if is_told else f"{self.folder.name}_lr={rate:g}".removeprefix("_")
         self.follow(trainer, before=self._before)
         self._is_drawing = True
         self.listen("on_train_batch_start", when=self._is_of_a_batch)
@@ -137,7 +137,7 @@ class Pictures(Observer):
         for name, figure in self.figures().items():
             figure.text(0.99, 0.015, self._run, color=QUIET, fontsize=8, ha="right")
             picture = png(figure)  # drawn and packed once, for all who show it
-            (self.folder / f"{name}.png").write_bytes(picture)
+            (self.folder / f"{name}_{self._run}.png").write_bytes(picture)
             if shown:
                 write_picture(trainer, f"pictures/{name}", picture, self._num_steps)
 
@@ -156,7 +156,7 @@ class Pictures(Observer):
         except ValueError as error:
             reason = str(error)  # who keeps log records shall not keep a traceback, and with it the run
             if reason not in self._told:
-                log.warning("step_along_gradient.png is left out. This is because %s.", reason)
+                log.warning("pictures/step_along_gradient is left out. This is because %s.", reason)
             self._told.add(reason)
         return figures
 
@@ -179,13 +179,13 @@ class Pictures(Observer):
         last_two = [flat(place) for place in self._last_two]
         taken_back = torch.equal(last_two[-1], end) and len(last_two) == 2
         if not taken_back and any(torch.equal(flat(place), end) for place in self._path):
-            raise ValueError("neither of the last two steps stands")
+            raise ValueError("the last two steps have been undone")
         before = last_two[-2 if taken_back else -1]
         if not (before.isfinite().all() and end.isfinite().all()):
             raise ValueError("the parameters are not finite")
         parabola, rate = loss_along_gradient(line, before, end - before)
         if parabola(0.0) - parabola(parabola.best) <= ROUNDING * parabola(0.0):
-            raise ValueError("the loss along the gradient is flat up to rounding")
+            raise ValueError("the loss along the gradient is flat to within rounding")
         step = self._num_steps - (2 if taken_back else 1)
         return draw_step_along_gradient(parabola, rate, step, line.largest_stable_learning_rate)
 

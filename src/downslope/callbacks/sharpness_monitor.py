@@ -140,7 +140,7 @@ class SharpnessMonitor(Observer):
             loss = function(leaves)
             hessian = Hessian(loss, theta)
             if not loss.requires_grad:  # λ would be 0: perhaps it is a `loss(predictions, target=None)`
-                raise ValueError("the loss depends on no parameter, so that it is not that of a batch")
+                raise ValueError("the loss does not depend on any parameter, so it cannot be the loss of a batch")
 
             def product(vector: Tensor) -> Tensor:
                 # Every process takes the same products: the mean of theirs is the product of the joint batch.

@@ -63,7 +63,7 @@ class VerdictMonitor(Observer):
             self.thresholds = Thresholds(**(thresholds or {}))
         except TypeError as error:
             known = ", ".join(Thresholds.__dataclass_fields__)
-            raise ValueError(f"`thresholds` must be of {known}; got {', '.join(thresholds or {})}.") from error
+            raise ValueError(f"`thresholds` must be among {known}, got {', '.join(thresholds or {})}.") from error
         self.every_n_steps = every_n_steps
         self.window = window
         self.print_verdict = print_verdict
@@ -119,7 +119,9 @@ class VerdictMonitor(Observer):
         self.listen("on_before_backward", when=self._collector.is_watching)
 
     def _catch(self, loss: Tensor | None) -> None:
-        self._losses = [] if loss is None else [loss.detach().mean()]
+        if loss is not None:  # a copy: a graph of the device may write into the same place at each step
+            loss = loss.detach().mean() if loss.ndim else loss.detach().clone()
+        self._losses = [] if loss is None else [loss]
 
     def _after(self, step: OptimizerStep) -> None:
         collector = self._collector

@@ -261,7 +261,9 @@ def _spectrum(matrix: Tensor) -> Spectrum:
     if len(matrix) <= MOST_CURVATURES:
         eigenvalues, eigenvectors = torch.linalg.eigh(matrix)
         return eigenvalues, eigenvectors
-    log.warning("Of %d curvatures only the largest are looked for: the verdict has no closed form.", len(matrix))
+    log.warning(
+        "Of %d curvatures only the largest are computed, so the verdict does without the closed form.", len(matrix)
+    )
     start = torch.randn(len(matrix), 2, dtype=matrix.dtype, generator=torch.Generator().manual_seed(0))
     eigenvalues, eigenvectors = torch.lobpcg(matrix, X=start, largest=True)
     return eigenvalues.flip(0), eigenvectors.flip(1)

@@ -59,7 +59,7 @@ def look_for_best(loss: Callable[[float], float], start: float) -> Profile:
             break
         rate /= 2
     if not height(rate) < height(0.0):
-        raise ValueError("the loss of the batch falls for no step along its gradient: up to rounding it is flat")
+        raise ValueError("no step along its gradient lowers the loss of the batch: it is flat to within rounding")
     for factor in (2.0, 1.25):  # the second, narrower parabola is for losses that are none
         vertex = _vertex(height, rate / factor, rate, rate * factor)
         if height(vertex) < height(rate):

@@ -1,7 +1,6 @@
 """What is left to do on a line's parabola, exactly: along which direction, and how many steps."""
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,13 +72,14 @@ def outlook(
     factors = (1 - learning_rate * curvatures).abs()
     excess = float(energies.sum())
     last = _last_to_hold_error(energies, factors, target)
+    num_steps = float(_num_steps(energies, factors[None], target))
     return Outlook(
         excess=excess,
         condition_number=float(curvatures[-1] / curvatures[0]),
         direction=_name(line.eigenvectors[:, last - len(curvatures)], names),
         share=float(energies[last]) / excess if excess > 0 else 0.0,
         decay=float(factors[last]),
-        num_steps=_num_steps(energies, factors, target),
+        num_steps=None if num_steps == math.inf else int(num_steps),
         young_share=float(energies[curvatures * time < 1].sum()) / excess if excess > 0 else 0.0,
     )
 
@@ -104,12 +104,11 @@ def best_learning_rate(
     """
     curvatures, energies = _energies(line, parameters)
     largest = min(2 / float(curvatures[-1] + curvatures[0]), 1.5 / line.sharpness)
-    rates = torch.linspace(0.5 / line.sharpness, largest, num_rates, dtype=torch.float64).tolist()
-    rates.append(1 / line.sharpness)
-    steps = {rate: _num_steps(energies, (1 - rate * curvatures).abs(), target) for rate in rates}
-    needed = {rate: math.inf if num is None else num for rate, num in steps.items()}
-    fewest = [rate for rate in rates if needed[rate] == min(needed.values())]
-    return float(fewest[len(fewest) // 2]) if fewest[-1] != rates[-1] else rates[-1]
+    rates = torch.linspace(0.5 / line.sharpness, largest, num_rates, dtype=torch.float64)
+    rates = torch.cat([rates, rates.new_tensor([1 / line.sharpness])])
+    needed = _num_steps(energies, (1 - rates[:, None] * curvatures).abs(), target)
+    fewest = rates[needed == needed.min()].tolist()
+    return float(fewest[len(fewest) // 2]) if fewest[-1] != float(rates[-1]) else float(rates[-1])
 
 
 def _energies(line: LeastSquares, parameters: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,17 +120,20 @@ def _energies(line: LeastSquares, parameters: Tensor) -> tuple[Tensor, Tensor]:
     return curvatures, 0.5 * curvatures * (line.eigenvectors.T @ error)[kept].square()
 
 
-def _num_steps(energies: Tensor, factors: Tensor, target: float) -> int | None:
-    """The fewest steps, by bisection: below the edge the excess only falls."""
+def _num_steps(energies: Tensor, factors: Tensor, target: float) -> Tensor:
+    """The fewest steps for each row of factors, infinity for none, by bisection: below the edge it only falls."""
 
-    def has_arrived(num_steps: int) -> bool:
-        return float((energies * factors.pow(2.0 * num_steps)).sum()) <= target
+    def has_arrived(num_steps: Tensor) -> Tensor:
+        return (energies * factors.pow(2.0 * num_steps[:, None])).sum(1) <= target
 
-    if has_arrived(0):
-        return 0
-    if not energies.isfinite().all() or (factors[energies > 0] >= 1).any() or not has_arrived(MAX_STEPS):
-        return None
-    return bisect_left(range(MAX_STEPS), True, key=has_arrived)
+    low, high = torch.zeros(len(factors), dtype=torch.long), torch.full((len(factors),), MAX_STEPS)
+    never = ~has_arrived(high) | (factors[:, energies > 0] >= 1).any(1) | ~energies.isfinite().all()
+    never &= ~has_arrived(low)
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        arrived = has_arrived(middle)
+        low, high = low.where(arrived, middle + 1), high.where(~arrived, middle)
+    return high.double().where(~never, math.inf)
 
 
 def _last_to_hold_error(energies: Tensor, factors: Tensor, target: float) -> int:

@@ -60,8 +60,9 @@ class Sample:
         return vector if vector.dtype == torch.float64 else vector.float()
 
     def _blocks(self, tensor: Tensor) -> Tensor:
-        elements = real(tensor.detach().to_dense()).reshape(-1)
-        return elements[: len(elements) // BLOCK * BLOCK].view(-1, BLOCK)[:: self._stride]
+        elements = real(tensor.detach().to_dense()).contiguous()
+        num_blocks = len(range(0, elements.numel() // BLOCK, self._stride))
+        return elements.as_strided((num_blocks, BLOCK), (BLOCK * self._stride, 1))
 
     def weighted(self, tensors: Sequence[Inexact[Tensor, "..."]]) -> Float[Tensor, " num_taken"]:
         """Returns `elements` so weighted that a product of two estimates that of all: Σᵢ aᵢbᵢ / sᵢ ≈ ⟨a, b⟩.

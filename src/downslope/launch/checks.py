@@ -99,6 +99,6 @@ def _check_type(key: str, node: DictConfig, name: str, annotation: Any) -> None:
             raise ValueError(f"`{key}` must be a `_target_` with `_partial_: true`, got {show(value)}.")
         return
     if type(value) not in allowed and not (type(value) is int and float in allowed):
-        way_out = f" As text it is written in both quotes: '{key}=\"{value}\"'." if str in allowed else ""
+        way_out = f" To pass it as text, use both kinds of quotes: '{key}=\"{value}\"'." if str in allowed else ""
         kinds = " or ".join(WORDS[kind] for kind in allowed)
         raise ValueError(f"`{key}` must be {kinds}, got {show(value)}.{way_out}")

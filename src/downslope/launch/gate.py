@@ -23,7 +23,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 from downslope.launch.checks import check_additions, check_nodes, check_settings, check_values
 from downslope.runs.command_line import typed
 from downslope.runs.configuration import hydra_config
-from downslope.runs.console import explain, refusing, say
+from downslope.runs.console import explain, refusing, say, shortest
 from downslope.runs.folder import check_unused, is_main_process, lock
 from downslope.runs.log import early_log, forget_early_log, hear_lightning
 from downslope.runs.plain_files import check_regular
@@ -107,14 +107,16 @@ class Gate(Callback):
             ended = load_run_configuration(config, trusted) if config.get("resume") else None
             if ended:
                 step = f"{ended.num_optimizer_steps:,}, {ended.status}"
-                say(f"{config.resume} has ended at step {step}: there is nothing left to do.")
+                say(f"{shortest(Path(config.resume))} ended at step {step}: there is nothing left to do.")
                 if ended.status == "diverged":
-                    say("A smaller lr wants a run of its own: the same command without resume=.")
+                    say("To try a smaller lr, start a new run: the same command without resume=.")
                 else:
-                    say("More epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
+                    say("To train for more epochs: resume_override=[trainer.max_epochs] trainer.max_epochs=…")
                 raise SystemExit(EXIT_CODES[ended.status])
             if config.hydra.launcher._target_ == VECTORIZED:
-                raise ValueError("`hydra/launcher=vectorized` trains the jobs of a sweep at once, got one run: add -m.")
+                raise ValueError(
+                    "`hydra/launcher=vectorized` trains the jobs of a sweep at once, but this is a single run: add -m."
+                )
             folder = _writable(config.hydra.run.dir, "hydra.run.dir")
             writes, resumes = is_main_process(), bool(config.get("resume"))
             if writes and resumes:
@@ -136,7 +138,10 @@ class Gate(Callback):
         """Refuses a sweep if one of its values is impossible, whatever the others are."""
         with refusing(config_name):
             if config.get("resume"):
-                raise ValueError("`resume` continues one run, got it with -m. A sweep: hydra.sweep.dir=<its folder>.")
+                raise ValueError(
+                    "`resume` continues a single run and cannot be combined with -m. "
+                    "To continue a sweep: hydra.sweep.dir=<its folder>."
+                )
             folder = _writable(config.hydra.sweep.dir, "hydra.sweep.dir")
             for each in folder.iterdir() if folder.is_dir() else ():
                 if each.is_symlink() or not each.is_dir():  # a job's folder is checked in its turn

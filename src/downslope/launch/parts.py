@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from downslope.runs.configuration import show
+from downslope.runs.configuration import has_target, show
 from downslope.runs.prepared import take
 
 Parts = TypeVar("Parts")
@@ -46,6 +46,18 @@ def check_optimizer(config: DictConfig) -> None:
             raise ValueError(str(error) if "`" in str(error) else f"`{key}`: {error}") from error
     if isinstance(argument, ReduceLROnPlateau):
         _check_validation(config)
+    else:
+        _check_finder(config)
+
+
+def _check_finder(config: DictConfig) -> None:
+    """Raises where the rate that Lightning's finder sets would be forgotten: a schedule starts from its own."""
+    for name, node in config.get("callbacks", {}).items():
+        if has_target(node) and str(node["_target_"]).endswith(".LearningRateFinder"):
+            raise ValueError(
+                f"Cannot combine `callbacks.{name}` with `scheduler={_chosen('scheduler')}`. This is because a "
+                "schedule returns to the rate it was made with: find a rate with scheduler=constant, then set lr to it."
+            )
 
 
 def _check_validation(config: DictConfig) -> None:
@@ -71,13 +83,13 @@ def check_device(config: DictConfig) -> None:
         names = ", ".join(name for name, present in available.items() if present)
         raise ValueError(
             f"`device={asked}` must be a device that PyTorch {torch.__version__} finds on this machine ({names}), "
-            f"got none: device=auto takes the best there is."
+            f"got none: device=auto uses the best one available."
         )
     devices, strategy = config.trainer.get("devices", 1), config.trainer.get("strategy", "auto")
     on_cpu = asked == "cpu" or not has_gpu
     if on_cpu and strategy == "auto" and isinstance(devices, int) and devices > 1:  # Lightning would, in silence
         raise ValueError(
-            f"`trainer.devices` must be 1 on the CPU, got {devices}. Several processes that share each batch: "
+            f"`trainer.devices` must be 1 on the CPU, got {devices}. To share each batch among processes: "
             f"trainer=ddp trainer.devices={devices}."
         )
 
@@ -104,13 +116,17 @@ def _from_data(config: DictConfig, data: Any) -> dict[str, Any]:
             except ValueError as error:  # the data are read here: their message names their own arguments
                 raise ValueError(re.sub(r"^`(\w+)`", r"`data.\1`", str(error))) from error
         elif parameter.default is parameter.empty:
-            choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
             raise ValueError(
                 f"`model.{name}` must be given: {target.__name__} needs it, and {type(data).__name__} has no attribute "
                 f"of that name. Write it into the file in conf/model/, or type +model.{name}=…; or choose `model=` "
-                f"and `data=` of one task (got data={choices.get('data')}, model={choices.get('model')})."
+                f"and `data=` of one task (got data={_chosen('data')}, model={_chosen('model')})."
             )
     return given
+
+
+def _chosen(group: str) -> str | None:
+    """Which option of a group was composed."""
+    return HydraConfig.get().runtime.choices.get(group) if HydraConfig.initialized() else None
 
 
 def make_trainer(config: DictConfig, module: LightningModule, loggers: list[Logger]) -> Trainer:
@@ -138,11 +154,11 @@ def _check_manual_optimization(config: DictConfig, module: LightningModule, trai
     """Raises for what Lightning does for automatic optimization alone."""
     if module.automatic_optimization:
         return
-    reason = f"This is because the training_step of {type(module).__name__} takes its steps by itself"
+    reason = f"This is because the training_step of {type(module).__name__} takes its optimizer steps itself"
     if trainer.gradient_clip_val is not None:
         own = f"model.gradient_clip_val={trainer.gradient_clip_val}" if "gradient_clip_val" in config.model else ""
         raise ValueError(
-            f"Cannot set `trainer.gradient_clip_val` with manual optimization. {reason}, and clips for itself: use "
+            f"Cannot set `trainer.gradient_clip_val` with manual optimization. {reason}, and must clip for itself: use "
             f"{own or 'self.clip_gradients there'}."
         )
     if trainer.accumulate_grad_batches != 1:

@@ -32,7 +32,7 @@ def attempt(logger: Logger, write: Callable[..., object], *arguments: Any, **nam
         write(*arguments, **named)
     except Exception as error:
         _OFF.add(logger)
-        log.warning("Cannot write to %s any more, training continues: %s", type(logger).__name__, error)
+        log.warning("Cannot write to %s any more; training continues: %s", type(logger).__name__, error)
 
 
 def is_off(logger: Logger) -> bool:

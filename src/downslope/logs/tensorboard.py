@@ -93,12 +93,15 @@ def _event(step: int, *values: Summary.Value) -> Event:
 
 
 def _scalars(values: Mapping[str, Any]) -> list[Summary.Value]:
-    """All but the epoch, which says nothing beside the steps, and of a loss the logarithm too."""
-    shown = {tag: float(value) for tag, value in values.items() if tag != "epoch"}
-    for tag in LOGARITHMS.keys() & shown.keys():
-        if shown[tag] > 0:
-            shown[LOGARITHMS[tag]] = math.log10(shown[tag])
+    """All but the epoch, which says nothing beside the steps."""
+    shown = with_logarithms({tag: float(value) for tag, value in values.items() if tag != "epoch"})
     return [Summary.Value(tag=tag, simple_value=value) for tag, value in shown.items()]
+
+
+def with_logarithms(values: Mapping[str, float]) -> dict[str, float]:
+    """Returns the values, and beside a loss its logarithm: on that scale a run that diverges does not hide the rest."""
+    logarithms = {new: math.log10(values[tag]) for tag, new in LOGARITHMS.items() if values.get(tag, 0.0) > 0}
+    return {**values, **logarithms}
 
 
 def _append(logger: TensorBoardLogger, events: Iterable[Event]) -> None:
@@ -212,7 +215,7 @@ class StepWriter:
             if histo := histogram(counted):
                 found[step].append(Summary.Value(tag=tag, histo=histo))
             if num_not_finite(counted):
-                words = "%s is not finite at step %d: histograms are of the rest, training continues."
+                words = "%s is not finite at step %d: histograms show the finite values only; training continues."
                 self._warn_once("histograms", words, tag, step)
         return found
 

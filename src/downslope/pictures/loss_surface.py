@@ -64,10 +64,10 @@ def draw_loss_surface(plane: Plane, labels: tuple[str, str], num_steps: int) -> 
     axes.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
     axes.set(xlabel=labels[0], ylabel=labels[1])
     if left_at is None:
-        title(axes, "The path of the descent", f"Darker is higher; the least loss is {plane.loss:.4g}")
+        title(axes, "The path of the descent", f"Darker is higher; the lowest loss is {plane.loss:.4g}")
     else:
         ratio = float(np.linalg.norm(path[-1] - optimum)) / max(float(np.linalg.norm(path[0] - optimum)), 1e-12)
-        below = f"It leaves the picture, and ends {ratio:,.0f} times as far from the optimum as it began"
+        below = f"It leaves the picture, and ends {ratio:,.0f} times as far from the optimum as it started"
         title(axes, "The descent runs away", below)
     axes.legend(loc="upper left", bbox_to_anchor=(0, -0.11), ncols=4, frameon=False, fontsize=9, labelcolor=QUIET)
     return figure

@@ -94,12 +94,12 @@ def draw_step_along_gradient(
     axes.set_ylabel(f"{'loss of the batch' if sampled else 'training loss'} after the step")
     uphill = not loss(learning_rate) <= loss(0.0) if sampled else ratio > UPHILL
     name = name_step(ratio, learning_rate, largest_stable, uphill)
-    below = f"It goes {learning_rate:.3g} × the gradient of {'its batch' if sampled else 'all rows'}"
+    below = f"It moves by {learning_rate:.3g} × the gradient of {'its batch' if sampled else 'all rows'}"
     if abs(ratio) < NO_STEP:
         below = "It does not follow its gradient"
     elif largest_stable and SHORT * largest_stable <= learning_rate < TOO_SHORT * best:
-        below += f"; beyond {largest_stable:.3g} × the steepest direction diverges"
+        below += f"; a rate above {largest_stable:.3g} diverges along the steepest direction"
     else:
-        below += f": {ratio:.3g} × the best along this one"
+        below += f": {ratio:.3g} × the best step along it"
     title(axes, f"Step {step:,}: {name} along its gradient", below)
     return figure

@@ -8,7 +8,7 @@ import os
 import pickle
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -105,9 +105,9 @@ def load_checkpoint(file: Path) -> dict[str, Any]:
     body, comment = data[:-COMMENT_LENGTH], data[-COMMENT_LENGTH:]
     checkpoint, reason = None, "it holds no dictionary."
     if not comment.startswith(CHECKSUM):
-        reason = "it has no checksum at its end, so it is not whole or not ours."
+        reason = "it has no checksum at its end, so it is incomplete, or Downslope did not write it."
     elif comment != CHECKSUM + hashlib.sha256(body).hexdigest().encode():
-        reason = "its checksum is another one, so it has been damaged."
+        reason = "its checksum does not match, so it has been damaged."
     else:
         try:
             checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -139,7 +139,7 @@ def newest_checkpoint(run: Path) -> tuple[Path, dict[str, Any]]:
             continue
         if "progress" in checkpoint:
             for reason in bad:
-                log.warning("Passed over: %s Resuming from %s, step %d.", reason, file.name, checkpoint["global_step"])
+                log.warning("Skipped: %s Resuming from %s, step %d.", reason, file.name, checkpoint["global_step"])
             return file, checkpoint
         bad.append(f"{file} holds weights that can be used, but not resumed from.")
     reasons = "; ".join(bad) or "it has no checkpoint"
@@ -167,14 +167,17 @@ def checkpoint_of(run: Path, data: object, module: LightningModule) -> tuple[Pat
         others = {name: here for name, here in versions().items() if there.get(name, here) != here}
         changed = [f"{name} {there[name]} there, {here} here" for name, here in others.items()]
     if changed:
-        log.warning("Saved by other versions, so that the last bits may differ: %s.", ", ".join(changed))
+        log.warning("Saved with other versions, so the last bits may differ: %s.", ", ".join(changed))
     return file, checkpoint
 
 
 def versions() -> dict[str, str]:
     """Returns the versions of what makes a run's numbers."""
     build = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return build | {name: version(name) for name in PACKAGES}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # its sources are on the path, and it was not installed
+            build[name] = version(name)
+    return build
 
 
 @contextlib.contextmanager
@@ -204,7 +207,8 @@ def check_same(file: Path, what: str, saved: Any, here: Any) -> None:
     if saved != here:
         there, now = (", ".join(each) or "none" if isinstance(each, list) else each for each in (saved, here))
         raise ValueError(
-            f"Cannot resume from {file}. This is because it was made with another {what}: {there} there, {now} here."
+            f"Cannot resume from {file}. This is because it was made with a different {what}: "
+            f"{there} there, {now} here."
         )
 
 

@@ -4,6 +4,7 @@ import atexit
 import contextlib
 import gc
 import logging
+import math
 import os
 import re
 import shlex
@@ -104,7 +105,7 @@ def unheard() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        logging.getLogger(__name__).warning("Cannot print any more, the run continues: %s", error)
+        logging.getLogger(__name__).warning("Cannot print any more; the run continues: %s", error)
         _hush()
 
 
@@ -140,11 +141,11 @@ def _explain(error: BaseException, config_name: str, folder: Path | None) -> str
         named = re.sub(r"^`(\w+)`", rf"`{key[1]}.\1`", message)  # the class knows its argument, not where it stands
         return named if "`" in named else f"`{key[1]}`: {named}"
     if isinstance(error, MissingMandatoryValue):
-        return f"`{error.full_key}` must be given, there is no default: {error.full_key}=…"
+        return f"`{error.full_key}` must be given, since it has no default: {error.full_key}=…"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return _explain_composition(str(error), config_name, folder)
     if isinstance(error, MemoryError):
-        return "There is not enough memory: a smaller data.batch_size, or a smaller table, needs less."
+        return "There is not enough memory: try a smaller data.batch_size, or a smaller table."
     if isinstance(error, OSError) and error.errno in FULL and not error.filename:  # of a write Python names no file
         return f"A file cannot be written: {error.strerror}."
     if isinstance(error, ValueError | OSError) and str(error):
@@ -195,7 +196,7 @@ def print_result(result: Result, folder: Path) -> None:
     sentence = result.evidence.get("sentence", "")
     lines += textwrap.wrap(sentence, 118, initial_indent="  verdict   ", subsequent_indent=" " * 12)
     lines += overfitting(result)
-    run, again = _shortest(folder), ""
+    run, again = shortest(folder), ""
     lines += ["", f"  run       {run}"]
     if (folder / "checkpoints" / "best.ckpt").is_file():
         lines.append(f"  best      python scripts/evaluate.py run={run}   (above: the last weights)")
@@ -214,7 +215,9 @@ def _above(least: float, excess: float) -> str:
 
 
 def overfitting(result: Result) -> list[str]:
-    """Returns a line where the validation loss is more than twice the training loss, and not next to nothing.
+    """Returns a line where the validation loss L is more than twice the training loss, and not next to nothing.
+
+    Of n rows L counts as L − L/√n, since their noise may be the reason. How often that is right: docs/verdict.md.
 
     Example:
         >>> seen = Result("completed", monitor="val/loss", metrics={"train/loss": 0.25, "val/loss": 1.0})
@@ -226,7 +229,8 @@ def overfitting(result: Result) -> list[str]:
     monitor = result.monitor or ""
     counterpart = f"train/{monitor.partition('/')[2]}"
     train, value = result.metrics.get(counterpart, 0.0), result.metrics.get(monitor, 0.0)
-    is_much = value > OVERFITTED * train > 0 and value > 0.01 * result.evidence.get("first_loss", 0.0)
+    surely = value * (1 - 1 / math.sqrt(result.num_validation_rows or math.inf))
+    is_much = surely > OVERFITTED * train > 0 and value > 0.01 * result.evidence.get("first_loss", 0.0)
     if result.status != "completed" or result.mode != "min" or not is_much:
         return []
     factor = f"{value / train:.2g} ×"
@@ -237,9 +241,9 @@ def print_interrupted(result: Result, folder: Path, saved: bool | None) -> None:
     """Prints how far an interrupted run came, and how to resume it."""
     say("")
     if any((folder / "checkpoints").glob("*.ckpt")):
-        what = "saved" if saved else "not saved: what came after the last checkpoint is lost, and comes again"
+        what = "saved" if saved else "not saved: the steps since the last checkpoint are lost, and will be taken again"
         say(f"  stopped   at step {result.num_optimizer_steps:,}, {what}")
-        say(f"  resume    python scripts/train.py resume={_shortest(folder)}")
+        say(f"  resume    python scripts/train.py resume={shortest(folder)}")
     else:
         say("  stopped   before anything was saved")
 
@@ -261,8 +265,8 @@ def metric_lines(metrics: Mapping[str, float]) -> list[str]:
     return [f"  {name:<9} {'   '.join(values)}" for name, values in lines.items()]
 
 
-def _shortest(folder: Path) -> Path:
-    """As it is typed where the command was: `hydra.job.chdir` leads away from there."""
+def shortest(folder: Path) -> Path:
+    """Returns a folder as it is typed where the command was: `hydra.job.chdir` leads away from there."""
     here = Path(HydraConfig.get().runtime.cwd) if HydraConfig.initialized() else Path.cwd()
     return folder.relative_to(here) if folder.is_relative_to(here) else folder
 

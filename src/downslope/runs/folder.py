@@ -23,8 +23,8 @@ def check_unused(folder: Path) -> None:
     """
     if any((folder / name).exists() for name in TRACES):
         raise ValueError(
-            f"`hydra.run.dir` must be a folder in which no run has been, got {str(folder)!r}. "
-            f"To resume that run: resume={folder}. For a new one: another hydra.run.dir, or none."
+            f"`hydra.run.dir` must be a folder that holds no run yet, got {str(folder)!r}. "
+            f"To resume that run: resume={folder}. For a new run: choose another hydra.run.dir, or leave it out."
         )
 
 
@@ -41,6 +41,6 @@ def lock(folder: Path) -> FileLock:
         return held
     except Timeout:
         raise ValueError(
-            f"Another process works on {str(folder)!r}. Wait until it ends, or stop it, which saves (Ctrl-C there); "
-            "then type the same again."
+            f"Another process is working on {str(folder)!r}. Wait until it ends, or stop it with Ctrl-C there, "
+            "which saves; then run the same command again."
         ) from None

@@ -56,7 +56,7 @@ class Quiet(logging.Filter):
             return True
         first, self._has_told = not self._has_told, True
         if first:
-            record.msg = f"{record.msg} (said once a run: other files may not be written either)"
+            record.msg = f"{record.msg} (said once per run: other files may not be written either)"
         return first
 
 

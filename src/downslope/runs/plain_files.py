@@ -52,7 +52,7 @@ def read_yaml(file: Path) -> Any:
                 raise ValueError(f"{file.name} must hold plain values: it has a tag, an alias, or too many levels.")
         return yaml.load(content, LOADER)
     except yaml.YAMLError as error:
-        raise ValueError(f"{file.name} is no YAML: {' '.join(str(error).split())}") from error
+        raise ValueError(f"{file.name} is not YAML: {' '.join(str(error).split())}") from error
 
 
 def printable(value: Any) -> Any:

@@ -73,7 +73,7 @@ def read_result(folder: Path) -> Result | None:
     try:
         values = printable(json.loads(content))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{FILE_NAME} is no JSON: {error}") from error
+        raise ValueError(f"{FILE_NAME} is not JSON: {error}") from error
     kinds = typing.get_type_hints(Result)
     if not isinstance(values, dict) or "status" not in values:
         raise ValueError(f"{FILE_NAME} must have a status.")

@@ -46,7 +46,9 @@ def load_run_configuration(config: DictConfig, trusted: Sequence[str]) -> Result
     allowed = list(config.resume_override or [])
     for key in allowed:
         if key not in [override.key_or_group for override in typed]:
-            raise ValueError(f"`resume_override` must name keys that are set beside it, got {key!r} without {key}=….")
+            raise ValueError(
+                f"`resume_override` must name keys that the same command sets, got {key!r} without {key}=…."
+            )
     changed = [override for override in typed if _change(override, config, saved, hydra, allowed)]
     kept = [each for each in hydra.overrides.task if not _sets(each, changed)]
     with read_write(config), open_dict(config):
@@ -104,7 +106,7 @@ def _change(override: Override, config: DictConfig, saved: DictConfig, hydra: Di
     if key.split(".")[0] in FIXED or override.is_delete():
         raise ValueError(
             f"Cannot change `{key}` of a run that is resumed: {values}. This is because it would be "
-            f"another run: leave {key} out, or start one of its own without resume=."
+            f"a different run: leave {key} out, or start a new run without resume=."
         )
     if key not in allowed:
         raise ValueError(

@@ -12,6 +12,7 @@ from typing import Any, Protocol, Self, runtime_checkable
 
 from hydra.core.hydra_config import HydraConfig
 from lightning import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.trainer.connectors import checkpoint_connector
 from lightning.pytorch.trainer.states import TrainerFn
 from omegaconf import DictConfig, OmegaConf
@@ -22,7 +23,7 @@ from downslope.logs.hparams import write_hparams
 from downslope.logs.tensorboard import close_loggers, rewind_event_files, write_text
 from downslope.runs.checkpoints import LAST, checkpoint_of, versions, what_a_run_saves
 from downslope.runs.command_line import typed
-from downslope.runs.console import explain, print_header, print_interrupted, print_result
+from downslope.runs.console import explain, print_header, print_interrupted, print_result, say
 from downslope.runs.folder import is_main_process
 from downslope.runs.log import begin_log
 from downslope.runs.prepared import take
@@ -36,6 +37,10 @@ log = logging.getLogger(__name__)
 
 DIVERGED_BEYOND = 1e6
 DIVERGED_WORDS = ("diverging", "too_large", "non_finite")
+FOUND_NOTHING = (  # Lightning says so in its log alone
+    "LearningRateFinder found no rate, so lr stays %g. It tries one rate a step and needs at least 13: raise "
+    "`trainer.max_epochs`, or set the finder's `early_stop_threshold` to null."
+)
 CHOICES = ("device", "model", "optimizer", "data")  # that HPARAMS shows
 
 
@@ -167,7 +172,7 @@ class Run:
             self.result.status = "failed"
             if self._is_of_the_first_step(trace):
                 model, data = (HydraConfig.get().runtime.choices.get(name) for name in ("model", "data"))
-                error.add_note(f"in the first step of model={model} on data={data}: do they belong to one task?")
+                error.add_note(f"in the first step of model={model} on data={data}: do they belong to the same task?")
             self.result.error = {"type": type(error).__name__, "message": explain(error)}
             with contextlib.suppress(OSError):  # a disk that is full must not hide the error
                 self.result.write(self.folder)
@@ -182,10 +187,11 @@ class Run:
         result = self.result
         result.objective = result.metrics.get(result.monitor or "")
         if result.objective is None:
-            text = "`monitor` names %s, which was not logged, so that there is no objective. Logged: %s."
+            text = "`monitor` names %s, which was never logged, so there is no objective. Logged: %s."
             log.warning(text, result.monitor, ", ".join(result.metrics) or "nothing")
         try:
-            write_hparams(self.folder, *line_of(result))
+            step = self._trainer.global_step if self._trainer else 0  # a step that was taken back counts: beside test/…
+            write_hparams(self.folder, *line_of(result), step)
             result.write(self.folder)  # last: a run that is killed before it comes to all of this again
         finally:  # where the file cannot be written, the terminal is all there is
             print_result(result, self.folder)
@@ -198,15 +204,15 @@ def num_rows(loader: Any) -> int | None:
     return None
 
 
-def line_of(result: Result) -> tuple[dict[str, Any], dict[str, float | None], int]:
-    """Returns what TensorBoard's HPARAMS say of a run: what was asked for, what came of it, and its steps."""
+def line_of(result: Result) -> tuple[dict[str, Any], dict[str, float | None]]:
+    """Returns what TensorBoard's HPARAMS say of a run: what was asked for, and what came of it."""
     choices = HydraConfig.get().runtime.choices
     asked = {"lr": result.learning_rate, **{name: choices.get(name) for name in CHOICES}}
     asked["verdict"] = result.verdict or result.status
     came: dict[str, float | None] = dict.fromkeys(sorted(result.metrics, key=lambda tag: tag != result.monitor))
     if result.excess_loss is not None:
         came["train/excess_loss"] = result.excess_loss
-    return asked, came, result.num_optimizer_steps
+    return asked, came
 
 
 class Outside(Callback):
@@ -237,8 +243,16 @@ class Outside(Callback):
         self.has_begun = True
         if trainer.is_global_zero:
             keep_changes(self.run.config, HydraConfig.get())  # a resume that is refused until here has changed nothing
-        if not trainer.global_step:  # a LearningRateFinder has set another one
-            self.run.result.learning_rate = _highest_rate(trainer)
+        finder = any(isinstance(each, LearningRateFinder) for each in trainer.callbacks)  # type: ignore[attr-defined]
+        if finder and not trainer.global_step:
+            before, found = self.run.result.learning_rate, _highest_rate(trainer)
+            self.run.result.learning_rate = found
+            if not trainer.is_global_zero:
+                return
+            if found != before:
+                say(f"LearningRateFinder: lr {found:g}")
+            else:
+                log.warning(FOUND_NOTHING, found)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs

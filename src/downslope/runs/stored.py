@@ -57,7 +57,7 @@ class StoredRun:
         if self.file is None:
             raise ValueError(f"`run` must be a run that has saved a checkpoint, got {str(run)!r}: it has no {BEST}.")
         if self.file.name != Path(BEST).name:
-            log.warning("%s has no best checkpoint, since no metric chose one: this is of the last.", run)
+            log.warning("%s has no best checkpoint, since no metric chose one: the last one is used.", run)
         stored = read_untrusted(file, [*config.trust, *names_in(config)])
         asked = {key: value for key, value in config.get("data", {}).items() if value is not None}
         stored.callbacks, stored.logger = {}, {}
@@ -110,7 +110,7 @@ def required_passes(
     if not found:
         needed = ", or ".join(f"`{name}_step` and `{LOADERS[name]}`" for name in names)
         got = f"{type(module).__name__} on {type(data).__name__}"
-        raise ValueError(f"`run` must be of a model and of data that have {needed}: {got} have not.")
+        raise ValueError(f"`run` must be of a model and of data that have {needed}: {got} do not.")
     return found
 
 

@@ -167,7 +167,7 @@ def _check_target(place: str, target: Any, allowed: set[str]) -> None:
 
 
 def _way_out(name: Any) -> str:
-    return f"nothing of it was run. If you trust it: 'trust=[{name}]'."
+    return f"nothing in it was run. If you trust it: 'trust=[{name}]'."
 
 
 def _resolvers(place: str, text: str) -> list[str]:

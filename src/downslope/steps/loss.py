@@ -83,7 +83,7 @@ def why_no_loss(module: nn.Module, loss: Loss | None) -> str | None:
 def why_not_one_optimizer(trainer: Trainer) -> str | None:
     """Returns why it is not known which loss belongs to whom, None where it is."""
     if len(trainer.optimizers) > 1:
-        return "there is not one optimizer, and it is not known which loss belongs to whom"
+        return "there are several optimizers, and it is not known which loss belongs to which"
     has_one = any(optimizer.param_groups for optimizer in trainer.optimizers)  # Lightning's stand-in has no groups
     return None if has_one else "there is no optimizer"
 
@@ -99,7 +99,7 @@ def why_no_loss_of_a_step(
     if isinstance(trainer.optimizers[0], torch.optim.LBFGS):
         return "LBFGS evaluates the loss many times a step"
     if trainer.world_size > 1:
-        return "each process knows the loss of its own share of the batch alone"
+        return "each process knows only the loss of its own share of the batch"
     return why_no_loss(module, loss)
 
 
@@ -117,7 +117,7 @@ def said_off(trainer: Trainer, what: str, reason: str | None) -> bool:
     told = _TOLD.setdefault(trainer, set())
     if reason is not None:
         level = logging.INFO if reason in told else logging.WARNING
-        log.log(level, "%s, like all that needs the loss of a step again, is off: %s.", what, reason)
+        log.log(level, "%s is off, like everything that evaluates a step's loss again: %s.", what, reason)
         told.add(reason)
     return reason is not None
 
@@ -186,7 +186,9 @@ class BatchLoss:
 
     def leaves(self, parameters: Mapping[str, Tensor]) -> Parameters:
         """Returns copies that autograd takes for parameters: an evaluation may edit them in place."""
-        copies = self._copies(parameters)
+        return self._leaves(self._copies(parameters))
+
+    def _leaves(self, copies: Parameters) -> Parameters:
         return {name: nn.Parameter(tensor, self._own[name].requires_grad) for name, tensor in copies.items()}
 
     def names(self, parameters: Iterable[Tensor]) -> list[str]:
@@ -291,8 +293,12 @@ class BatchLoss:
 
         def loss(length: float) -> Tensor:
             moved = torch._foreach_add(origin, arrow, alpha=length) if length else origin
-            place = {**self._own, **start, **dict(zip(direction, moved, strict=True))}
-            return self(self.leaves(place)).detach()
+            others = {name: tensor for name, tensor in {**self._own, **start}.items() if name not in direction}
+            there = dict(zip(direction, moved, strict=True))
+            is_new = (
+                length and self._dtype is None
+            )  # nobody else has it: of a large model a second copy is one too many
+            return self(self._leaves(self._copies(others) | (there if is_new else self._copies(there)))).detach()
 
         return loss
 

@@ -134,7 +134,7 @@ class Observer(Callback):
         try:
             load(state)
         except Exception as error:
-            log.warning("%s begins anew: the checkpoint has it in another layout.", type(self).__name__)
+            log.warning("%s starts over: its state in the checkpoint has a different layout.", type(self).__name__)
             log.debug("%s could not be restored", type(self).__name__, exc_info=error)
             return False
         return True

@@ -10,6 +10,7 @@ from downslope.sweeps.table import Job, judged_by, varied_keys
 
 SEED = "seed"
 CERTAIN = 2.0  # standard errors
+NOISE = 1.5  # chosen so that of ten jobs that are called the best nine are: scripts/laboratory/benchmarks/rules.py
 
 
 @dataclass(frozen=True)
@@ -56,27 +57,31 @@ def rows_over_seeds(averages: Sequence[Average], monitor: str) -> list[dict[str,
     """Returns what a table says of them, by column."""
     return [
         {**each.overrides, "seeds": len(each.jobs), f"mean {monitor}": each.mean, "standard deviation": each.spread}
-        | {"least": min(found), "greatest": max(found)}
+        | {"lowest": min(found), "highest": max(found)}
         for each in averages
         for found in [[job.objective for job in each.jobs.values()]]
     ]
 
 
 def as_good(jobs: Sequence[Job]) -> list[Job]:
-    """Returns the best job, and those whose objective differs from it by no more than the noise of the validation rows.
+    """Returns the best job, and those that are worse by no more than the noise of the validation rows.
 
-    The mean loss L of n rows is known to about L/√n when two jobs are compared on the same rows, a share p of hits to
-    √(p(1 − p)/n). Where n is not known, the best is alone.
+    Of n rows that noise is 1.5 L/√n for a job's mean loss L, and 1.5 √(p(1 − p)/n) for its share p of hits. Where n is
+    not known, the best is alone. How often that is right: docs/sweeps.md.
 
     Args:
         jobs: The best first.
     """
-    best, noise = jobs[0], 0.0
-    value, rows = best.objective, best.result.num_validation_rows if best.result else None
-    if rows and rows > 0 and math.isfinite(value):
-        is_share = judged_by(jobs)[1] == "max" and 0 <= value <= 1
-        noise = math.sqrt(value * (1 - value) / rows) if is_share else abs(value) / math.sqrt(rows)
-    return [job for job in jobs if job is best or abs(job.objective - value) <= noise]
+    best = jobs[0]
+    rows = (best.result.num_validation_rows if best.result else None) or 0
+    is_share = judged_by(jobs)[1] == "max" and 0 <= best.objective <= 1
+
+    def is_as_good(value: float) -> bool:
+        spread = math.sqrt(max(0.0, value * (1 - value))) if is_share else abs(value)
+        noise = NOISE * spread / math.sqrt(rows) if rows > 0 else 0.0
+        return math.isfinite(value) and abs(value - best.objective) <= noise
+
+    return [job for job in jobs if job is best or is_as_good(job.objective)]
 
 
 def as_good_on_average(averages: Sequence[Average]) -> list[Average]:

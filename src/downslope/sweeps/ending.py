@@ -25,7 +25,7 @@ VECTORIZED = "hydra_plugins.downslope_launcher.Vectorized"
 IN_THIS_PROCESS = (BASIC, VECTORIZED)  # where their jobs run
 RAY = "hydra_plugins.hydra_ray_launcher.ray_launcher.RayLauncher"
 RAY_MEMORY = 75 * 2**20  # bytes: what the launcher asks for, where Ray would take a third of the machine's
-DIED = "its process died without a word: the same command with hydra.sweep.dir= of this sweep runs it again"
+DIED = "its process died without an error message: the same command with this sweep's hydra.sweep.dir= runs it again"
 
 
 class Ending:
@@ -91,7 +91,10 @@ class Ending:
                 self._number = number
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._stop_file.write_text(str(int(number)))
-                say("\nstopping: what is running saves at its next step, the rest is not run; once more leaves at once")
+                say(
+                    "\nstopping: running jobs save at their next step, the others will not start; "
+                    "a second signal quits at once"
+                )
 
     def finish(self) -> None:
         """Lists the failures, makes the report, and leaves with exit code 1 where any job failed.
@@ -113,7 +116,7 @@ class Ending:
         self._list_failures()
         report(self.folder)
         arguments = [each for each in sys.argv[1:] if not each.startswith("hydra.sweep.dir=")]
-        say("\ninterrupted: what has ended is kept, what was running is saved, the rest was not run. Resume it with")
+        say("\ninterrupted: finished jobs are kept, running ones were saved, the others never started. To resume:")
         say(f"  {shlex.join(['python', sys.argv[0], *arguments, f'hydra.sweep.dir={self.folder}'])}")
 
     def _stamps(self) -> dict[Path, int]:

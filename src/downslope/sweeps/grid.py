@@ -46,7 +46,7 @@ def parsed(params: Mapping[str, str], task: Sequence[str], loader: ConfigLoader 
     """
     lines = [*(f"{key}={values}" for key, values in params.items()), *task]
     if sum(map(len, lines)) > MOST_LETTERS:
-        raise ValueError(f"The overrides of a sweep must have at most {MOST_LETTERS:,} letters.")
+        raise ValueError(f"The overrides of a sweep must have at most {MOST_LETTERS:,} characters.")
     return OverridesParser.create(config_loader=loader).parse_overrides(lines)
 
 
@@ -95,7 +95,7 @@ def points_of(override: Override, points: int | None) -> list[str]:
     if not (all(map(math.isfinite, ends)) and ends[0] < ends[1] and (ends[0] > 0 or not is_log)):
         kind = "two numbers above 0" if is_log else "two numbers"
         raise ValueError(
-            f"`{override.key_or_group}` must be an interval of {kind} that rise, got {override.input_line}."
+            f"`{override.key_or_group}` must be an interval of {kind}, the smaller first, got {override.input_line}."
         )
     low, high = map(math.log, ends) if is_log else ends
     exact = [low + (high - low) * place / (points - 1) for place in range(points)]
@@ -120,8 +120,8 @@ def jobs(overrides: Sequence[Override], points: int | None = None) -> list[list[
     for override in overrides:
         if override.is_interval_sweep() and points is None:
             raise ValueError(
-                f"`{override.key_or_group}` must be a list of values, got {override.input_line}; with "
-                "hydra.sweeper.points=100 it is so many values of the interval."
+                f"`{override.key_or_group}` must be a list of values, got {override.input_line}; "
+                "hydra.sweeper.points=100 takes that many values from the interval."
             )
     by_key = {override.get_key_element(): values(override, points) for override in overrides}
     sizes = [len(each) for each in by_key.values() if len(each) > 1]
@@ -151,7 +151,7 @@ def batches(config: DictConfig, most: int | None) -> list[list[list[str]]]:
     """Returns the missing jobs, in batches of `most` where that is given, and says how many are kept."""
     missing, number = missing_jobs(config), len(jobs(typed_overrides(config), config.hydra.sweeper.get("points")))
     if kept := number - len(missing):
-        say(f"kept {kept:,} of {number:,} jobs, which have ended already")
+        say(f"kept {kept:,} of {number:,} jobs, which had already ended")
     size = most or number
     return [missing[start : start + size] for start in range(0, len(missing), size)]
 

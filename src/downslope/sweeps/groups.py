@@ -83,7 +83,7 @@ def by_key(job: Sequence[str]) -> dict[str, str]:
 
 def groups(config: DictConfig, sweep: Path, jobs: Jobs, rest: dict[str, Jobs]) -> Iterator[Group]:
     """Yields jobs that can be trained at once, and puts all others into `rest`, by the reason."""
-    reason = "they have begun already"
+    reason = "they have already started"
     if OmegaConf.to_container(config.hydra.sweep)["subdir"] != NAME:  # type: ignore[call-overload,index]
         reason, started = "their folders have names of your own: hydra.sweep.subdir", jobs
     else:
@@ -108,7 +108,7 @@ def _split(
     for group in alike.values():
         varied = [key for key in differ if len({by_key(job)[key] for job in group.values()}) > 1]
         if len(group) == 1 or not varied:
-            reason = "no other job differs from them in numbers of the optimizer alone"
+            reason = "no other job differs from them only in numbers of the optimizer"
             rest.setdefault(reason, {}).update(group)
             continue
         try:
@@ -179,6 +179,6 @@ def _check(config: DictConfig) -> None:
     odd += [key for key, target in targets.items() if not target.startswith(OURS) or target == MAY_RAISE]
     odd += [f"logger.{key}" for key, node in config.logger.items() if node._target_ != LOGGER]
     if odd:
-        raise CannotStackError(f"the vectorized launcher does not know {', '.join(odd)}")
+        raise CannotStackError(f"the vectorized launcher does not support {', '.join(odd)}")
     if (config.monitor, config.mode) != ("val/loss", "min"):
-        raise CannotStackError(f"it judges jobs by the least val/loss, not by monitor={config.monitor}")
+        raise CannotStackError(f"it judges jobs by the lowest val/loss, not by monitor={config.monitor}")

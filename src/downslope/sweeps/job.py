@@ -139,9 +139,9 @@ def check_identity(config: DictConfig, folder: Path) -> None:
     if old != new:
         _, _, *changes = difflib.unified_diff(old, new, n=0, lineterm="")
         raise ValueError(
-            f"`hydra.sweep.dir` holds {folder.name} with another configuration (− there, + now):\n  "
+            f"`hydra.sweep.dir` holds {folder.name} with a different configuration (− there, + now):\n  "
             + "\n  ".join(line for line in changes if not line.startswith("@@"))
-            + "\nLeave hydra.sweep.dir out for a sweep of its own, or undo the change."
+            + "\nLeave out hydra.sweep.dir to start a new sweep, or undo the change."
         )
 
 
@@ -165,7 +165,10 @@ def prepare(config: DictConfig, folder: Path, result: Result | None) -> None:
     target, partial, hydra = folder / ".hydra", folder / ".hydra.partial", HydraConfig.get()
     leftovers = [each for each in folder.iterdir() if each.name != LOCK]
     if not target.is_dir() and (others := [each for each in leftovers if each != partial and each.suffix != ".log"]):
-        raise ValueError(f"`hydra.sweep.dir` must have no other use, got {folder}, which holds {others[0].name}.")
+        raise ValueError(
+            f"`hydra.sweep.dir` must be a folder that is used for nothing else, got {folder}, "
+            f"which holds {others[0].name}."
+        )
     for leftover in leftovers:
         if leftover.is_dir():
             shutil.rmtree(leftover)

@@ -20,7 +20,7 @@ from torch.utils.tensorboard.summary import custom_scalars
 
 from downslope.logs.event_files import encoded, encoded_scalars
 from downslope.logs.hparams import hparams_line
-from downslope.logs.tensorboard import LAYOUT
+from downslope.logs.tensorboard import LAYOUT, with_logarithms
 from downslope.runs.checkpoints import BEST, LAST, as_bytes, name_of
 from downslope.runs.console import one_line, say
 from downslope.runs.folder import LOCK
@@ -53,7 +53,10 @@ def keep(group: Group, sweep: Path, fit: Fit) -> dict[int, float]:
     def files() -> Iterator[dict[str, bytes]]:  # of one job at a time: those of all might not fit into memory
         for index, (result, curves) in enumerate(zip(results, _curves(fit), strict=True)):
             mine = _checkpoints(fit, index, result) if fit.checkpoint else {}
-            yield mine | ({event_file: curves + hparams_line(*line_of(result))} if group.config.logger else {})
+            if group.config.logger:
+                step = max(result.num_optimizer_steps, int(fit.members.stopped_at[index]))  # beside test/loss
+                mine[event_file] = curves + hparams_line(*line_of(result), step)
+            yield mine
 
     return _place(group, sweep, results, files())
 
@@ -155,7 +158,7 @@ def _curves(fit: Fit) -> Iterator[bytes]:
                     mine[step][tag] = values[index]
                 elif "/loss" in tag:
                     mine[end].setdefault(tag, values[index])  # it was validated once more, when it had stopped
-        yield begin + encoded_scalars(mine, now)
+        yield begin + encoded_scalars({step: with_logarithms(values) for step, values in mine.items()}, now)
 
 
 def _checkpoints(fit: Fit, index: int, result: Result) -> dict[str, bytes]:

@@ -138,7 +138,7 @@ class Members(LightningModule):
             self._keep(f"learning_rate/{type(self.recipe).__name__}", step, torch.tensor(self._rates))
         if step + 1 == NUM_CHECKED:
             chosen = least_rate(self.settings)
-            self.checked = [each[chosen].clone() for each in self.optimizer.weights()[: self.num_trained]]
+            self.checked = [each[chosen].clone().cpu() for each in self.optimizer.weights()[: self.num_trained]]
         ended = self._alive[torch.isin(self._alive, self.optimizer.alive, invert=True)]
         self.stopped_at[ended.cpu()] = step + 1
         self.trainer.should_stop = not len(self.optimizer.alive)
@@ -169,6 +169,13 @@ class Members(LightningModule):
 
     def on_test_epoch_end(self) -> None:
         self._end("test")
+
+    def come_home(self) -> None:
+        """Brings to the host, when all is done, what Lightning does not know of, and a job's files are made of."""
+        optimizer = self.optimizer
+        optimizer.frozen = [each.cpu() for each in optimizer.frozen]
+        optimizer.alive, optimizer.num_steps = optimizer.alive.cpu(), optimizer.num_steps.cpu()
+        self.best_weights, self.best = [each.cpu() for each in self.best_weights], self.best.cpu()
 
     def _keep(self, tag: str, step: int, values: Tensor) -> None:
         self.curves.setdefault(tag, []).append((step, values.detach().cpu()))
@@ -229,11 +236,13 @@ def _recipe(member: Any, settings: Sequence[Mapping[str, Any]]) -> tuple[Optimiz
         optimizers, schedulers, monitor = _configure_optimizers(member.configure_optimizers())
         made = _configure_schedulers_automatic_opt(schedulers, monitor)
     except (TypeError, ValueError, AttributeError) as error:
-        raise CannotStackError(f"the optimizer takes no group for each job: {explain(error)}") from error
+        raise CannotStackError(
+            f"the optimizer does not take a parameter group for each job: {explain(error)}"
+        ) from error
     finally:
         del member.parameters
     if len(optimizers) != 1 or len(optimizers[0].param_groups) != len(groups):
-        raise CannotStackError(f"{type(member).__name__} makes other parameter groups, or other optimizers, than one")
+        raise CannotStackError(f"{type(member).__name__} makes several optimizers or parameter groups")
     for each in made:
         if each.reduce_on_plateau or each.frequency != 1 or getattr(each.scheduler, "cycle_momentum", False):
             name = type(each.scheduler).__name__
@@ -293,7 +302,7 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
         last = Path(folder) / "last.ckpt"
         checkpoint = load_checkpoint(last) if last.is_file() else None
     for found, each in zip(stack.checked, expected, strict=False):  # a shorter run is not checked
-        worst = float((found - each).abs().max() / each.abs().max().clamp(min=1e-12))
+        worst = float((found - each.cpu()).abs().max() / each.abs().max().clamp(min=1e-12))
         if not worst <= MOST_DIFFERENT:
             raise CannotStackError(
                 f"after {NUM_CHECKED} steps the weights differ by {worst:.1e} from those of an ordinary run: "
@@ -305,6 +314,7 @@ def train_members(config: DictConfig, build: Callable[[DictConfig], Any], member
         trainer.validate(stack, datamodule=data, verbose=False)
     if any(passes(data, module, trainer, ["test"])):
         trainer.test(stack, datamodule=data, verbose=False)
+    stack.come_home()
     return Fit(stack, trainer, checkpoint, seconds, critical, line)
 
 
@@ -362,14 +372,14 @@ def _ordinary(
 def _check_parts(module: Any, trainer: Trainer) -> None:
     """Raises for what trains otherwise than by one step a batch, in float32, in this process."""
     if not module.automatic_optimization:
-        raise CannotStackError(f"{type(module).__name__} takes its steps by itself")
+        raise CannotStackError(f"{type(module).__name__} takes its optimizer steps itself")
     if not hasattr(module, "loss"):
         raise CannotStackError(f"{type(module).__name__} has no `loss(batch)`")
     usual = {"accumulate_grad_batches": trainer.accumulate_grad_batches == 1,
              "precision": trainer.precision == "32-true",
              "strategy": isinstance(trainer.strategy, SingleDeviceStrategy)}  # fmt: skip
     if odd := [f"trainer.{name}" for name, is_usual in usual.items() if not is_usual]:
-        raise CannotStackError(f"the vectorized launcher does not know {', '.join(odd)}")
+        raise CannotStackError(f"the vectorized launcher does not support {', '.join(odd)}")
 
 
 def _check_validation_loss(trainer: Trainer, module: Any) -> None:
@@ -383,4 +393,4 @@ def _check_validation_loss(trainer: Trainer, module: Any) -> None:
             rows += extract_batch_size(batch)
     logged = trainer.callback_metrics.get("val/loss")
     if logged is None or not rows or not math.isclose(float(logged), total / rows, rel_tol=1e-4):
-        raise CannotStackError(f"{type(module).__name__} logs no `val/loss` that is the mean of its loss")
+        raise CannotStackError(f"{type(module).__name__} does not log a `val/loss` that is the mean of its loss")

@@ -68,10 +68,10 @@ def draw_learning_rate(jobs: Sequence[Job]) -> "Figure":
     paint(axes)
     values = [] if grid else [job.objective for line in lines.values() for job in line if math.isfinite(job.objective)]
     _scale(axes, "x", [job.learning_rate or 0.0 for line in lines.values() for job in line])
-    if not grid:
-        _scale(axes, "y", values)
     if is_curve:
         _scale_of_most(axes, values)
+    elif not grid:
+        _scale(axes, "y", values)
     axes.set_title(_headline(jobs, averages, objective), loc="left", pad=22, color=INK, fontsize=13, fontweight="bold")
     drawn = [] if grid else [job for job in jobs if not (is_curve and job.status == "diverged")]
     _legend(axes, drawn, len(lines) > 1 and not grid)
@@ -125,7 +125,7 @@ def _draw_regions(axes: "Axes", line: Sequence[Job]) -> None:
     where: Any = {"xycoords": axes.get_xaxis_transform(), "textcoords": "offset points", "color": INK, "fontsize": 9}
     if good and judged_by(line)[1] == "min":
         axes.axvspan(good[0], good[-1], color=LINES[2], alpha=0.15, linewidth=0)
-        words = f"{NEARLY - 1:.0%} from the best:\n{good[0]:.3g} to {good[-1]:.3g}"
+        words = f"within {NEARLY - 1:.0%} of the best:\n{good[0]:.3g} to {good[-1]:.3g}"
         axes.annotate(words, (good[0], 0.98), (-6, 0), ha="right", va="top", **where)
     if bad:
         axes.axvspan(bad[0], bad[-1], color=LINES[1], alpha=0.15, linewidth=0)
@@ -267,7 +267,7 @@ def draw_curves(jobs: Sequence[Job]) -> "Figure | None":
     panels = zip(figure.subplots(1, 2), (monitor, "gradient norm"), (curve_tags(monitor), [GRADIENT_NORM]), strict=True)
     for axes, name, tags in panels:
         for index, job in enumerate(shown):
-            color = colormaps["viridis"](0.9 * index / max(len(shown) - 1, 1))
+            color = colormaps["viridis"](0.1 + 0.65 * index / max(len(shown) - 1, 1))  # seen on a dark page, too
             for tag, line in zip(tags, ("-", ":"), strict=False):
                 curve = {step: value for step, value in job.curves.get(tag, {}).items() if math.isfinite(value)}
                 steps = sorted(curve)
@@ -310,3 +310,4 @@ def _scale_of_most(axes: "Axes", values: Sequence[float], begin: float = 0.0) ->
     if values and values[0] > 0:
         axes.set_yscale("log")
         axes.set_ylim(values[0] / 1.3, min(values[-1] * 1.3, max(values[len(values) // 2] * 100, begin * 30)))
+        _scale(axes, "y", values)

@@ -20,7 +20,7 @@ from downslope.sweeps.table import Job, csv_of, judged_by, next_rate, read_jobs,
 MOST_ROWS = 30  # in the terminal
 MOST_COLUMNS, MOST_ERRORS = 60, 5  # of the page
 LONG = ("job", "error")
-EXTREMES = {"min": "least", "max": "greatest"}
+EXTREMES = {"min": "lowest", "max": "highest"}
 
 
 @dataclass(frozen=True)

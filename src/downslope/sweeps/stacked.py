@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.optim import SGD, Adam, AdamW, Optimizer, RMSprop
 
+from downslope.gradients.norms import part_norms
+
 Stack = Mapping[str, Tensor]  # parameters or buffers by name, a leading axis of members
 StackedLoss = Callable[[Stack, Any], Tensor]
 DIVERGED_BEYOND = 1e6
@@ -122,7 +124,7 @@ class StackedOptimizer(Optimizer):
         with torch.enable_grad():
             losses = closure().detach()
         gradients = [each.grad if each.grad is not None else torch.zeros_like(each) for each in self.held]
-        norms = [torch.linalg.vector_norm(each.flatten(1), dim=1) for each in gradients]
+        norms = [part_norms(each.flatten(1), [each[0].numel()])[:, 0] for each in gradients]
         self.norms = torch.linalg.vector_norm(torch.stack(norms).double(), dim=0)
         gradients = self._clipped(gradients)
         self.first = torch.where(self.first.isnan(), losses, self.first)

@@ -264,11 +264,13 @@ class ManyFiles(TableFile):
         for each in files:
             if each.names != self.names:
                 raise ValueError(
-                    f"{path} must name files of the same columns, got ({', '.join(self.names)}) and "
+                    f"{path} must name files with the same columns, got ({', '.join(self.names)}) and "
                     f"({', '.join(each.names)})."
                 )
         if len({each.marks[0] for each in files}) > 1:
-            raise ValueError(f"{path} must name files of one decimal mark, got '.' and ',': data.decimal=… says which.")
+            raise ValueError(
+                f"{path} must name files with the same decimal mark, got '.' and ',': data.decimal=… says which."
+            )
         self.marks = files[0].marks[0], max(each.marks[1] for each in files)
         self._starts: list[int] = []
 

@@ -188,5 +188,5 @@ def _warn_of_merged(values: Array) -> None:
     for column in values.T[narrow]:
         distinct, left = np.unique(column), np.unique(column.astype(np.float32))
         if len(left) < len(distinct):
-            text = "From %.12g to %.12g float32 leaves %d of a column's %d values: use `data.standardize=true`."
+            text = "From %.12g to %.12g float32 keeps only %d of a column's %d values: use `data.standardize=true`."
             log.warning(text, distinct[0], distinct[-1], len(left), len(distinct))

@@ -25,6 +25,7 @@ from downslope.tables.stored import WINDOW, Store, StoredTable, free_memory
 log = logging.getLogger(__name__)
 
 INDEX = re.compile(r"rownames|Unnamed: \d+|__index_level_\d+__")  # row numbers, as R and pandas write them
+IDENTIFIER = re.compile(r"(.*[\W_])?(?i:id|idx|index|nr|no)|.*[a-z]I[dD]")
 CLASSES = "make new NAME=…, with experiment=digits as the pattern."
 FEW_VALUES = 10  # of a target of whole numbers: they may be classes
 ROWS_AT_ONCE = 65_536
@@ -239,12 +240,12 @@ def _read_table(asked: Reading, _changed: tuple[tuple[int, int], ...]) -> Table 
         notes.append(f"{8e-9 * store.width * store.num_rows:.2g} GB in a temporary file, shuffled in windows of ")
         notes[-1] += f"{WINDOW * store.chunk_rows:,} rows"
         stored = StoredTable(name, store, *about, tuple(plan.features), tuple(notes), len(asked.target))
-        _warn(stored, asked.target, stored.all_rows().chunks)
+        _warn(stored, asked, stored.all_rows().chunks)
         return stored
     features, targets, weight = np.split(store.values, np.cumsum([len(about[0]), len(asked.target)]), axis=1)
     target, weights = targets[:, 0] if len(asked.target) == 1 else targets, weight[:, 0] if asked.weight else None
     table = Table(name, features, target, *about, weights, tuple(plan.features), tuple(notes))
-    _warn(table, asked.target, lambda: iter([(features, targets, None)]))
+    _warn(table, asked, lambda: iter([(features, targets, None)]))
     return table
 
 
@@ -261,10 +262,10 @@ def read_features(path: str, columns: Sequence[Column], missing: Missing, decima
     plan = Plan(list(columns), [])
     store = Store(plan.width, math.inf, 0)
     if unknown := _fill(store, path, file, plan, "refuse" if missing == "refuse" else "keep"):
-        log.warning("%s: %s not known to the run: none of its values.", path, counted(unknown, "text"))
+        log.warning("%s: %s that the run does not know: counted as none of its values.", path, counted(unknown, "text"))
     if absent_rows := int(np.isnan(store.values).any(axis=1).sum()):
-        done = "filled with the mean of the training rows" if missing == "mean" else "not predicted: nan"
-        log.warning("%s: %s with missing cells, %s.", path, counted(absent_rows, "row"), done)
+        done = "filled with the mean of the training rows" if missing == "mean" else "predicted as nan"
+        log.warning("%s: %s with missing cells: %s.", path, counted(absent_rows, "row"), done)
     return store.values
 
 
@@ -346,7 +347,7 @@ def _wrong(survey: Survey, is_target: bool, asked: Reading, file: TableFile) -> 
     must = f"column {name!r} must be a finite number, got"
     if (survey.is_mostly_numbers and column == Column(name)) or (is_text and asked.text == "refuse"):
         row, cell = survey.first_wrong or (0, None)
-        share = f"{survey.num_wrong:,} of {survey.num_rows - survey.num_missing:,} cells are none"
+        share = f"{survey.num_wrong:,} of {survey.num_rows - survey.num_missing:,} cells are not"
         return f"{file.place(row)}, {must} {cell!r}: {share}. data.exclude=[{name}] leaves the column out."
     if survey.num_missing and asked.missing == "refuse" and not is_target:
         share = f"{survey.num_missing:,} of {survey.num_rows:,} cells are missing"
@@ -367,7 +368,7 @@ def _judged(asked: Reading, features: list[Survey], others: list[Survey]) -> Pla
         else:
             columns.append(column)
             if column.kind == "text":
-                changed.setdefault("a 0 or 1 for each text of", []).append(f"{column.name} ({len(column.values)})")
+                changed.setdefault("a 0 or 1 for each value of", []).append(f"{column.name} ({len(column.values)})")
             elif column.kind == "date":
                 changed.setdefault("days since 1970 for", []).append(column.name)
     notes = [f"without {listed(names)}: {reason}" for reason, names in left_out.items()]
@@ -440,10 +441,10 @@ def counted(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def _warn(table: Table | StoredTable, targets: Sequence[str], chunks: Callable[[], Iterator[Rows]]) -> None:
-    """Warns of what makes a task too easy, or no regression."""
+def _warn(table: Table | StoredTable, asked: Reading, chunks: Callable[[], Iterator[Rows]]) -> None:
+    """Warns of what makes a task too easy, no regression, or is no feature."""
     features, target, _ = next(chunks())
-    names, alike = (*table.feature_names, *targets), dict[tuple[float, ...], list[int]]()
+    names, alike = (*table.feature_names, *asked.target), dict[tuple[float, ...], list[int]]()
     for place, total in enumerate([*features.sum(axis=0).tolist(), *target.sum(axis=0).tolist()]):
         values = features[:9, place] if place < features.shape[1] else target[:9, place - features.shape[1]]
         alike.setdefault((total, *values.tolist()), []).append(place)
@@ -452,15 +453,25 @@ def _warn(table: Table | StoredTable, targets: Sequence[str], chunks: Callable[[
         return all(np.array_equal(*([*rows[0].T, *rows[1].T][place] for place in places)) for rows in chunks())
 
     pairs = [(group[0], other) for group in alike.values() for other in group[1:] if is_same(group[0], other)]
-    for place, name in enumerate(targets):
+    for place, name in enumerate(asked.target):
         values = target[:ROWS_AT_ONCE, place]
         if all((rows[1][:, place] == values[0]).all() for rows in chunks()):
             log.warning("%s: the target %s is %g in every row: there is nothing to learn.", table.name, name, values[0])
         elif len(np.unique(values)) <= min(FEW_VALUES, len(table) // 5) and not (target[:, place] % 1).any():
-            text = "%s: the target %s holds %d whole numbers alone. If they are classes: %s"
+            text = "%s: the target %s takes only %d values, whole numbers. If they are classes: %s"
             log.warning(text, table.name, name, len(np.unique(values)), CLASSES)
     for one, other in sorted(pairs, key=lambda pair: pair[1] < features.shape[1]):
         if other < features.shape[1]:
-            log.warning("%s: the columns %s and %s are the same.", table.name, names[one], names[other])
+            log.warning("%s: the columns %s and %s are identical.", table.name, names[one], names[other])
         else:
-            log.warning("%s: %s is equal to the target %s: data.exclude=[…].", table.name, names[one], names[other])
+            text = "%s: %s is a copy of the target %s. To leave it out: data.exclude=[%s]."
+            log.warning(text, table.name, names[one], names[other], names[one])
+
+    def is_identifier(name: str) -> bool:
+        values = features[:, table.feature_names.index(name)]
+        return len(np.unique(values)) == len(values) and not (values % 1).any()
+
+    found = [name for name in table.feature_names if IDENTIFIER.fullmatch(name) and is_identifier(name)]
+    if found and asked.features is None and len(found) < len(table.feature_names):
+        text = "%s: different whole numbers in every row: %s. If it is an identifier, leave it out: data.exclude=[%s]."
+        log.warning(text, table.name, listed(found), ",".join(found))

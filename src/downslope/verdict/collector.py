@@ -78,6 +78,7 @@ class EvidenceCollector:
         self._full_batch = full_batch
         self._last_step = last_step
         self._others = (*FIRST_JUDGEMENTS, last_step or 0)
+        self._next = 0  # step after which it is judged
         self._line: LeastSquares | None = None
         self._recent: list[Tensor] = []
         self._losses, self._window = Losses(full_batch), Window()
@@ -150,8 +151,10 @@ class EvidenceCollector:
     @property
     def is_watching(self) -> bool:
         """Tells whether the next step is one of a window."""
-        to_go = [self._every_n_steps - self.step % self._every_n_steps, *(step - self.step for step in self._others)]
-        return any(0 < steps <= self._window_size for steps in to_go)
+        if self._next <= self.step:
+            multiple = self.step + self._every_n_steps - self.step % self._every_n_steps
+            self._next = min([multiple, *(step for step in self._others if step > self.step)])
+        return self._next - self.step <= self._window_size
 
     def add_loss(self, loss: Tensor, num_batches: int = 1) -> None:
         """Takes the loss of a step's batch, or the mean of those of several."""

@@ -32,7 +32,7 @@ def why_too_large(seen: Evidence, limits: Thresholds, diverges: bool) -> str | N
         return f"noise holds the loss at {seen.loss or 0:.3g}, from {seen.first_loss or 0:.3g}{where}"
     is_still = seen.share_moving < 0.5 < (seen.first_share_moving or 0) and _has_not_come_down(seen, RECOVERED)
     if (early or 0) > NEARLY_CRITICAL and is_still:  # and has not just fitted all rows
-        return f"a step killed units{where}: {1 - seen.share_moving:.0%} of the weights have no gradient any more"
+        return f"a step killed units{where}: {1 - seen.share_moving:.0%} of the weights no longer have a gradient"
     return None
 
 

@@ -35,23 +35,24 @@ def hints(seen: Evidence, word: Word, limits: Thresholds) -> tuple[str, ...]:
         f"the loss is that of a constant output ({constant:.3g}): do the targets belong to these inputs?": (
             word not in ("too_large", "diverging") and learns_nothing(seen)
         ),
-        f"the inputs are of size {seen.input_size or 0:.2g}, and nothing normalises them: are they to be scaled?": (
+        f"the inputs are of size {seen.input_size or 0:.2g}, and nothing normalises them: should they be scaled?": (
             is_unhappy and (seen.input_size or 0.0) > LARGE_INPUTS and not seen.normalizes
         ),
         f"each step's gradient has the norm {seen.clipped_norm:.3g}: is clipping that tight on purpose?": (
             seen.clipped_norm and word == "too_slow"
         ),
-        f"weight decay is {seen.decay_share:.0%} of the first steps: is it to outweigh the loss?": seen.decay_share
-        > 0.5,
+        f"weight decay is {seen.decay_share:.0%} of the first steps: is it meant to outweigh the loss?": (
+            seen.decay_share > 0.5
+        ),
         f"the schedule has been at its end for {seen.steps_at_zero} of {seen.horizon} steps: is it too short?": (
             has_ended_early(seen)
         ),
         f"in half precision a step changes {changed:.0%} of the weights: is that too coarse?": changed < 0.5,
-        f"{listed(seen.not_normalizing)} is in eval mode, and its averages are of no batch: on purpose?": (
+        f"{listed(seen.not_normalizing)} is in eval mode, and its running averages have seen no batch: on purpose?": (
             seen.not_normalizing
         ),
         f"{listed(seen.dropping)} leaves at most a tenth: on purpose?": seen.dropping,
-        f"{seen.broken_rows}: is it to be left out?": seen.broken_rows,
+        f"{seen.broken_rows}: should it be left out?": seen.broken_rows,
     }
     return tuple(line for line, is_seen in lines.items() if is_seen)
 

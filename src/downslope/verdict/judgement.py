@@ -243,7 +243,7 @@ def _progress(seen: Evidence, limits: Thresholds) -> str:
     elif seen.gradient_decay is not None and seen.gradient_decay < 1 and seen.noise_share <= limits.noisy:
         parts.append(f"the gradient shrinks by {_percent(1 - seen.gradient_decay)} a step")
     elif seen.loss_trend < 0:
-        parts.append("the loss falls")
+        parts.append("the loss is still falling")
     else:
         parts.append("the loss has not begun to fall by more than chance")
     steps = num_steps_left(seen, limits) if seen.noise_share <= limits.noisy or seen.line else None
@@ -256,7 +256,7 @@ def _progress(seen: Evidence, limits: Thresholds) -> str:
         parts.append(f"the rate is {share:.2g} × the largest stable one")
     if seen.line is not None and seen.line.condition_number > 1e4 and share > limits.slow_rate:
         parts.append(
-            f"the condition number is {seen.line.condition_number:.2g}, and no constant rate is much quicker: add "
+            f"the condition number is {seen.line.condition_number:.2g}, and no constant rate is much faster: add "
             "momentum, or decorrelate the features"
         )
     return "; ".join(parts)

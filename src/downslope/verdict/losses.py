@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from functools import reduce
-from statistics import fmean, variance
+from statistics import fmean
 from typing import Any, NamedTuple
 
 MOST_BLOCKS = 256
@@ -23,7 +23,9 @@ class Block(NamedTuple):
     def of(cls, losses: Sequence[float]) -> "Block":
         """In logarithms, so that a factor counts the same up and down; a loss that can be negative as it is."""
         levels = [math.log(loss) for loss in losses] if min(losses) > 0 else losses
-        return cls(len(losses), fmean(losses), fmean(levels), variance(levels) if len(levels) > 1 else 0.0)
+        level = fmean(levels)  # the library's variance is exact, and takes twenty times as long
+        spread = sum([(each - level) ** 2 for each in levels]) / max(1, len(levels) - 1)
+        return cls(len(losses), fmean(losses), level, spread)
 
     def merged(self, other: "Block") -> "Block":
         """Returns both as one."""

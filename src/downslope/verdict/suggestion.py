@@ -51,7 +51,7 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     if rate is None:
         return found
     if seen.peak and 1 / SAME < rate / seen.peak < SAME:
-        return Suggestion(None, "no suggestion: the rate that theory has is in use")
+        return Suggestion(None, "no suggestion: the rate that theory gives is already in use")
     if (word in TOO_LARGE and rate > seen.peak) or (word == "too_slow" and rate < seen.peak):
         return Suggestion(None, "no suggestion: what is known of the curvature contradicts the word")
     return found
@@ -62,7 +62,7 @@ def _found(seen: Evidence, word: Word, limits: Thresholds) -> Suggestion:
     # What was thrown cannot show what it might have learned, and a line knows what there is to learn.
     is_lost = learns_nothing(seen) and word not in TOO_LARGE and seen.line is None
     if word == "stalled" or is_mistaken or has_ended_early(seen) or is_lost:
-        return Suggestion(None, "no learning rate mends this")
+        return Suggestion(None, "no learning rate fixes this")
     if seen.method == "lbfgs":
         return Suggestion(None, "no suggestion: L-BFGS scales its steps itself")
     if seen.noise_share > limits.noisy and word == "oscillating":

@@ -39,6 +39,7 @@ class DigitClassifier(LightningModule):
             nn.Flatten(), nn.Linear(num_features, num_hidden), nn.ReLU(), nn.Linear(num_hidden, num_classes)
         )
         self.make_optimizer = optimizer
+        self.lr = getattr(optimizer, "keywords", {}).get("lr")  # where LearningRateFinder looks for it
         self.scheduler = scheduler
         # They add up over an epoch, its batches and processes; a checkpoint keeps them, so that an epoch resumed in
         # its middle ends with the right mean. NaN counts as NaN: MeanMetric would leave it out.

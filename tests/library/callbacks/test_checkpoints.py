@@ -147,14 +147,32 @@ def test_a_training_that_is_done_leaves_no_trainer_in_memory(tmp_path: Path) -> 
         signal.signal(signal.SIGTERM, before)
 
 
-def test_lightnings_own_finder_may_set_the_rate_before_the_fit(script: Callable[..., Outcome], tmp_path: Path) -> None:
-    finder = "+callbacks.finder._target_=lightning.pytorch.callbacks.LearningRateFinder"
-    ended = script(
-        "train", finder, "+callbacks.finder.num_training_steps=60", "trainer.max_epochs=3", "hydra.run.dir=run"
-    )
+FINDER = ("+callbacks.finder._target_=lightning.pytorch.callbacks.LearningRateFinder", "hydra.run.dir=run")
+
+
+@pytest.mark.parametrize("task", ["data=diabetes", "experiment=digits"])
+def test_the_rate_that_lightnings_finder_sets_is_trained_with_said_and_recorded(
+    script: Callable[..., Outcome], tmp_path: Path, task: str
+) -> None:
+    ended = script("train", *FINDER, task, "+callbacks.finder.num_training_steps=60", "trainer.max_epochs=3")
     assert ended.code == 0, ended.err
-    found = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)["optimizer_states"][0][
-        "param_groups"
-    ][0]
-    assert read_json(tmp_path / "run")["learning_rate"] == pytest.approx(found["lr"])
-    assert found["lr"] != 0.02
+    last = torch.load(tmp_path / "run/checkpoints/last.ckpt", weights_only=True)
+    (group,) = last["optimizer_states"][0]["param_groups"]
+    assert read_json(tmp_path / "run")["learning_rate"] == group["lr"] not in (0.02, 0.5)  # those of the configurations
+    assert f"LearningRateFinder: lr {group['lr']:g}\n" in ended.out
+
+
+def test_a_finder_that_finds_nothing_says_so_with_the_way_out(script: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = script("train", *FINDER, "trainer.max_epochs=1")
+    (line,) = [line for line in ended.err.splitlines() if "LearningRateFinder" in line]
+    assert "found no rate, so lr stays 0.02" in line
+    assert "raise `trainer.max_epochs`" in line
+    assert read_json(tmp_path / "run")["learning_rate"] == 0.02
+
+
+def test_a_finder_beside_a_schedule_is_refused(script: Callable[..., Outcome], tmp_path: Path) -> None:
+    ended = script("train", *FINDER, "scheduler=cosine")
+    assert ended.code == 1
+    assert ended.err.startswith("error: Cannot combine `callbacks.finder` with `scheduler=cosine`.")
+    assert "scheduler=constant" in ended.err
+    assert not (tmp_path / "run").exists()

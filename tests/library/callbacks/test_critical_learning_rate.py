@@ -127,7 +127,7 @@ def test_a_module_without_leave_is_left_alone_and_one_line_says_how_to_give_it(
     assert critical.least is None
     (message,) = [each for each in caplog.messages if "critical" in each]
     assert message.startswith(
-        "learning_rate_effect/critical, like all that needs the loss of a step again, is off: NoLoss has no method"
+        "learning_rate_effect/critical is off, like everything that evaluates a step's loss again: NoLoss has no method"
     )
 
 

@@ -657,7 +657,7 @@ class WithCriterion(LightningModule):
     [
         (WithCriterion, "WithCriterion has no method `loss(batch)`: add one, or give the callback `loss=`"),
         (WithLBFGS, "LBFGS evaluates the loss many times a step"),
-        (Adversaries, "there is not one optimizer"),
+        (Adversaries, "there are several optimizers"),
     ],
 )
 def test_the_log_says_once_why_there_is_no_descent_ratio(
@@ -770,7 +770,7 @@ def test_gradients_that_are_no_numbers_are_warned_of_once_and_training_goes_on(
     watched = fit(spoiled(kind), observers(), TensorBoardLogger(tmp_path, name="", version=""))
     said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert [message for message in said if "training continues" in message] == [
-        "gradient/first.weight is not finite at step 2: histograms are of the rest, training continues."
+        "gradient/first.weight is not finite at step 2: histograms show the finite values only; training continues."
     ]
     alone = fit(spoiled(kind), [], False)
     for pair in zip(watched.parameters(), alone.parameters(), strict=True):

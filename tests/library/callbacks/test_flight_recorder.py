@@ -684,7 +684,7 @@ def test_late_a_run_ends_one_step_later_and_nothing_is_copied(tmp_path: Path, mo
     recorder = FlightRecorder(folder=str(tmp_path / "recorder"), mode="late")
     checkpoints = Checkpoints(str(tmp_path), every_n_steps=1, every_n_seconds=None)
     (tmp_path / "recorder").mkdir()
-    with pytest.warns(UserWarning, match=r"Diverged: .* The weights are those after it: the last checkpoint is from"):
+    with pytest.warns(UserWarning, match=r"Diverged: .* The weights are those after that step; the last checkpoint"):
         fit(module, recorder, checkpoints, enable_checkpointing=True)
     record = read(tmp_path / "recorder")
     assert (record["reason"], record["step"], record["epoch"], record["batch_index"]) == (reason, 5, 1, 1)

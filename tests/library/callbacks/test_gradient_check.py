@@ -118,7 +118,9 @@ def test_without_leave_one_line_says_so_and_training_goes_on(caplog: pytest.LogC
     assert fit(Foreign(), callback).global_step == 6
     assert callback.report is None
     (line,) = [message for message in caplog.messages if "GradientCheck" in message]
-    assert line.startswith("GradientCheck, like all that needs the loss of a step again, is off: Foreign has no method")
+    assert line.startswith(
+        "GradientCheck is off, like everything that evaluates a step's loss again: Foreign has no method"
+    )
 
 
 def test_check_runs_once() -> None:

@@ -117,7 +117,7 @@ def test_complex_parameters_have_every_figure(tmp_path: Path, caplog: pytest.Log
     assert seen["learning_rate_effect/descent_ratio"] == pytest.approx(dict.fromkeys(steps, 1 - RATE), rel=1e-4)
     assert seen["learning_rate_effect/critical"] == pytest.approx(dict.fromkeys(steps, 1.0), rel=1e-4)
     assert seen["curvature/sharpness"] == pytest.approx(dict.fromkeys(steps, 2.0), rel=1e-5)
-    assert (tmp_path / "step_along_gradient.png").exists()
+    assert list(tmp_path.glob("step_along_gradient_*.png"))
     assert said(caplog) == []
 
 
@@ -211,9 +211,10 @@ def test_a_loss_of_predictions_is_no_loss_of_a_batch_and_no_figure_comes_of_it(
     seen = curves(tmp_path, OfPredictions())
     assert not [tag for tag in seen if tag.startswith("curvature") or "critical" in tag or "descent" in tag]
     assert sorted(said(caplog)) == [
-        "SharpnessMonitor is off from here on: the loss depends on no parameter, so that it is not that of a batch.",
+        "SharpnessMonitor is off from here on: the loss does not depend on any parameter, so it cannot be the loss "
+        "of a batch.",
         "learning_rate_effect/descent_ratio is off from here on: the loss is 1 where `training_step` returned 2.25.",
-        "step_along_gradient.png is left out. This is because the gradient is zero.",
+        "pictures/step_along_gradient is left out. This is because the gradient is zero.",
     ]
 
 
@@ -237,5 +238,5 @@ def test_a_rate_of_zero_is_no_reason_to_be_off(tmp_path: Path, caplog: pytest.Lo
 def test_without_an_optimizer_one_line_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert curves(tmp_path, Untrained()) == {}
     assert [each.partition(", ")[2] for each in said(caplog)] == [
-        "like all that needs the loss of a step again, is off: there is no optimizer."
+        "like everything that evaluates a step's loss again: there is no optimizer."
     ]

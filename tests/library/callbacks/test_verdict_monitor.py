@@ -338,7 +338,7 @@ def test_the_last_sentence_is_printed_once_unless_it_shall_not(
     [
         ({"every_n_steps": 0}, "`every_n_steps` must"),
         ({"window": 2}, "`window` must be a whole number of at least 3"),
-        ({"thresholds": {"tolerence": 1.0}}, "`thresholds` must be of tolerance"),
+        ({"thresholds": {"tolerence": 1.0}}, "`thresholds` must be among tolerance"),
         ({"thresholds": {"growth": 0.5}}, "`growth` must"),
     ],
 )
@@ -459,7 +459,7 @@ def test_evidence_in_another_layout_is_one_line_and_the_run_is_judged_from_there
                     torch.save(checkpoint, tmp_path / "a.ckpt")
         weights.append(line.linear.weight.detach())
     told = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert told.count("VerdictMonitor begins anew: the checkpoint has it in another layout.") == 1
+    assert told.count("VerdictMonitor starts over: its state in the checkpoint has a different layout.") == 1
     assert monitor.verdict
     assert not monitor.is_off
     assert torch.equal(*weights)

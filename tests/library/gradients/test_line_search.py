@@ -26,5 +26,5 @@ def test_what_is_not_finite_is_high() -> None:
 
 @pytest.mark.parametrize("loss", [lambda _: 1.0, lambda rate: rate, lambda _: math.nan])
 def test_a_loss_that_falls_nowhere_has_no_best(loss: object) -> None:
-    with pytest.raises(ValueError, match="up to rounding it is flat"):
+    with pytest.raises(ValueError, match="it is flat to within rounding"):
         look_for_best(loss, 1.0)  # type: ignore[arg-type]

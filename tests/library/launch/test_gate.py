@@ -37,7 +37,7 @@ REFUSED = [
     ("trainer.max_epochs=three", "`trainer.max_epochs` must be a whole number or null, got 'three'."),
     ("trainer.max_epoch=3", "`trainer.max_epoch` is not a key. Did you mean `trainer.max_epochs`?"),
     ("seed=-1", "`seed` must be a whole number from 0 to 4294967295, got -1."),
-    ("data=table", "`data.path` must be given, there is no default: data.path=…"),
+    ("data=table", "`data.path` must be given, since it has no default: data.path=…"),
     ("data.path=missing.csv", "`data.path` must name a CSV or Parquet file, got 'missing.csv': there is no such file."),
     ("data.path=empty.csv data.target=y", "empty.csv must start with a line of column names"),
     ("data.path=header.csv data.target=y", "header.csv must hold rows below its header, got none."),
@@ -134,4 +134,4 @@ def test_flags_may_stand_anywhere_and_values_hold_any_text(script: Callable[...,
 def test_a_number_where_text_is_wanted_is_answered_with_the_way_to_write_it(script: Callable[..., Outcome]) -> None:
     refused = script("train", "data.path=1992")
     assert refused.code == 1
-    assert """As text it is written in both quotes: 'data.path="1992"'.""" in refused.err
+    assert """To pass it as text, use both kinds of quotes: 'data.path="1992"'.""" in refused.err

@@ -78,7 +78,7 @@ def test_a_logger_that_fails_is_warned_of_once_and_left_alone(
     logger.log_metrics(values, 3)
     logger.log_hyperparams({})
     assert memory.values == []
-    assert caplog.messages == ["Cannot write to Memory any more, training continues: the service is down"]
+    assert caplog.messages == ["Cannot write to Memory any more; training continues: the service is down"]
 
 
 def test_a_logger_that_fails_costs_no_other_one(tmp_path: Path) -> None:
@@ -137,7 +137,7 @@ def test_a_full_disk_under_a_logger_is_one_warning_and_the_same_bits(
     ended = train(tmp_path, f"logger={logger}", "~callbacks.progress", preexec_fn=at_most(60_000))  # a checkpoint fits
     assert ended.returncode == 0, ended.stderr
     (line,) = ended.stderr.splitlines()  # HPARAMS cannot be written either
-    assert re.match(r"WARNING: Cannot write to .* any more, training continues: .*File too large \(said once", line)
+    assert re.match(r"WARNING: Cannot write to .* any more; training continues: .*File too large \(said once", line)
     assert torch.equal(weights(tmp_path), undisturbed)
     assert read_json(tmp_path / "run")["status"] == "completed"
 

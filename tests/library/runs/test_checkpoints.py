@@ -53,7 +53,7 @@ def test_a_file_that_is_not_whole_is_noticed(tmp_path: Path, share: float) -> No
     file = tmp_path / "last.ckpt"
     write_checkpoint(checkpoint(1), file)
     os.truncate(file, int(file.stat().st_size * share))
-    with pytest.raises(UnreadableCheckpointError, match=r"last\.ckpt .* not whole or not ours"):
+    with pytest.raises(UnreadableCheckpointError, match=r"last\.ckpt .* it is incomplete, or Downslope did not"):
         load_checkpoint(file)
 
 

@@ -42,7 +42,7 @@ def test_a_run_that_has_ended_says_so(script: Script, run: Path) -> None:
     before = (run / LAST).read_bytes()
     ended = script("train", "resume=run")
     assert ended.code == 0
-    assert "has ended at step 12, completed" in ended.out
+    assert "ended at step 12, completed" in ended.out
     assert (run / LAST).read_bytes() == before
 
 
@@ -51,7 +51,7 @@ def test_a_run_that_another_process_works_on_is_left_alone(script: Script, stopp
     with FileLock(stopped / LOCK):
         ended = script("train", "resume=run")
     assert ended.code == 1
-    assert ended.err.startswith(f"error: Another process works on '{stopped}'. Wait until it ends, or stop it")
+    assert ended.err.startswith(f"error: Another process is working on '{stopped}'. Wait until it ends, or stop it")
     assert len(ended.err.splitlines()) == 1
     assert (stopped / LAST).read_bytes() == before
     assert script("train", "resume=run").code == 0
@@ -61,7 +61,7 @@ def test_a_new_run_in_the_folder_of_another_is_refused_with_both_ways_out(script
     before = {file: file.stat().st_mtime_ns for file in stopped.rglob("*")}
     ended = script("train", "hydra.run.dir=run", "trainer.max_epochs=1")
     assert ended.code == 1
-    assert f"got '{stopped}'. To resume that run: resume={stopped}. For a new one: another hydra.run.dir" in ended.err
+    assert f"got '{stopped}'. To resume that run: resume={stopped}. For a new run: choose another" in ended.err
     assert {file: file.stat().st_mtime_ns for file in stopped.rglob("*")} == before
 
 
@@ -109,11 +109,11 @@ def test_a_table_in_a_file_is_resumed_to_the_bit(script: Script, run: Path) -> N
     [
         (["lr=0.1"], r"lr is 0\.02 in the run, got 0\.1\. .*resume_override=\[lr\] lr=0\.1"),
         (["optimizer=adam"], r"optimizer is sgd in the run, got adam"),
-        (["optimizer=adam", "resume_override=[optimizer]"], r"another optimizer: torch.*SGD there, torch.*Adam here"),
-        (["model=manual", "resume_override=[model]"], r"another model: .*LinearRegression there, .*ManualLinear"),
+        (["optimizer=adam", "resume_override=[optimizer]"], r"different optimizer: torch.*SGD there, torch.*Adam here"),
+        (["model=manual", "resume_override=[model]"], r"different model: .*LinearRegression there, .*ManualLinear"),
         (["seed=4", "resume_override=[seed]"], r"Cannot change `seed` .* seed is 0 in the run, got 4"),
         (["data=diabetes"], r"Cannot change `data` .* data is table in the run, got diabetes"),
-        (["resume_override=[lr]"], r"`resume_override` must name keys that are set beside it, got 'lr'"),
+        (["resume_override=[lr]"], r"`resume_override` must name keys that the same command sets, got 'lr'"),
     ],
 )
 def test_what_differs_from_the_run_is_refused_with_both_values(
@@ -140,7 +140,7 @@ def test_a_table_that_has_changed_since_is_refused(script: Script, stopped: Path
     file.write_text(file.read_text().replace("\n5,5,", "\n5,5.5,"))
     ended = script("train", "resume=run")
     assert ended.code == 1
-    assert "another set of data: a, b → y, 40 rows, sha256 " in ended.err
+    assert "different set of data: a, b → y, 40 rows, sha256 " in ended.err
 
 
 def test_another_runs_checkpoint_is_refused(script: Script, stopped: Path) -> None:
@@ -149,7 +149,7 @@ def test_another_runs_checkpoint_is_refused(script: Script, stopped: Path) -> No
         shutil.copy(stopped.parent / "other" / "checkpoints" / f"{name}.ckpt", stopped / "checkpoints")
     ended = script("train", "resume=run")
     assert ended.code == 1
-    assert "made with another set of weights" in ended.err
+    assert "made with a different set of weights" in ended.err
 
 
 def test_other_versions_are_told_of_and_what_cannot_be_loaded_is_one_message(script: Script, stopped: Path) -> None:
@@ -238,13 +238,13 @@ def test_a_resume_that_is_refused_changes_nothing(script: Script, run: Path) -> 
     before = (run / ".hydra" / "config.yaml").read_bytes()
     refused = script("train", "resume=run", "resume_override=[optimizer]", "optimizer=adam")
     assert refused.code == 1
-    assert "made with another optimizer: torch.optim.sgd.SGD there, torch.optim.adam.Adam here." in refused.err
+    assert "made with a different optimizer: torch.optim.sgd.SGD there, torch.optim.adam.Adam here." in refused.err
     assert (run / ".hydra" / "config.yaml").read_bytes() == before
     manual = (*("model=manual", "data=synthetic"), "trainer.max_epochs=1", "hydra.run.dir=manual")
     assert script("train", *manual).code == 0
     changed = ("resume_override=[trainer.max_epochs,scheduler]", "trainer.max_epochs=2", "scheduler=cosine")
     refused = script("train", "resume=manual", *changed)
-    assert "made with another scheduler: none there, torch.optim.lr_scheduler.LambdaLR here." in refused.err
+    assert "made with a different scheduler: none there, torch.optim.lr_scheduler.LambdaLR here." in refused.err
 
 
 @pytest.mark.parametrize("model", ["automatic", "manual"])
@@ -267,7 +267,7 @@ def test_a_plateau_is_waited_for_in_the_epochs_that_validate(script: Script, tmp
 
 
 def test_a_folder_may_be_named_by_a_way_back_or_by_a_number(script: Script, run: Path) -> None:
-    assert "has ended at step 12" in script("train", "resume=nowhere/../run").out
+    assert "ended at step 12" in script("train", "resume=nowhere/../run").out
     refused = script("train", "resume=2026")
     assert refused.code == 1
     assert refused.err.startswith("error: `resume` must be the folder of a run")

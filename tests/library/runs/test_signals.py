@@ -98,7 +98,7 @@ def test_killed_in_a_write_with_the_temporary_folder_on_another_disk_a_run_goes_
     assert ended.code == 0, ended.err
     line = ended.err.strip()
     assert re.fullmatch(
-        r"WARNING: Passed over: .*last\.ckpt\.\w{8}\.partial was being written when the run was killed\. "
+        r"WARNING: Skipped: .*last\.ckpt\.\w{8}\.partial was being written when the run was killed\. "
         r"Resuming from last\.ckpt, step 4\.",
         line,
     )

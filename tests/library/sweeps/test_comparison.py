@@ -54,7 +54,7 @@ def test_a_difference_that_changes_sign_with_the_seed_is_none(make_job: MakeJob,
 def test_what_validation_rows_cannot_tell_apart_is_as_good(
     make_job: MakeJob, sweep: Path, rows: int | None, mode: str, expected: int
 ) -> None:
-    for rate, loss in ((0.1, 0.5), (0.2, 0.54), (0.4, 0.6)):  # 0.5/√100 = 0.05, 0.5/√10,000 = 0.005
+    for rate, loss in ((0.1, 0.5), (0.2, 0.54), (0.4, 0.6)):  # 1.5 · 0.54/√100 = 0.08, 1.5 · 0.6/√100 = 0.09
         make_job(f"lr={rate}", lr=rate, status="completed", loss=loss, num_validation_rows=rows, mode=mode)
     jobs = read_jobs(sweep)
     assert len(as_good(jobs)) == expected
@@ -64,7 +64,7 @@ def test_what_validation_rows_cannot_tell_apart_is_as_good(
 
 
 def test_shares_of_hits_are_held_against_their_own_noise(make_job: MakeJob, sweep: Path) -> None:
-    for rate, share in ((0.1, 0.9), (0.2, 0.88), (0.4, 0.86)):  # √(0.9 · 0.1 / 100) = 0.03
+    for rate, share in ((0.1, 0.9), (0.2, 0.88), (0.4, 0.82)):  # 1.5 · √(0.88 · 0.12 / 100) = 0.05, of 0.82 0.06
         accuracy = {"objective": share, "monitor": "val/accuracy", "mode": "max", "num_validation_rows": 100}
         make_job(f"lr={rate}", lr=rate, status="completed", **accuracy)
     assert [job.learning_rate for job in as_good(read_jobs(sweep))] == [0.1, 0.2]

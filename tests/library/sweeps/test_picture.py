@@ -171,7 +171,7 @@ def test_a_dense_line_is_a_curve_with_its_best_region_and_where_it_diverges(make
     assert marked(axes, "X") == []
     diverging, good = sorted(text.get_text() for text in axes.texts if "\n" in text.get_text())
     assert diverging == "17 diverge,\nfrom 2.09 on"
-    assert good == "5% from the best:\n0.0832 to 0.12"
+    assert good == "within 5% of the best:\n0.0832 to 0.12"
     assert [line.get_xdata()[0] for line in axes.lines if line.get_linestyle() == ":"] == [1.5]  # type: ignore[index]
 
 

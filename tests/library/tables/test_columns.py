@@ -49,7 +49,7 @@ def test_text_dates_and_booleans_become_numbers(tmp_path: Path) -> None:
     table = read(tmp_path, text)
     assert table.feature_names == ("city=Bonn", "city=Ulm", "day", "german", "new")
     assert table.features.tolist() == [[0, 1, 1, 364, 1], [1, 0, 2.5, 365, 0]]
-    assert table.notes == ("a 0 or 1 for each text of city (2)", "days since 1970 for day, german")
+    assert table.notes == ("a 0 or 1 for each value of city (2)", "days since 1970 for day, german")
     few = read(tmp_path, text, max_values=1)
     assert few.feature_names == ("day", "german", "new")
     assert few.notes[0] == "without city: text of more than 1 values"
@@ -78,8 +78,8 @@ def test_a_new_file_is_read_as_the_first_was(tmp_path: Path, caplog: pytest.LogC
         values = read_features(str(tmp_path / "new.csv"), columns, "drop")
     np.testing.assert_array_equal(values, [[1.5, 1, 0, 4, 0], [np.nan, 0, 0, 4, 1]])
     assert [message.partition("new.csv: ")[2] for message in caplog.messages[-2:]] == [
-        "1 text not known to the run: none of its values.",
-        "1 row with missing cells, not predicted: nan.",
+        "1 text that the run does not know: counted as none of its values.",
+        "1 row with missing cells: predicted as nan.",
     ]
     (tmp_path / "new.csv").write_text("a,city,when,new\n1,Ulm,yesterday,true\n")
     with pytest.raises(ValueError, match=r"row 1 \(line 2\), column 'when' must be a date, got 'yesterday'"):
@@ -117,7 +117,7 @@ def test_several_files_are_one_table(tmp_path: Path) -> None:
     (tmp_path / "2.csv").write_text("a,y\n3,5\n")
     assert read_table(str(tmp_path / "*.csv"), "y").features.tolist() == [[1], [3]]
     (tmp_path / "3.csv").write_text("b,y\n3,5\n")
-    with pytest.raises(ValueError, match="must name files of the same columns"):
+    with pytest.raises(ValueError, match="must name files with the same columns"):
         read_table(str(tmp_path / "*.csv"), "y")
 
 
@@ -129,13 +129,28 @@ def test_what_makes_a_task_too_easy_or_no_regression_is_warned_of(
     read(tmp_path, text, "k")
     read(tmp_path, "a,y\n" + "".join(f"{i},{i % 3}\n" for i in range(20)))
     assert caplog.messages == [
-        "t: c is equal to the target y: data.exclude=[…].",
-        "t: the columns a and b are the same.",
+        "t: c is a copy of the target y. To leave it out: data.exclude=[c].",
+        "t: the columns a and b are identical.",
         "t: the target k is 3 in every row: there is nothing to learn.",
-        "t: the columns a and b are the same.",
-        "t: the columns c and y are the same.",
-        f"t: the target y holds 3 whole numbers alone. If they are classes: {CLASSES}",
+        "t: the columns a and b are identical.",
+        "t: the columns c and y are identical.",
+        f"t: the target y takes only 3 values, whole numbers. If they are classes: {CLASSES}",
     ]
+
+
+def test_a_column_of_identifiers_is_a_feature_that_is_pointed_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "Id,rooms,paid,y\n" + "".join(f"{i},{i % 7},{i * 3},{i / 7}\n" for i in range(20))
+    assert read(tmp_path, text).feature_names == ("Id", "rooms", "paid")
+    (line,) = caplog.messages
+    assert line.startswith("t: different whole numbers in every row: Id.")
+    assert line.endswith("leave it out: data.exclude=[Id].")
+    caplog.clear()
+    read(tmp_path, text, exclude=["Id"])
+    read(tmp_path, text, features=["Id", "rooms"])
+    read(tmp_path, text.replace("Id", "year"))
+    assert caplog.messages == []
 
 
 def test_a_negative_weight_is_refused(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def test_values_that_float32_merges_are_one_warning_and_others_none(caplog: pyte
     columns = np.stack([seconds, many, seconds - seconds[0], np.full(240, 0.1)], axis=1)
     Units.measured([(columns, columns[:, 1:2], None)], standardize=False)
     assert caplog.messages == [  # float32 has steps of 128 there
-        "From 1700000000 to 1700000239 float32 leaves 3 of a column's 240 values: use `data.standardize=true`."
+        "From 1700000000 to 1700000239 float32 keeps only 3 of a column's 240 values: use `data.standardize=true`."
     ]
     Units.measured([(columns, columns[:, :1], None)], standardize=True)
     assert len(caplog.messages) == 1

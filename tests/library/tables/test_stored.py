@@ -148,10 +148,10 @@ def test_what_makes_a_task_too_easy_is_warned_of_by_name(path: str, caplog: pyte
     for target in ("y", "k"):
         assert isinstance(read_table(path, target, exclude=["k", "y"], in_memory=False), StoredTable)
     assert caplog.messages == [
-        "t: d is equal to the target y: data.exclude=[…].",
-        "t: the columns a and b are the same.",  # and not c, which is so in the first chunks alone
+        "t: d is a copy of the target y. To leave it out: data.exclude=[d].",
+        "t: the columns a and b are identical.",  # and not c, which is so in the first chunks alone
         "t: the target k is 3 in every row: there is nothing to learn.",
-        "t: the columns a and b are the same.",
+        "t: the columns a and b are identical.",
     ]
 
 

@@ -36,6 +36,7 @@ class YourTaskModel(LightningModule):
         # Your network.
         self.network = nn.Sequential(nn.Linear(num_features, num_hidden), nn.Tanh(), nn.Linear(num_hidden, 1))
         self.make_optimizer = optimizer
+        self.lr = getattr(optimizer, "keywords", {}).get("lr")  # where LearningRateFinder looks for it
         self.scheduler = scheduler
         self.train_loss = MeanMetric(nan_strategy=math.nan)  # right after a resume too, and NaN stays NaN
 
