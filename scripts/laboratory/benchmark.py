@@ -5,12 +5,14 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 BENCHMARKS = {
     "startup": "wall time of a tiny run, beside a bare PyTorch script that does the same",
     "observers": "what observing adds to a run, beside Lightning's grad_norm and beside histograms",
     "verdict": "how often the verdict is right, whether its suggestion helps, and how early it warns",
-    "networks": "the same on real networks, and whether planted mistakes are named: an hour, kept in --folder",
+    "networks": "the same on real networks, and whether planted mistakes are named: half an hour, kept in --folder",
+    "rivals": "what other packages say of the same networks; they are installed apart (benchmarks/rivals.py)",
     "rules": "how often the best job of a sweep, and over-fitting, are named rightly",
     "steps": "samples a second, beside a bare loop, a default DataLoader and scikit-learn",
     "checkpoints": "what checkpoints add to a run, and one of their writes taken apart",
@@ -49,10 +51,17 @@ def main(arguments: Sequence[str]) -> int:
     elif options.benchmark == "networks":
         from benchmarks.matrix import matrix
         from benchmarks.mistakes import mistakes
+        from benchmarks.networks import Part
 
         mistakes()
-        for half in () if options.quick else ("chosen", "unseen"):
-            matrix(half, options.folder / f"{half}.jsonl")
+        for part in () if options.quick else get_args(Part):
+            matrix(part, options.folder / f"{part}.jsonl")
+    elif options.benchmark == "rivals":
+        from benchmarks.networks import Part
+        from benchmarks.rivals import rivals
+
+        for part in () if options.quick else get_args(Part):
+            rivals(part, options.folder / f"{part}.jsonl")
     elif options.benchmark == "rules":
         from benchmarks.rules import rules
 

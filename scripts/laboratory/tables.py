@@ -32,9 +32,9 @@ from template.regression.data import TableData
 from template.regression.model import LinearRegression
 
 
-def numeric_columns(file: Path) -> dict[str, list[float]]:
+def numeric_columns(file: Path, dialect: type[csv.Dialect] | str = "excel") -> dict[str, list[float]]:
     """The columns of numbers as the csv module and `float` read them, NaN where a cell is missing."""
-    rows = [row for row in csv.reader(io.StringIO(file.read_text("utf-8", "replace"), newline="")) if row]
+    rows = [row for row in csv.reader(io.StringIO(file.read_text("utf-8", "replace"), newline=""), dialect) if row]
     found = {}
     for name, cells in zip(rows[0], zip(*rows[1:], strict=False), strict=False):
         try:

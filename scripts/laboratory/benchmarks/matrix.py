@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from benchmarks.networks import METHODS, NUM_STEPS, Course, Courses, Half, pairs
+from benchmarks.networks import METHODS, NUM_STEPS, Course, Courses, Part, pairs
 from benchmarks.report import print_report, show_progress
 from downslope.verdict import Evidence, Verdict, Word, judge
 
@@ -39,24 +39,25 @@ class Run:
     quickest: int  # steps to it at the best of the twelve
 
 
-def matrix(half: Half, file: Path) -> None:
+def matrix(part: Part, file: Path) -> None:
     """Prints what was said of each kind of run, how early, and what came of following it.
 
     Args:
-        half: The tasks that thresholds were chosen on, or the others.
+        part: Which tasks.
         file: Keeps what was trained; what it knows is not trained again.
     """
     torch.set_num_threads(1)
     courses = Courses(file)
-    runs = list(_runs(courses, half))
+    runs = list(runs_of(courses, part))
     show_progress("")
     for with_sharpness in (False, True):
         _print_words(runs, with_sharpness)
     _print_following(courses, runs)
 
 
-def _runs(courses: Courses, half: Half) -> Iterator[Run]:
-    for name, method in pairs(half):
+def runs_of(courses: Courses, part: Part) -> Iterator[Run]:
+    """Trains each pair at its twelve rates, and says what each is."""
+    for name, method in pairs(part):
         show_progress(f"{name}, {method}")
         rates = METHODS[method].rates
         grid = [courses.course(name, method, rate) for rate in rates]
@@ -120,44 +121,54 @@ def _print_words(runs: list[Run], with_sharpness: bool) -> None:
 
 def _print_following(courses: Courses, runs: list[Run]) -> None:
     """Follows each suggestion, and those that come of it, until there is none."""
-    within: dict[tuple[Truth, str], list[bool]] = defaultdict(list)
+    first: dict[tuple[Truth, str], list[bool]] = defaultdict(list)
+    last: dict[tuple[Truth, str], list[bool]] = defaultdict(list)
     worse, rests, notes = [], [], []
     for run in runs:
-        verdict = judge(run.course.seen[-1])
-        rate, course, tried = verdict.suggestion.learning_rate, run.course, [run.rate]
-        if rate is not None:
-            course = courses.course(run.name, run.method, rate)
-            worse.append(course.last > run.course.last + 0.02 * abs(run.course.losses[0] - run.course.last))
+        followed = _followed(courses, run)
+        rates = [rate for rate, _ in followed]
+        ratios = [steps_to(each, run.goal) / run.quickest for _, each in followed]
+        way = f"{_details(run)} {' → '.join(f'{rate:.3g}' for rate in rates[1:]) or 'none'}"
+        rests.append(len(rates) <= MOST_FOLLOWED)
+        if not rests[-1]:
+            notes.append(f"- never rests: {way}")
+        if len(rates) > 1:
+            after = followed[1][1]
+            worse.append(after.last > run.course.last + 0.02 * abs(run.course.losses[0] - run.course.last))
             if worse[-1]:
-                notes.append(f"- worse: {_details(run)} {rate:.3g}: {run.course.last:.3g} became {course.last:.3g}")
-        ratio = steps_to(course, run.goal) / run.quickest
+                notes.append(f"- worse: {way}: {run.course.last:.3g} became {after.last:.3g}")
         if run.truth in ("too slow", "too large"):
-            within[run.truth, run.method].append(ratio <= 2)
-            if ratio > 2:
-                rate_text = "none" if rate is None else f"{rate:.3g}"
-                notes.append(f"- {_details(run)} {rate_text}, {ratio:.2f} × the steps ({verdict.word})")
-        last = course
-        while rate is not None and len(tried) < MOST_FOLLOWED:
-            tried.append(rate)
-            rate = judge(last.seen[-1]).suggestion.learning_rate
-            last = courses.course(run.name, run.method, rate) if rate is not None else last
-        rests.append(rate is None)
-        if rate is not None:
-            notes.append(f"- never rests: {_details(run)} {' → '.join(f'{each:.3g}' for each in tried)}")
+            first[run.truth, run.method].append(ratios[:2][-1] <= 2)
+            last[run.truth, run.method].append(ratios[-1] <= 2)
+            if max(ratios[:2][-1], ratios[-1]) > 2:
+                notes.append(f"- {way}: {', '.join(f'{ratio:.2f}' for ratio in ratios[1:]) or 'inf'} × the steps")
         show_progress(f"followed: {run.name}, {run.method}")
     show_progress("")
     kinds: list[Truth] = ["too slow", "too large"]
-    rows = [
-        [method, *(f"{sum(within[kind, method])}/{len(within[kind, method])}" for kind in kinds)] for method in METHODS
-    ]
-    rows.append(["all", *(_share([each for m in METHODS for each in within[kind, m]]) for kind in kinds)])
+    columns = [(kind, counts) for kind in kinds for counts in (first, last)]
+    rows = [[method, *(_share(counts[kind, method]) for kind, counts in columns)] for method in METHODS]
+    rows.append(["all", *(_share([each for m in METHODS for each in counts[kind, m]]) for kind, counts in columns)])
     note = f"Of {len(worse)} runs with a suggestion {sum(worse)} end worse by it; "
     note += f"{sum(rests)} of {len(rests)} come to rest."
-    print_report(["within 2 × the steps of the best of twelve rates, from", *kinds], rows, [note, *notes])
+    title = "within 2 × the steps of the best of twelve rates, from"
+    print_report(
+        [title, *(f"{kind}, {when}" for kind in kinds for when in ("at once", "at rest"))], rows, [note, *notes]
+    )
+
+
+def _followed(courses: Courses, run: Run) -> list[tuple[float, Course]]:
+    """The run, and those that its suggestion and theirs lead to, with their rates; one too many if they do not end."""
+    followed = [(run.rate, run.course)]
+    while len(followed) <= MOST_FOLLOWED:
+        rate = judge(followed[-1][1].seen[-1]).suggestion.learning_rate
+        if rate is None:
+            break
+        followed.append((rate, courses.course(run.name, run.method, rate)))
+    return followed
 
 
 def _share(each: list[bool]) -> str:
-    return f"{sum(each)}/{len(each)}, {sum(each) / len(each):.1%}"
+    return f"{sum(each)}/{len(each)}, {sum(each) / len(each):.0%}" if each else "·"
 
 
 def _details(run: Run) -> str:

@@ -8,7 +8,7 @@ import os
 import pickle
 import platform
 from collections.abc import Iterator
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,10 @@ def checkpoint_of(run: Path, data: object, module: LightningModule) -> tuple[Pat
 def versions() -> dict[str, str]:
     """Returns the versions of what makes a run's numbers."""
     build = {"python": platform.python_version(), "torch": str(torch.__version__)}
-    return build | {name: version(name) for name in PACKAGES}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # its sources are on the path, and it was not installed
+            build[name] = version(name)
+    return build
 
 
 @contextlib.contextmanager

@@ -215,6 +215,7 @@ class EvidenceCollector:
         value *= first_length(self.optimizer, step)
         known = self._lasting
         known["critical_learning_rate"] = value
+        known.setdefault("first_critical_learning_rate", value)
         known["least_critical_learning_rate"] = min(value, known.get("least_critical_learning_rate", math.inf))
         if step <= EARLY:
             known["early_critical_ratio"] = max(self._rate / value, known.get("early_critical_ratio", 0.0))

@@ -8,6 +8,8 @@ from downslope.verdict.thresholds import Thresholds
 
 NEARLY_CRITICAL = 0.3  # between two measurements η_c may be less than at either
 NEARLY_HELD = 0.7
+RECOVERED = 20  # what came down to a twentieth of where it began was not thrown away; what was has a third of it left
+ROUNDING = 1e-10  # of the first loss: residuals in float32 are no smaller, and what is left of them is chance
 LONG = 100  # steps after which a loss that does not fall has come to rest
 
 
@@ -28,7 +30,8 @@ def why_too_large(seen: Evidence, limits: Thresholds, diverges: bool) -> str | N
         return f"the first steps went uphill{where}, and the loss has not come down since"
     if (early or 0) > NEARLY_HELD and seen.step >= LONG and _rests_high(seen, limits):
         return f"noise holds the loss at {seen.loss or 0:.3g}, from {seen.first_loss or 0:.3g}{where}"
-    if (early or 0) > NEARLY_CRITICAL and seen.share_moving < 0.5 < (seen.first_share_moving or 0):
+    is_still = seen.share_moving < 0.5 < (seen.first_share_moving or 0) and _has_not_come_down(seen, RECOVERED)
+    if (early or 0) > NEARLY_CRITICAL and is_still:  # and has not just fitted all rows
         return f"a step killed units{where}: {1 - seen.share_moving:.0%} of the weights no longer have a gradient"
     return None
 
@@ -50,7 +53,8 @@ def _was_thrown(seen: Evidence, limits: Thresholds) -> bool:
         return False
     # λ where it was thrown to tells nothing of where it began, which η_c was measured at.
     is_stable = seen.sharpness is not None and (seen.stability or 2) <= 1 and seen.early_critical_ratio is None
-    return (seen.early_critical_ratio or 0) > 1 or (not is_stable and _has_not_come_down(seen, limits.growth))
+    is_by_the_rate = (seen.early_critical_ratio or 0) > 1 and _has_not_come_down(seen, RECOVERED)
+    return is_by_the_rate or (not is_stable and _has_not_come_down(seen, limits.growth))
 
 
 def _has_not_come_down(seen: Evidence, factor: float) -> bool:
@@ -67,7 +71,7 @@ def is_diverging(seen: Evidence, limits: Thresholds) -> bool:
 
 
 def _has_grown(seen: Evidence, limits: Thresholds) -> bool:
-    if seen.loss is None or seen.best_loss is None:
+    if seen.loss is None or seen.best_loss is None or abs(seen.loss) < ROUNDING * abs(seen.first_loss or 0.0):
         return False
     # What has momentum swings, on a parabola up to where it began: only above that it has grown.
     best = seen.best_loss if seen.method == "gradient_descent" else max(seen.best_loss, seen.first_loss or -math.inf)

@@ -1,5 +1,6 @@
 """What was seen of a training."""
 
+import math
 from dataclasses import dataclass
 
 from downslope.gradients.outlook import Outlook
@@ -51,7 +52,8 @@ class Evidence:
 
     sharpness: float | None = None  # λ, the largest eigenvalue of the Hessian, where it was measured
     critical_learning_rate: float | None = None  # η_c, as measured last
-    least_critical_learning_rate: float | None = None  # the least η_c measured: after a jump the last tells nothing
+    first_critical_learning_rate: float | None = None  # η_c, as measured first: after a jump the last tells nothing
+    least_critical_learning_rate: float | None = None  # the least η_c measured
     early_critical_ratio: float | None = None  # the largest η/η_c of the first steps
     line: Outlook | None = None  # what the closed form says, for a line
     first_excess: float | None = None  # excess loss of a line's first weights
@@ -90,9 +92,15 @@ class Evidence:
         return max(self.learning_rate, self.peak_learning_rate or 0.0)
 
     @property
+    def critical(self) -> float | None:
+        """η_c, half way between the latest and the least: a network is not as steep everywhere."""
+        latest = self.critical_learning_rate
+        return math.sqrt(latest * (self.least_critical_learning_rate or latest)) if latest else None
+
+    @property
     def critical_ratio(self) -> float | None:
         """The peak over η_c: above 1 a step goes uphill."""
-        return None if not self.critical_learning_rate else self.peak / self.critical_learning_rate
+        return self.peak / self.critical if self.critical else None
 
     @property
     def steepest(self) -> float | None:

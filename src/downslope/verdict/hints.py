@@ -58,11 +58,12 @@ def hints(seen: Evidence, word: Word, limits: Thresholds) -> tuple[str, ...]:
 
 
 def learns_nothing(seen: Evidence) -> bool:
-    """Tells whether the weights have gone far, and the loss is still that of a constant output."""
+    """Tells whether the weights have gone far, and the loss is still that of a constant output; a line's least loss."""
     if seen.constant_loss is None or seen.loss is None or seen.squashed or seen.broadcast or seen.step < PATIENCE:
         return False
     way = seen.step * (seen.update_ratio or 0.0)
-    return seen.loss > CONSTANT * seen.constant_loss > 0 and way > 0.3
+    least = seen.loss - (seen.line.excess if seen.line else 0.0)
+    return least > CONSTANT * seen.constant_loss > 0 and way > 0.3
 
 
 def has_ended_early(seen: Evidence) -> bool:

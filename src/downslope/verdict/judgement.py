@@ -218,8 +218,9 @@ def _is_too_slow(seen: Evidence, limits: Thresholds) -> bool:
         return _is_far_below_critical(seen, limits)
     stability = _stability(seen, limits)
     if stability is not None and stability > limits.slow_rate:
-        # No constant rate is much quicker: it is the valley that is narrow.
-        return seen.line is not None and (num_steps_left(seen, limits) or 0) > limits.hopeless_factor * seen.horizon
+        # No constant rate is much quicker: it is the valley that is narrow, not a schedule that has come to its end.
+        at_the_peak = (num_steps_left(seen, limits) or 0) * seen.learning_rate / seen.peak
+        return seen.line is not None and at_the_peak > limits.hopeless_factor * seen.horizon
     if _has_hardly_begun(seen, limits):
         return True
     if seen.line is None and seen.noise_share > limits.noisy:

@@ -7,7 +7,8 @@ from downslope.verdict.evidence import Evidence
 from downslope.verdict.hints import has_ended_early, is_not_of_this_loss, learns_nothing
 from downslope.verdict.thresholds import Thresholds, Word
 
-CRITICAL_SHARE = 1 / 6  # of η_c: within twice the steps of the best of 12 rates in 24 of 26 networks
+CRITICAL_SHARE = 1 / 6  # of η_c, from too slow: within twice the steps of the best of 12 rates in 205 of 232
+FIRST_SHARE = 1 / 5  # of the first η_c, from too large: in 86 of 108
 SAME = 1.05  # rates that are as near as this are one
 TOO_LARGE: tuple[Word, ...] = ("diverging", "too_large", "non_finite")
 
@@ -24,8 +25,9 @@ class Suggestion:
 def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) -> Suggestion:
     """Returns the rate to try, and why: none that is in use, that was tried, or that goes the wrong way.
 
-    Where the critical learning rate η_c was measured, η_c/6 from a rate that is too small, a sixth of the least η_c
-    from one that is too large, whatever the optimizer. Else on a parabola, with λ its largest curvature:
+    Where the critical learning rate η_c was measured, η_c/6 from a rate that is too small; from one that is too large a
+    fifth of the first η_c, since a jump leads to where it tells nothing, and at most a fifth of that rate: where a
+    network begins it may be flatter than it comes to be. Else on a parabola, with λ its largest curvature:
 
     - gradient descent: where the closed form is known the rate that needs the fewest steps, at most 2/(λ_max + λ_min)
       and 3/(2λ); else 1/λ, half the limit, which needs at most twice the steps of the best.
@@ -43,6 +45,8 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
     """
     limits = thresholds or Thresholds()
     found = _found(seen, word, limits)
+    if word in TOO_LARGE and (found.learning_rate or 0.0) > seen.peak:
+        found = _of_the_critical_rate(seen, word)  # one batch can be far steeper than all rows are
     rate = found.learning_rate
     if rate is None:
         return found
@@ -55,7 +59,9 @@ def suggest(seen: Evidence, word: Word, thresholds: Thresholds | None = None) ->
 
 def _found(seen: Evidence, word: Word, limits: Thresholds) -> Suggestion:
     is_mistaken = seen.leftover_gradient or seen.is_maximised or seen.broadcast or seen.broken_rows
-    if word == "stalled" or is_mistaken or has_ended_early(seen) or learns_nothing(seen):
+    # What was thrown cannot show what it might have learned, and a line knows what there is to learn.
+    is_lost = learns_nothing(seen) and word not in TOO_LARGE and seen.line is None
+    if word == "stalled" or is_mistaken or has_ended_early(seen) or is_lost:
         return Suggestion(None, "no learning rate fixes this")
     if seen.method == "lbfgs":
         return Suggestion(None, "no suggestion: L-BFGS scales its steps itself")
@@ -76,11 +82,13 @@ def _found(seen: Evidence, word: Word, limits: Thresholds) -> Suggestion:
 
 
 def _of_the_critical_rate(seen: Evidence, word: Word) -> Suggestion:
-    latest, least = seen.critical_learning_rate, seen.least_critical_learning_rate
-    if word in TOO_LARGE and least:
-        return Suggestion(CRITICAL_SHARE * least, "a sixth of the least critical learning rate that was measured")
-    if word == "too_slow" and latest and math.isfinite(latest):
-        return Suggestion(CRITICAL_SHARE * latest, "a sixth of the critical learning rate")
+    first, known = seen.first_critical_learning_rate, seen.critical
+    if word in TOO_LARGE and first:
+        if seen.peak < first and (word != "non_finite" or FIRST_SHARE * first < seen.peak):
+            return Suggestion(FIRST_SHARE * seen.peak, "a fifth of the rate in use, which is above the critical one")
+        return Suggestion(FIRST_SHARE * first, "a fifth of the critical learning rate where it began")
+    if word == "too_slow" and known and math.isfinite(known):
+        return Suggestion(CRITICAL_SHARE * known, "a sixth of the critical learning rate")
     return Suggestion(None, "none needed")
 
 

@@ -19,7 +19,7 @@ class Line(LightningModule):
 
     def __init__(self, optimizer: Any, dropout: float = 0.0) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Dropout(dropout), nn.Linear(3, 1))
+        self.net = nn.Sequential(nn.Dropout(dropout), nn.BatchNorm1d(3) if dropout else nn.Identity(), nn.Linear(3, 1))
         self.make_optimizer = optimizer
         self.steps: list[tuple[list[Tensor], list[Tensor], Any]] = []
 
@@ -44,7 +44,7 @@ class NoLoss(Line):
     loss = None  # type: ignore[assignment]
 
 
-def fit(tmp_path: Path, module: Line, *callbacks: Any, epochs: int = 4) -> Trainer:
+def fit(tmp_path: Path, module: Line, *callbacks: Any, epochs: int = 4, **options: Any) -> Trainer:
     seed_everything(1, verbose=False)
     trainer = Trainer(
         max_epochs=epochs,
@@ -54,6 +54,7 @@ def fit(tmp_path: Path, module: Line, *callbacks: Any, epochs: int = 4) -> Train
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
+        **options,
     )
     trainer.fit(module, DataLoader(TensorDataset(INPUTS, TARGETS), 16, shuffle=True))
     return trainer
@@ -74,14 +75,30 @@ OPTIMIZERS = {
     "momentum": (lambda parameters: torch.optim.SGD(parameters, lr=0.01, momentum=0.5), 0.01),
     "adam": (lambda parameters: torch.optim.Adam(parameters, lr=0.02), 0.02),
     "weight decay": (lambda parameters: torch.optim.AdamW(parameters, lr=0.02, weight_decay=0.1), 0.02),
+    "two groups": (
+        lambda parameters: torch.optim.SGD(
+            [{"params": each, "lr": lr} for each, lr in zip(parameters, (0.05, 0.2), strict=True)]
+        ),
+        0.05,
+    ),
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_on_a_line_it_is_the_closed_form_along_the_step_that_was_taken(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in OPTIMIZERS),
+        ("sgd", {"gradient_clip_val": 0.01}),
+        ("sgd", {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}),
+        ("adam", {"precision": "bf16-mixed"}),
+    ],
+)
+def test_on_a_line_it_is_the_closed_form_along_the_step_that_was_taken(
+    tmp_path: Path, name: str, options: dict[str, Any]
+) -> None:
     optimizer, rate = OPTIMIZERS[name]
     critical, module = CriticalLearningRate(steps=(0, 2, 5), every_n_steps=1000), Line(optimizer)
-    fit(tmp_path, module, critical)
+    fit(tmp_path, module, critical, **options)
     assert [step for step, *_ in critical.measured] == [0, 2, 5]
     for step, value, used in critical.measured:
         assert used == rate
@@ -89,12 +106,12 @@ def test_on_a_line_it_is_the_closed_form_along_the_step_that_was_taken(tmp_path:
     assert critical.least == min(value for _, value, _ in critical.measured)
 
 
-def test_training_is_the_same_to_the_bit_and_dropout_drops_the_same(tmp_path: Path) -> None:
+def test_training_is_the_same_to_the_bit_dropout_drops_the_same_and_averages_of_batches_stay(tmp_path: Path) -> None:
     def train(*callbacks: Any) -> tuple[list[Tensor], Tensor]:
         seed_everything(5, verbose=False)
         module = Line(OPTIMIZERS["adam"][0], dropout=0.3)
         fit(tmp_path, module, *callbacks)
-        return [parameter.detach() for parameter in module.parameters()], torch.get_rng_state()
+        return [*module.state_dict().values()], torch.get_rng_state()
 
     observed, observed_state = train(CriticalLearningRate(steps=range(12)))
     alone, alone_state = train()

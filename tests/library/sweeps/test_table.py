@@ -188,7 +188,7 @@ def test_the_greatest_stands_first_where_more_is_better_and_its_metrics_are_the_
     assert columns[first : first + 5] == ["val/accuracy", "val/loss", "train/loss", "fid", "best val/accuracy"]
     assert not {"excess_loss", "2/λ"} & set(columns)
     page = make_report(sweep).page.read_text()
-    assert "The greatest val/accuracy, 0.875" in page
+    assert "The highest val/accuracy, 0.875" in page
     assert "least squares" not in page
 
 

@@ -11,7 +11,9 @@ from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from downslope.gradients import critical_learning_rate, least_squares
+from downslope.gradients.outlook import Outlook
 from downslope.verdict import Evidence, EvidenceCollector, Verdict, judge, suggest
+from downslope.verdict.hints import learns_nothing
 from downslope.verdict.method import first_length
 
 SOUND = Evidence(
@@ -30,10 +32,12 @@ SOUND = Evidence(
     left_to_gain=0.5,
     update_ratio=1e-2,
     critical_learning_rate=0.6,
-    least_critical_learning_rate=0.5,
+    first_critical_learning_rate=0.6,
+    least_critical_learning_rate=0.6,
     early_critical_ratio=0.2,
 )
-THROWN = replace(SOUND, early_growth=30.0, early_critical_ratio=4.0, least_critical_learning_rate=0.03)
+LINE = Outlook(excess=0.4, condition_number=2.0, direction="s1", share=1.0, decay=0.9, num_steps=50)
+THROWN = replace(SOUND, early_growth=30.0, early_critical_ratio=4.0, first_critical_learning_rate=0.03)
 
 
 def test_a_rate_far_below_the_critical_one_is_too_slow_whatever_the_optimizer_and_a_sixth_is_suggested() -> None:
@@ -42,6 +46,51 @@ def test_a_rate_far_below_the_critical_one_is_too_slow_whatever_the_optimizer_an
         assert verdict.word == "too_slow"
         assert verdict.suggestion.learning_rate == pytest.approx(0.1)
         assert "Try lr=0.1." in verdict.sentence
+
+
+def test_what_is_advised_from_too_large_is_not_called_too_slow_where_the_valley_widens_on_the_way() -> None:
+    advised = suggest(THROWN, "too_large").learning_rate
+    assert advised
+    after = replace(SOUND, learning_rate=advised, critical_learning_rate=0.5, least_critical_learning_rate=0.03)
+    assert advised / 0.5 < 0.015
+    assert judge(after).word == "converging"
+
+
+def test_the_advice_from_too_slow_lies_between_what_was_measured_last_and_the_least() -> None:
+    slow = replace(SOUND, learning_rate=1e-3, critical_learning_rate=5.4, least_critical_learning_rate=0.6)
+    assert suggest(slow, "too_slow").learning_rate == pytest.approx(0.3)  # √(5.4 · 0.6) / 6
+
+
+@pytest.mark.parametrize("first", [0.3, 3.0])
+def test_what_was_thrown_is_told_a_rate_well_below_its_own_also_where_it_began_in_a_flat_place(first: float) -> None:
+    rate = suggest(replace(THROWN, learning_rate=0.3, first_critical_learning_rate=first), "too_large").learning_rate
+    assert rate == pytest.approx(0.06)
+
+
+def test_of_what_is_not_finite_without_a_rate_to_blame_no_rate_is_said() -> None:
+    spoilt = replace(SOUND, num_non_finite=1, first_critical_learning_rate=3.0)
+    assert suggest(spoilt, "non_finite").learning_rate is None
+    assert suggest(replace(spoilt, learning_rate=0.7), "non_finite").learning_rate == pytest.approx(0.14)
+
+
+def test_a_batch_that_is_far_steeper_than_all_rows_are_counts_where_a_line_diverges() -> None:
+    line = replace(THROWN, learning_rate=0.02, method="gradient_descent", sharpness=4.0, line=LINE)
+    assert suggest(line, "diverging").learning_rate == pytest.approx(0.02 / 5)  # not 1/(2λ), which is no smaller
+    assert suggest(replace(line, learning_rate=2.0), "diverging").learning_rate == pytest.approx(1 / 8)
+
+
+def test_a_line_that_has_next_to_nothing_to_learn_is_told_to_decay_all_the_same() -> None:
+    flat = replace(SOUND, step=400, loss=1.0, constant_loss=1.0, line=replace(LINE, excess=0.01), full_batch=False)
+    assert suggest(flat, "oscillating").decay
+    assert not suggest(replace(flat, line=None), "oscillating").decay
+    assert learns_nothing(flat)
+    assert not learns_nothing(replace(flat, line=LINE))  # it knows of a lower loss
+
+
+def test_what_was_thrown_to_where_it_learns_nothing_is_told_a_rate_all_the_same() -> None:
+    nothing = replace(THROWN, loss=1.9, constant_loss=1.9, step=240)
+    assert suggest(nothing, "too_large").learning_rate == pytest.approx(0.006)
+    assert suggest(nothing, "too_slow").learning_rate is None
 
 
 def test_it_is_the_peak_of_a_schedule_that_is_held_against_the_critical_rate() -> None:
@@ -56,11 +105,11 @@ def test_a_sound_run_gets_no_advice() -> None:
     assert "Try" not in verdict.sentence
 
 
-def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_sixth_of_the_least_critical_rate() -> None:
-    for later in ({}, {"gradient_norm": 0.0}, {"loss": 1e-3}, {"critical_learning_rate": 1e6, "loss_trend": 0.0}):
+def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_fifth_of_the_first_critical_rate() -> None:
+    for later in ({}, {"gradient_norm": 0.0}, {"loss": 0.11}, {"critical_learning_rate": 1e6, "loss_trend": 0.0}):
         verdict = judge(replace(THROWN, **later))  # type: ignore[arg-type]
         assert verdict.word == "too_large"
-        assert verdict.suggestion.learning_rate == pytest.approx(0.005)
+        assert verdict.suggestion.learning_rate == pytest.approx(0.006)
         assert "30 × where it began, at 4 × the critical learning rate" in verdict.sentence
 
 
@@ -70,6 +119,7 @@ def test_a_run_that_was_thrown_stays_too_large_wherever_it_went_and_gets_a_sixth
         ({"early_growth": 1.9}, "converging"),  # uphill at first, but it came down
         ({"early_growth": 1.9, "loss": 1.9}, "too_large"),  # … and did not
         ({"early_critical_ratio": 0.5}, "converging"),  # a jump that no rate explains, and it came down
+        ({"loss": 0.09}, "converging"),  # it was not thrown away: nineteen twentieths are gone
         ({"early_critical_ratio": None, "loss": 1.9}, "too_large"),
         ({"early_critical_ratio": 0.4, "loss": 1.9, "sharpness": 1e-6}, "too_large"),  # flat where it was thrown to
         ({"early_growth": 1.0, "early_peak": 3.0, "step": 16, "loss": 1.9}, "too_large"),
@@ -87,6 +137,7 @@ def test_units_that_a_large_step_killed_are_too_large_and_not_just_stalled() -> 
     assert judge(killed).word == "too_large"
     assert judge(replace(killed, first_share_moving=0.1)).word == "stalled"
     assert judge(replace(killed, early_critical_ratio=0.01)).word == "stalled"
+    assert judge(replace(killed, loss=0.0, share_moving=0.0, gradient_norm=0.0, left_to_gain=0.0)).word == "converged"
 
 
 def test_while_it_diverges_that_is_said_and_the_cause_at_the_end() -> None:
@@ -99,6 +150,19 @@ def test_while_it_diverges_that_is_said_and_the_cause_at_the_end() -> None:
     assert judge(replace(during, has_ended=True, num_non_finite=1)).word == "non_finite"
 
 
+@pytest.mark.parametrize(("peak", "word"), [(0.1, "converging"), (1e-7, "too_slow")])
+def test_a_line_whose_schedule_has_come_to_its_end_is_held_against_its_peak(peak: float, word: str) -> None:
+    line = replace(LINE, excess=1e-3, num_steps=4_000_000)
+    ended = replace(SOUND, method="gradient_descent", learning_rate=1e-7, peak_learning_rate=peak, sharpness=5.0)
+    assert judge(replace(ended, line=line, first_excess=0.8, left_to_gain=1e-3)).word == word
+
+
+@pytest.mark.parametrize(("size", "word"), [(1e-9, "diverging"), (1e-14, "converging")])
+def test_what_rounding_has_left_of_a_loss_does_not_grow(size: float, word: str) -> None:
+    grows = {"loss_growth": 9.0, "loss_rise": 9.0, "method": "gradient_descent"}
+    assert judge(replace(SOUND, loss=9 * size, best_loss=size, **grows)).word == word  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("peak", [0.1, 0.0999])
 def test_a_rate_that_is_in_use_is_never_suggested(peak: float) -> None:
     slow = replace(SOUND, learning_rate=1e-3)
@@ -107,7 +171,8 @@ def test_a_rate_that_is_in_use_is_never_suggested(peak: float) -> None:
 
 
 def test_no_suggestion_goes_the_wrong_way() -> None:
-    contradictory = replace(SOUND, critical_learning_rate=None, method="gradient_descent", largest_curvature=1e-6)
+    unknown = {"critical_learning_rate": None, "first_critical_learning_rate": None}
+    contradictory = replace(SOUND, **unknown, method="gradient_descent", largest_curvature=1e-6)  # type: ignore[arg-type]
     assert suggest(contradictory, "too_large").learning_rate is None  # flat where it was thrown to
     assert suggest(replace(contradictory, largest_curvature=1e6), "too_slow").learning_rate is None
     assert suggest(replace(SOUND, method="lbfgs"), "too_slow").learning_rate is None

@@ -16,6 +16,12 @@ CLASSES = torch.tensor([0, 1, 2, 0])
 NUMBERS = torch.tensor([1.0, 2.0, 4.0, 9.0])
 
 
+# torch 2.8 does not: what a function has kept may be a hook's, which would compute it anew, and is not looked at.
+tells_hooks = pytest.mark.skipif(
+    not hasattr(torch._C._autograd.SavedTensor, "unpack_hook"), reason="torch does not tell what was saved by a hook"
+)
+
+
 def logits(num_outputs: int = 3) -> Tensor:
     torch.manual_seed(0)
     output: Tensor = nn.Linear(2, num_outputs)(torch.randn(4, 2))
@@ -37,7 +43,9 @@ def logits(num_outputs: int = 3) -> Tensor:
             ("sigmoid", "", False),
         ),
         (lambda: functional.binary_cross_entropy(logits(1)[:, 0].sigmoid(), NUMBERS / 9), ("", "", False)),
-        (lambda: functional.mse_loss(logits(1), NUMBERS), ("", "(4, 1) against (4, 4)", False)),
+        pytest.param(
+            lambda: functional.mse_loss(logits(1), NUMBERS), ("", "(4, 1) against (4, 4)", False), marks=tells_hooks
+        ),
         (lambda: functional.mse_loss(logits(1)[:, 0], NUMBERS), ("", "", False)),
         (lambda: functional.mse_loss(logits(1).softmax(0), NUMBERS[:, None]), ("", "", False)),
         (lambda: -logits().log_softmax(1).mean(), ("", "", False)),
@@ -53,6 +61,7 @@ def test_the_graph_behind_a_loss_shows_what_it_is_of(loss, traces: tuple[str, st
     assert (found.broadcast, found.is_maximised) == (broadcast, is_maximised)
 
 
+@tells_hooks
 def test_the_loss_of_a_constant_output_is_the_targets_entropy_or_variance() -> None:
     classes = torch.arange(3).repeat(1000)
     found = traces_of_loss(functional.cross_entropy(torch.zeros(3000, 3, requires_grad=True), classes)).level
