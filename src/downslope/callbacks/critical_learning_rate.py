@@ -73,8 +73,9 @@ class CriticalLearningRate(Observer):
         if said_off(trainer, TAGS[0], why_no_loss_of_a_step(trainer, module, self.loss)):
             return
         self._writer = step_writer(trainer)
-        self.listen("on_train_batch_start", when=self._is_due(trainer.global_step))
-        self.follow(trainer, self._before, self._after)
+        steps = self.follow(trainer, self._before, self._after, self._is_due)
+        steps.on_next = lambda: self.listen("on_train_batch_start", when=steps.are_due())
+        steps.on_next()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch_loss = BatchLoss(pl_module, batch, self.loss, batch_idx)  # before its forward draws a number
@@ -87,7 +88,6 @@ class CriticalLearningRate(Observer):
         loss, self._batch_loss = self._batch_loss, None
         if loss:
             self._measure(step, loss)
-        self.listen("on_train_batch_start", when=self._is_due(step.step + 1))
 
     def _is_due(self, step: int) -> bool:
         is_late = step > max(self.steps, default=-1)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from itertools import accumulate, chain, product
 from math import inf
 from typing import Any
@@ -77,7 +78,8 @@ class GradientMonitor(Observer):
         self._plans: dict[object, tuple[Measurement, dict[str, int]]] = {}
         self._held: list[Parameter] = []
         self._small: list[Parameter] = []
-        steps = self.follow(trainer, self._before, self._after, self.every_n_steps, num_first=self.num_first_steps)
+        due = partial(is_due, every_n_steps=self.every_n_steps, num_first=self.num_first_steps)
+        steps = self.follow(trainer, self._before, self._after, due)
         self._unclipped = unclipped = UnclippedGradients(trainer, module, steps, self.guarded)
         if unclipped.are_applied:
             return

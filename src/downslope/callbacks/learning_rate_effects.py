@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -93,9 +94,9 @@ class LearningRateEffects(Observer):
         self._before_step: Tensor | None = None
         self._taken: Taken | None = None
         self._is_watched = False
-        every, first = self.every_n_steps, self.num_first_steps
-        self._steps = self.follow(trainer, self._before, self._after, every, num_first=first)
-        self.follow(trainer, None, self._keep_gradient, every, ahead=1, num_first=first)
+        due = partial(is_due, every_n_steps=self.every_n_steps, num_first=self.num_first_steps)
+        self._steps = self.follow(trainer, self._before, self._after, due)
+        self.follow(trainer, None, self._keep_gradient, lambda count: due(count + 1))
         self._has_loss = self.descent_ratio_every_n_steps is not None and not said_off(
             trainer, DESCENT_RATIO.tags[0], why_no_loss_of_a_step(trainer, module, self.loss, one_batch=False)
         )

@@ -171,8 +171,9 @@ class Pictures(Observer):
     def _step_on_the_batch(self) -> "Figure":
         if self._batch_step is None:
             raise ValueError("training ended within its first epoch")
-        profile, rate = self._batch_step.profile()
-        return draw_step_along_gradient(profile, rate, self._batch_step.step)
+        with self._batch_step.loss.measuring():
+            profile, rate = self._batch_step.profile()
+            return draw_step_along_gradient(profile, rate, self._batch_step.step)
 
     def _step_on_the_line(self, line: LeastSquares, end: Tensor) -> "Figure":
         """Draws the last step that still stands: a FlightRecorder takes back one that diverged."""

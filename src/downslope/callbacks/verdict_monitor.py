@@ -119,9 +119,7 @@ class VerdictMonitor(Observer):
         self.listen("on_before_backward", when=self._collector.is_watching)
 
     def _catch(self, loss: Tensor | None) -> None:
-        if loss is not None:  # a copy: a graph of the device may write into the same place at each step
-            loss = loss.detach().mean() if loss.ndim else loss.detach().clone()
-        self._losses = [] if loss is None else [loss]
+        self._losses = [] if loss is None else [loss.mean() if loss.ndim else loss]  # a copy of Lightning's own
 
     def _after(self, step: OptimizerStep) -> None:
         collector = self._collector

@@ -28,18 +28,18 @@ class RowNorms:
         plain = kinds in [{("cpu", dtype, torch.strided)} for dtype in (torch.float32, torch.float64)]
         self._fits = plain and all(sizes) and sum(sizes) <= SMALL * len(sizes)
         if self._fits:
-            self._vector = torch.empty(sum(sizes), dtype=tensors[0].dtype)
-            parts = zip(self._vector.split(sizes), tensors, strict=True)
+            vector = torch.empty(sum(sizes), dtype=tensors[0].dtype)
+            self._numbers = vector.numpy()  # the same memory
+            parts = zip(vector.split(sizes), tensors, strict=True)
             self._parts = [part.view(tensor.shape) for part, tensor in parts]
             self._starts = np.cumsum([0, *sizes[:-1]])
 
     def of(self, tensors: Sequence[Tensor]) -> Tensor | list[float]:
         """Returns the norms: as numbers on a CPU, where nothing has to be waited for."""
         if self._fits:
-            with suppress(RuntimeError):  # a gradient is sparse that was not before
+            with suppress(RuntimeError), np.errstate(over="ignore"):  # a gradient is sparse that was not before
                 copy(self._parts, tensors)
-                with np.errstate(over="ignore"):
-                    squares = np.add.reduceat(self._vector.mul_(self._vector).numpy(), self._starts)
+                squares = np.add.reduceat(np.square(self._numbers, out=self._numbers), self._starts)
                 norms: list[float] = np.sqrt(squares).tolist()
                 if math.isfinite(sum(norms)):
                     return norms

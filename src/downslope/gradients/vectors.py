@@ -12,7 +12,6 @@ from jaxtyping import Shaped
 from torch import Tensor
 
 _flatten = getattr(torch._C._nn, "flatten_dense_tensors", None)
-_copy = getattr(torch, "_foreach_copy_", None)
 
 
 def real(tensor: Shaped[Tensor, "..."]) -> Shaped[Tensor, "..."]:
@@ -69,9 +68,15 @@ def copy(targets: Sequence[Shaped[Tensor, "..."]], sources: Sequence[Shaped[Tens
 
     Quickest where all are of one type on one device.
     """
-    if _copy:
-        with suppress(RuntimeError):  # sparse ones
-            _copy(targets, sources)
-            return
+    try:
+        _copy(targets, sources)
+    except RuntimeError:  # sparse ones
+        _copy_each(targets, sources)
+
+
+def _copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     for target, source in zip(targets, sources, strict=True):
         target.copy_(source)
+
+
+_copy = getattr(torch, "_foreach_copy_", _copy_each)

@@ -60,8 +60,16 @@ def encoded(events: Iterable[Event]) -> bytes:
 
 def _framed(records: Iterable[bytes]) -> bytes:
     """Puts each record behind its length, either with its checksum."""
-    parts = (part for record in records for part in (len(record).to_bytes(8, "little"), record))
-    return b"".join(part + masked_checksum(part).to_bytes(4, "little") for part in parts)
+    return b"".join(part for record in records for part in (_length(len(record)), _checked(record)))
+
+
+@cache
+def _length(length: int) -> bytes:
+    return _checked(length.to_bytes(8, "little"))
+
+
+def _checked(part: bytes) -> bytes:
+    return part + masked_checksum(part).to_bytes(4, "little")
 
 
 def append(writer: EventFileWriter, events: Iterable[Event]) -> None:

@@ -51,7 +51,8 @@ def paint(axes: "Axes") -> None:
 
 def title(axes: "Axes", text: str, below: str) -> None:
     """Writes what the picture says, and below it in grey what it shows."""
-    axes.set_title(f"{text}\n", loc="left", fontsize=13, fontweight="bold", color=INK)
+    # At a height that is told: to look for one, matplotlib would lay out the whole picture once more.
+    axes.set_title(f"{text}\n", loc="left", y=1.0, fontsize=13, fontweight="bold", color=INK)
     axes.text(0, 1.02, below, transform=axes.transAxes, fontsize=9.5, color=QUIET, va="bottom")
 
 

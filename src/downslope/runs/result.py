@@ -5,6 +5,7 @@ import math
 import types
 import typing
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,7 +75,7 @@ def read_result(folder: Path) -> Result | None:
         values = printable(json.loads(content))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{FILE_NAME} is not JSON: {error}") from error
-    kinds = typing.get_type_hints(Result)
+    kinds = _kinds()
     if not isinstance(values, dict) or "status" not in values:
         raise ValueError(f"{FILE_NAME} must have a status.")
     if isinstance(values.get("metrics"), dict):  # null stands for what was not finite
@@ -83,6 +84,11 @@ def read_result(folder: Path) -> Result | None:
         if name not in kinds or not _is(value, kinds[name]):
             raise ValueError(f"{FILE_NAME} has a `{name}` that no run writes.")
     return Result(**values)
+
+
+@cache
+def _kinds() -> dict[str, Any]:
+    return typing.get_type_hints(Result)
 
 
 def _is(value: Any, kind: Any) -> bool:

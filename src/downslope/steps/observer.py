@@ -101,14 +101,10 @@ class Observer(Callback):
         trainer: Trainer,
         before: Callable[[OptimizerStep], None] | None = None,
         after: Callable[[OptimizerStep], None] | None = None,
-        every_n_steps: int = 1,
-        ahead: int = 0,
-        num_first: int = 0,
+        due: Callable[[int], bool] | None = None,
     ) -> OptimizerSteps:
         """Returns the steps of the trainer's optimizers, whose functions are guarded, and which end with the run."""
-        steps = OptimizerSteps(
-            trainer, before and self.guarded(before), after and self.guarded(after), every_n_steps, ahead, num_first
-        )
+        steps = OptimizerSteps(trainer, before and self.guarded(before), after and self.guarded(after), due)
         self._followed = (*self._followed, steps)
         return steps
 

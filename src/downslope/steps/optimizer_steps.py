@@ -18,7 +18,6 @@ from torch.utils.hooks import RemovableHandle
 from downslope.gradients.finiteness import wide_norms
 from downslope.gradients.norms import HALF
 from downslope.gradients.vectors import flat
-from downslope.steps.due import is_due
 
 
 @dataclass
@@ -33,6 +32,7 @@ class OptimizerStep:
         suffix: What tells its tags from those of the other optimizers: `/Adam-1`, or nothing where it is alone.
         moved: After the step, the parameters that have a gradient; the same tuple while they are the same.
         gradients: Theirs, as they were applied.
+        due: Who is called at the coming step.
     """
 
     optimizer: Optimizer
@@ -42,6 +42,7 @@ class OptimizerStep:
     suffix: str
     moved: tuple[Parameter, ...] = ()
     gradients: list[Tensor] = field(default_factory=list)
+    due: list["OptimizerSteps"] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
     _flat: Tensor | None = None
     _square: Tensor | None = None
@@ -73,9 +74,10 @@ class OptimizerStep:
 
     def look(self) -> None:
         """Finds `moved` and `gradients`, after the step."""
-        moved = tuple(each for each in self.parameters if each.grad is not None)
+        pairs = [(each, gradient) for each in self.parameters if (gradient := each.grad) is not None]
+        moved = tuple([each for each, _ in pairs])
         self.moved = self.moved if _are_same(moved, self.moved) else moved
-        self.gradients = [each.grad for each in moved if each.grad is not None]
+        self.gradients = [gradient for _, gradient in pairs]
 
     @property
     def flat_gradient(self) -> Tensor:
@@ -122,9 +124,7 @@ class OptimizerSteps:
     Attributes:
         before: Called with θₜ in place.
         after: Called with θₜ₊₁ in place, and in `.grad` the gradient that was applied.
-        every_n_steps: Both are called at an optimizer's steps 0, n, 2n, … alone.
-        ahead: And so many steps before those instead.
-        num_first: The first so many steps are due too.
+        due: Tells of the number of an optimizer's step, counted from 0, whether both are called; at each if None.
         on_next: Called where a step that is due begins or stops to be the coming one.
         on_loss: Called in the middle of each step that is given a closure, with the loss that this returns: gradients
             are final, parameters still θₜ.
@@ -133,9 +133,7 @@ class OptimizerSteps:
     trainer: InitVar[Trainer]  # its optimizers are set up: from `on_train_start` on
     before: Callable[[OptimizerStep], None] | None = None
     after: Callable[[OptimizerStep], None] | None = None
-    every_n_steps: int = 1
-    ahead: int = 0
-    num_first: int = 0
+    due: Callable[[int], bool] | None = None
     on_next: Callable[[], None] | None = None
     on_loss: Callable[[Tensor | None], None] | None = None
 
@@ -144,21 +142,17 @@ class OptimizerSteps:
         if hooks is None or [state.optimizer for state in hooks.states] != trainer.optimizers:  # of a fit that failed
             hooks = _HOOKS[trainer] = _Hooks(trainer)
         self._hooks = hooks
-        self._hooks.observers.append(self)
+        self._hooks.observe([*self._hooks.observers, self])
         self.states = self._hooks.states
 
     def are_due(self) -> bool:
-        """Tells whether the coming step of any optimizer is one of every n."""
-        return any(map(self.is_due, self.states))
-
-    def is_due(self, step: OptimizerStep) -> bool:
-        """Tells whether an optimizer's coming or just taken step is one of every n."""
-        return is_due(step.count + self.ahead, self.every_n_steps, self.num_first)
+        """Tells whether the coming step of any optimizer is due."""
+        return self.due is None or any(self.due(state.count) for state in self.states)
 
     def detach(self) -> None:
         """Leaves the optimizers as they were."""
         if self in self._hooks.observers:
-            self._hooks.observers.remove(self)
+            self._hooks.observe([each for each in self._hooks.observers if each is not self])
         if not self._hooks.observers:
             self._hooks.remove()
 
@@ -177,31 +171,41 @@ class _Hooks:
             OptimizerStep(optimizer, name, 0, trainer.global_step if alone else 0, "" if alone else f"/{name}")
             for optimizer, name in zip(trainer.optimizers, optimizer_names(trainer.optimizers), strict=True)
         ]
-        self._due: dict[str, list[OptimizerSteps]] = {}
         self._handles: list[RemovableHandle] = []
         for state in self.states:
             self._handles.append(state.optimizer.register_step_pre_hook(partial(self._before, state)))
             self._handles.append(state.optimizer.register_step_post_hook(partial(self._after, state)))
+
+    def observe(self, observers: list[OptimizerSteps]) -> None:
+        """Calls these from now on."""
+        self.observers = observers
+        for state in self.states:
+            state.due = self._due(state)
+
+    def _due(self, state: OptimizerStep) -> list[OptimizerSteps]:
+        """Those to whom the coming step is due: asked once a step."""
+        count = state.count
+        return [each for each in self.observers if each.due is None or each.due(count)]
 
     def _before(self, state: OptimizerStep, _: Optimizer, __: object, named: dict[str, Any]) -> None:
         if not state.begins(self._batches.ready):
             return
         trainer = self._trainer() if self._skips else None  # otherwise its count, which takes time, is this one
         state.step = max(trainer.global_step, self._num_steps) if trainer else self._num_steps
-        due = self._due[state.name] = [each for each in self.observers if each.is_due(state)]
-        if not due:
+        if not state.due:
             return
         with torch.no_grad():
-            for observer in due:
+            for observer in state.due:
                 if observer.before:
                     observer.before(state)
-                if observer.on_loss and named.get("closure"):
-                    named["closure"] = partial(_overheard, named["closure"], observer.on_loss)
+        listeners = [each.on_loss for each in state.due if each.on_loss]
+        if listeners and named.get("closure"):
+            named["closure"] = partial(_overheard, named["closure"], listeners)
 
     def _after(self, state: OptimizerStep, *_: object) -> None:
         if not state.ends():
             return
-        due = self._due.get(state.name, [])
+        due = state.due
         if due:
             state.look()
             with torch.no_grad():
@@ -211,8 +215,9 @@ class _Hooks:
             state.forget()
         self._num_steps = state.step + 1
         state.count += 1
+        state.due = self._due(state)
         for observer in self.observers:
-            if observer.on_next and (observer in due or observer.is_due(state)):
+            if observer.on_next and (observer in due or observer in state.due):
                 observer.on_next()
 
     def remove(self) -> None:
@@ -224,10 +229,11 @@ class _Hooks:
             del _HOOKS[trainer]
 
 
-def _overheard(closure: Callable[[], Tensor | None], on_loss: Callable[[Tensor | None], None]) -> Tensor | None:
+def _overheard(closure: Callable[[], Tensor | None], listeners: list[Callable[[Tensor | None], None]]) -> Tensor | None:
     """Runs a closure, and tells the loss."""
     loss = closure()
-    on_loss(loss)
+    for on_loss in listeners:
+        on_loss(loss)
     return loss
 
 

@@ -80,8 +80,9 @@ def _place(group: Group, sweep: Path, results: list[Result], files: Iterable[dic
                 texts[KEY] = job_key(sources, job)
             texts[FILE_NAME] = result.json()
             contents |= {name: text.encode() for name, text in texts.items()}
-            for parent in {(folder / name).parent for name in contents} - {folder}:
-                parent.mkdir(parents=True)
+            folder.mkdir()
+            for name in {name.partition("/")[0] for name in contents if "/" in name}:
+                (folder / name).mkdir()
             for name, content in contents.items():
                 (folder / name).write_bytes(content)
         os.sync()

@@ -489,7 +489,7 @@ def place(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
         monkeypatch.setattr(finiteness.RowNorms, "of", lambda _, tensors: wide_norms(tensors))
     if request.param == "by what torch documents":
         monkeypatch.setattr(vectors, "_flatten", None)
-        monkeypatch.setattr(vectors, "_copy", None)
+        monkeypatch.setattr(vectors, "_copy", vectors._copy_each)
 
 
 @pytest.mark.usefixtures("place")

@@ -12,7 +12,7 @@ from downslope.gradients.vectors import copy, flat
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "by what torch documents":
         monkeypatch.setattr(vectors, "_flatten", None)
-        monkeypatch.setattr(vectors, "_copy", None)
+        monkeypatch.setattr(vectors, "_copy", vectors._copy_each)
 
 
 SPARSE = torch.sparse_coo_tensor(torch.tensor([[1, 1]]), torch.tensor([2.0, 3.0]), (3,), check_invariants=True)

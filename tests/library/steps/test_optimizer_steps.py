@@ -106,7 +106,9 @@ def test_all_observers_share_one_pair_of_hooks() -> None:
         before=lambda step: seen.append(("before", step.step, weight.item())),
         after=lambda step: seen.append(("after", step.step, weight.item())),
     )
-    second = OptimizerSteps(trainer, after=lambda step: seen.append(("second", step.step, 0.0)), every_n_steps=2)
+    second = OptimizerSteps(
+        trainer, after=lambda step: seen.append(("second", step.step, 0.0)), due=lambda count: count % 2 == 0
+    )
     assert len(optimizer._optimizer_step_pre_hooks) == len(optimizer._optimizer_step_post_hooks) == 1
     weight.grad = torch.full((1,), 4.0)
     optimizer.step()
