@@ -116,7 +116,7 @@ def test_a_signal_stops_every_job_where_it_can_be_gone_on_with(
     (os.killpg if everywhere else os.kill)(sweep.pid, number)
     output, _ = sweep.communicate(timeout=120)
     assert sweep.returncode == 128 + number, output
-    assert "stopping: what is running saves" in output
+    assert "stopping: running jobs save" in output
     assert "failed" not in output
     begun = [file.parents[1] for file in tmp_path.glob("s/*/.hydra/config.yaml")]
     assert {read_json(job)["status"] for job in begun} == {"interrupted"}
