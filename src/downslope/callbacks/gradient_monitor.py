@@ -75,7 +75,7 @@ class GradientMonitor(Observer):
         if not self._writer.is_open:
             return
         self._names = ParameterNames(module)
-        self._plans: dict[object, tuple[Measurement, dict[str, int]]] = {}
+        self._plans: dict[object, tuple[Measurement, dict[str, int], bool]] = {}
         self._held: list[Parameter] = []
         self._small: list[Parameter] = []
         due = partial(is_due, every_n_steps=self.every_n_steps, num_first=self.num_first_steps)
@@ -124,8 +124,8 @@ class GradientMonitor(Observer):
         key = (step.name, len(self._small), *map(id, parameters))  # a parameter's hash takes longer
         if key not in self._plans:
             self._plans[key] = self._plan(parameters, step.suffix)
-        measurement, histograms = self._plans[key]
-        if _is_long(parameters):
+        measurement, histograms, is_long = self._plans[key]
+        if is_long:
             is_known = not unclipped and self.norm_type == 2
             taken = [step.gradient_norms if is_known else norms(each, self.norm_type) for each in (arrived, *applied)]
         else:
@@ -134,8 +134,11 @@ class GradientMonitor(Observer):
         if is_due(step.count, self.histogram_every_n_steps):
             self._writer.add_histograms(step.step, {tag: arrived[place] for tag, place in histograms.items()})
 
-    def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> tuple[Measurement, dict[str, int]]:
-        """What is measured of a set of parameters, and which of them get which histogram."""
+    def _plan(self, parameters: tuple[Tensor, ...], suffix: str) -> tuple[Measurement, dict[str, int], bool]:
+        """What is measured of a set of parameters, which of them get which histogram, and whether they are many.
+
+        Many are worked on at once anyhow: then norms are taken in place, and nothing is copied.
+        """
         names, sizes = self._names.of(parameters), [num_elements(each) for each in parameters]
         shown = [index for index, name in enumerate(names) if fnmatch(name, self.parameters)]
         kept = {id(each) for each in self._small}
@@ -146,7 +149,7 @@ class GradientMonitor(Observer):
             tags += [f"{kind}/{self._names.of([each])[0]}{place}" for each in small for place in _places(each)]
         device = parameters[0].device
         of_gradients, of_values = (_columns(small, each).to(device) for each in (parameters, self._small))
-        is_shown, is_long = torch.tensor(shown, dtype=torch.long, device=device), _is_long(parameters)
+        is_shown, is_long = torch.tensor(shown, dtype=torch.long, device=device), sum(sizes) > MANY
 
         def derive(values: Tensor, *taken: Tensor) -> Tensor:
             each = taken if is_long else [part_norms(vectors, sizes, self.norm_type) for vectors in taken]
@@ -154,12 +157,7 @@ class GradientMonitor(Observer):
             elements = [taken[0][:, of_gradients], values[:, of_values]] if small else []
             return torch.cat([totals[0], totals[-1], each[0][:, is_shown], *elements], dim=1)
 
-        return Measurement(tags, derive), {f"gradient/{names[index]}": index for index in shown}
-
-
-def _is_long(parameters: Sequence[Tensor]) -> bool:
-    """Whether a step would be worked on at once anyhow: then norms are taken in place, and nothing is copied."""
-    return sum(map(num_elements, parameters)) > MANY
+        return Measurement(tags, derive), {f"gradient/{names[index]}": index for index in shown}, is_long
 
 
 def _columns(chosen: Sequence[Tensor], parameters: Sequence[Tensor]) -> Tensor:

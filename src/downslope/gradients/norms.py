@@ -68,9 +68,8 @@ def part_norms(
                 [1., 0.]])
     """
     dtype = torch.float32 if vectors.dtype in HALF else vectors.dtype
-    if (
-        len(vectors) < len(sizes) and not vectors.is_cpu and 0 not in sizes
-    ):  # a call takes as long as a million elements
+    # Elsewhere than on a CPU each call takes as long as a million elements do.
+    if len(vectors) < len(sizes) and not vectors.is_cpu and 0 not in sizes:
         return torch.stack([torch.stack(_fused(row.split(sizes), norm_type, dtype)) for row in vectors])
     parts = [part if part.shape[1] else vectors.new_zeros(len(vectors), 1) for part in vectors.split(sizes, dim=1)]
     return torch.stack([_norm(part, norm_type, dtype) for part in parts], dim=1)

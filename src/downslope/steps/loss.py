@@ -295,9 +295,8 @@ class BatchLoss:
             moved = torch._foreach_add(origin, arrow, alpha=length) if length else origin
             others = {name: tensor for name, tensor in {**self._own, **start}.items() if name not in direction}
             there = dict(zip(direction, moved, strict=True))
-            is_new = (
-                length and self._dtype is None
-            )  # nobody else has it: of a large model a second copy is one too many
+            # What nobody else has needs no second copy, which of a large model would be one too many.
+            is_new = length and self._dtype is None
             return self(self._leaves(self._copies(others) | (there if is_new else self._copies(there)))).detach()
 
         return loss

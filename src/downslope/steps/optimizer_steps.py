@@ -54,7 +54,7 @@ class OptimizerStep:
     def parameters(self) -> list[Parameter]:
         """What it steps; the same list while they are the same."""
         parameters = held([self.optimizer])
-        self._parameters = self._parameters if _are_same(parameters, self._parameters) else parameters
+        self._parameters = self._parameters if are_same(parameters, self._parameters) else parameters
         return self._parameters
 
     def begins(self, batch: int) -> bool:
@@ -76,7 +76,7 @@ class OptimizerStep:
         """Finds `moved` and `gradients`, after the step."""
         pairs = [(each, gradient) for each in self.parameters if (gradient := each.grad) is not None]
         moved = tuple([each for each, _ in pairs])
-        self.moved = self.moved if _are_same(moved, self.moved) else moved
+        self.moved = self.moved if are_same(moved, self.moved) else moved
         self.gradients = [gradient for _, gradient in pairs]
 
     @property
@@ -106,7 +106,8 @@ class OptimizerStep:
         self.gradients, self._flat, self._square, self._norms = [], None, None, None
 
 
-def _are_same(some: Sequence[Parameter], others: Sequence[Parameter]) -> bool:
+def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Tells whether two sequences hold the very same tensors in the same order."""
     return len(some) == len(others) and all(map(is_, some, others))
 
 

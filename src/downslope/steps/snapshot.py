@@ -2,7 +2,6 @@
 
 from collections import defaultdict
 from collections.abc import Sequence
-from operator import is_
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from downslope.gradients.vectors import copy
-from downslope.steps.optimizer_steps import held
+from downslope.steps.optimizer_steps import are_same, held
 
 
 class Copies:
@@ -22,7 +21,7 @@ class Copies:
 
     def take(self, tensors: list[Tensor]) -> None:
         """Copies the tensors as they are now, to be called where autograd does not record."""
-        if len(tensors) != len(self._tensors) or not all(map(is_, tensors, self._tensors)):
+        if not are_same(tensors, self._tensors):
             kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
             for tensor in tensors:
                 kinds[tensor.device, tensor.dtype].append(tensor)

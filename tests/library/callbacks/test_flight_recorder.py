@@ -300,7 +300,7 @@ def test_late_a_weight_that_a_finite_gradient_broke_is_not_saved(tmp_path: Path)
     module = foreign()
 
     def blow_up(module: Foreign, loss: Tensor) -> Tensor:
-        module.optimizers().param_groups[0]["lr"] = 1e38  # type: ignore[union-attr]
+        module.optimizers().param_groups[0]["lr"] = 1e38  # type: ignore[union-attr]  # it is one, and no list
         return 1e9 * loss
 
     module.spoil = blow_up

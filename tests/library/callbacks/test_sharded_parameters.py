@@ -39,7 +39,7 @@ class Sharded(LightningModule):
         fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
 
     def loss(self, batch: Tensor) -> Tensor:
-        return self.net(batch).square().mean()  # type: ignore[no-any-return]
+        return self.net(batch).square().mean()  # type: ignore[no-any-return]  # a call of a module has no type
 
     def training_step(self, batch: Tensor) -> Tensor:
         return self.loss(batch)
@@ -48,7 +48,7 @@ class Sharded(LightningModule):
         return torch.optim.Adam(self.parameters(), lr=0.01)
 
     def on_train_end(self) -> None:
-        parts = [each.to_local() for each in self.parameters()]  # type: ignore[operator]
+        parts = [each.to_local() for each in self.parameters()]  # type: ignore[operator]  # they are DTensors
         torch.save(parts, f"{self.folder}/{self.global_rank}.pt")
 
 
@@ -80,4 +80,4 @@ if __name__ == "__main__":
         strategy=ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1, process_group_backend="gloo"),
         callbacks=[kind() for kind in OBSERVERS if kind.__name__ in sys.argv[2:]],
         enable_progress_bar=False, enable_model_summary=False,
-    ).fit(Sharded(sys.argv[1]), DataLoader(torch.randn(64, 8), batch_size=4))  # type: ignore[arg-type]  # fmt: skip
+    ).fit(Sharded(sys.argv[1]), DataLoader(torch.randn(64, 8), batch_size=4))  # type: ignore[arg-type]  # rows are a dataset  # fmt: skip

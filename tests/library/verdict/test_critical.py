@@ -160,7 +160,7 @@ def test_a_line_whose_schedule_has_come_to_its_end_is_held_against_its_peak(peak
 @pytest.mark.parametrize(("size", "word"), [(1e-9, "diverging"), (1e-14, "converging")])
 def test_what_rounding_has_left_of_a_loss_does_not_grow(size: float, word: str) -> None:
     grows = {"loss_growth": 9.0, "loss_rise": 9.0, "method": "gradient_descent"}
-    assert judge(replace(SOUND, loss=9 * size, best_loss=size, **grows)).word == word  # type: ignore[arg-type]
+    assert judge(replace(SOUND, loss=9 * size, best_loss=size, **grows)).word == word  # type: ignore[arg-type]  # of figures
 
 
 @pytest.mark.parametrize("peak", [0.1, 0.0999])
