@@ -27,7 +27,10 @@ class RandomState:
 
     def __init__(self, *generators: Any) -> None:
         self._python: Any = random.getstate()
-        self._numpy: Any = sys.modules["numpy"].random.get_state() if "numpy" in sys.modules else None
+        self._numpy: Any = None
+        if "numpy" in sys.modules:
+            name, words, *rest = sys.modules["numpy"].random.get_state()
+            self._numpy = (name, words.tolist(), *rest)  # NumPy puts back its own array in twenty times the time
         self._cpu: Tensor = torch.get_rng_state()
         has_cuda = torch.cuda.is_initialized()  # to ask for more would start it
         self._cuda: Any = torch.cuda.get_rng_state_all() if has_cuda else None
