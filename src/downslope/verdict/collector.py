@@ -158,7 +158,7 @@ class EvidenceCollector:
 
     def add_loss(self, loss: Tensor, num_batches: int = 1) -> None:
         """Takes the loss of a step's batch, or the mean of those of several."""
-        self._recent.append(loss.detach())
+        self._recent.append(loss.detach() if loss.requires_grad else loss)
         if num_batches > 1 and self._differentiated and not self._traces.is_whole:
             self._differentiated.pop()  # each may have been divided beforehand, as it was logged
 
@@ -178,7 +178,8 @@ class EvidenceCollector:
             return
         if not self._differentiated and self._asked is None:
             self._traces = traces_of_loss(loss)
-        self._asked = loss.detach().mean() + (0.0 if self._asked is None else self._asked)
+        loss = loss.detach().mean() if loss.ndim else loss.detach()  # on small models each call counts
+        self._asked = loss if self._asked is None else self._asked + loss
 
     def add_step(self) -> None:
         """Takes a step that was just made: θₜ₊₁ in place, and in `.grad` what was applied."""

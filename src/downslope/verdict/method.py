@@ -36,9 +36,9 @@ def first_length(optimizer: Optimizer, step: int) -> float:
 def decays_of(optimizer: Optimizer) -> list[float]:
     """What is added of each parameter to its gradient; AdamW shortens the weights apart from that."""
     return [
-        float(group["weight_decay"]) if _is_coupled(optimizer, group) else 0.0
+        decay
         for group in optimizer.param_groups
-        for _ in group["params"]
+        for decay in [float(group["weight_decay"]) if _is_coupled(optimizer, group) else 0.0] * len(group["params"])
     ]
 
 

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from downslope.gradients.norms import norms
+from downslope.gradients.norms import HALF, norms, part_norms
 from downslope.gradients.sample import Sample
 
 MOST = 2**18  # elements: of more a cosine is known to a few thousandths
+FEW = 2**16  # elements that wait for their products: the vectors of a window, where they are short
 ROUNDING = 1e-5  # in units of the weights' size, or of the first gradient's
 
 
@@ -37,12 +38,13 @@ class Window:
 
     def __init__(self) -> None:
         self._sample = Sample((), MOST)
+        self.moved: list[Parameter] = []
         self.clear()
 
     def clear(self) -> None:
         """Begins anew."""
         self.num_steps = 0
-        self.moved: list[Parameter] = []
+        self._waiting: list[tuple[Tensor, Tensor, list[float]]] = []  # gradient, parameters after the step, and decays
         self._products: list[Tensor] = []
         self._last: list[Tensor] = []  # the last two gradients, the last step, and the parameters after it
         self._largest: list[Tensor] = []
@@ -56,37 +58,49 @@ class Window:
             decays: What it adds of each to its gradient: g + wθ is the gradient of what it minimises.
         """
         moved = [parameter for parameter in held if parameter.grad is not None]
-        if [*map(id, moved)] != [*map(id, self.moved)]:
+        if not self._sample.is_of(moved):
             self.clear()  # another set of parameters has a gradient now
-            self.moved = moved
+            self.moved, self._sample = moved, Sample(moved, MOST)
         self.num_steps += 1
         if not moved:
             return
         gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
-        self._largest.append(norms(gradients, math.inf))
-        if not self._sample.is_of(moved):
-            self._sample = Sample(moved, MOST)
+        if not self.is_whole:
+            self._largest.append(norms(gradients, math.inf))
+        pairs = zip(decays, held, strict=True) if any(decays) else ()
+        of_moved = [decay for decay, each in pairs if each.grad is not None]
         gradient, parameters = self._sample.weighted(gradients), self._sample.weighted(moved)
-        nothing = torch.zeros_like(gradient)
-        last, before_last, last_step, start = self._last or [nothing, nothing, nothing, parameters]
-        step = parameters - start
-        if any(decays):
-            of_moved = [decay for decay, each in zip(decays, held, strict=True) if each.grad is not None]
-            parts = zip(self._sample.places, start.split(self._sample.sizes), strict=True)
-            gradient += torch.cat([of_moved[place] * part for place, part in parts])
-        if moved[0].dtype in (torch.bfloat16, torch.float16) and self._last:
-            self._changed.append(torch.stack([step.count_nonzero(), gradient.count_nonzero()]))
-        pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
-        pairs += [(gradient, step), (gradient, last_step)]
-        self._products.append(torch.stack([one @ other for one, other in pairs]))
-        self._last = [gradient, last, step, parameters]
+        self._waiting.append((gradient, parameters, of_moved))
+        if len(self._waiting) * len(gradient) > FEW:
+            self._multiply()
+
+    def _multiply(self) -> None:
+        """Works on the steps that wait: of few elements on a whole window at once, while all that takes is at hand."""
+        if self._waiting and self.is_whole:
+            vectors = torch.stack([gradient for gradient, *_ in self._waiting])
+            self._largest.append(part_norms(vectors, self._sample.sizes, math.inf).amax(0))
+        for gradient, parameters, decays in self._waiting:
+            last, before_last, last_step, start = self._last or [*3 * [torch.zeros_like(gradient)], parameters]
+            step = parameters - start
+            if decays:
+                parts = zip(self._sample.places, start.split(self._sample.sizes), strict=True)
+                gradient += torch.cat([decays[place] * part for place, part in parts])
+            if self.moved[0].dtype in HALF and self._last:
+                self._changed.append(torch.stack([step.count_nonzero(), gradient.count_nonzero()]))
+            pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
+            pairs += [(gradient, step), (gradient, last_step)]
+            self._products.append(torch.stack([one @ other for one, other in pairs]))
+            self._last = [gradient, last, step, parameters]
+        self._waiting.clear()
 
     def rows(self) -> list[Row]:
         """Returns the products of each step, by one synchronisation."""
+        self._multiply()
         return [Row(*each) for each in torch.stack(self._products).cpu().double().tolist()] if self._products else []
 
     def largest(self) -> list[float]:
         """Returns the largest element that each moved parameter's gradient had."""
+        self._multiply()
         return torch.stack(self._largest).amax(0).tolist() if self._largest else []
 
     def share_changed(self) -> float | None:
@@ -108,6 +122,7 @@ class Window:
 
     def state_dict(self, held: Sequence[Parameter]) -> dict[str, Any]:
         """Returns plain data and tensors; parameters by their place among those held."""
+        self._multiply()
         moved = {*map(id, self.moved)}
         return {
             "num_steps": self.num_steps,
