@@ -110,13 +110,13 @@ class VerdictMonitor(Observer):
         self._losses: list[Tensor] = []
         self._differentiated_at = -1  # the batch, whose loss an optimizer may ask for many times
         self._taken = trainer.global_step
-        self._critical = _beside(trainer, CriticalLearningRate)
+        critical = _beside(trainer, CriticalLearningRate)
+        self._measured = critical.measured if critical else []
         self._is_quick = each_batch_is_a_step(trainer, module)
         steps = self.follow(trainer, after=self._after)
         if self._is_quick:
             steps.on_loss = self.guarded(self._catch)
-        self.listen("on_train_batch_end", when=not self._is_quick)
-        self.listen("on_before_backward", when=self._collector.is_watching)
+        self._listen(self._collector)
 
     def _catch(self, loss: Tensor | None) -> None:
         self._losses = [] if loss is None else [loss.mean() if loss.ndim else loss]  # a copy of Lightning's own
@@ -126,12 +126,17 @@ class VerdictMonitor(Observer):
         if not collector or step.optimizer is not collector.optimizer:
             return
         collector.add_step()
-        if self._critical and self._critical.measured and self._critical.measured[-1][0] == step.step:
-            collector.add_critical(*self._critical.measured[-1][:2])
-        self.listen("on_before_backward", when=collector.is_watching)
+        if self._measured and self._measured[-1][0] == step.step:
+            collector.add_critical(*self._measured[-1][:2])
         if self._is_quick:
             self._add_loss(collector)
-            self.listen("on_train_batch_end", when=collector.is_due)
+        if collector.is_watching or self._is_watching:  # else it sleeps: no hook is worth a look
+            self._listen(collector)
+
+    def _listen(self, collector: EvidenceCollector) -> None:
+        self._is_watching = collector.is_watching
+        self.listen("on_before_backward", when=self._is_watching)
+        self.listen("on_train_batch_end", when=collector.is_due or not self._is_quick)
 
     def _add_loss(self, collector: EvidenceCollector) -> None:
         if self._losses:
@@ -165,6 +170,7 @@ class VerdictMonitor(Observer):
             if not collector.knows("input_size"):  # of this run, or of that which is resumed
                 collector.add_traces(input_size=input_size(batch), **traces_of_modules(pl_module))
             self._judge(trainer, self._seen(trainer, collector))
+        self.listen("on_train_batch_end", when=not self._is_quick)
 
     def _seen(self, trainer: Trainer, collector: EvidenceCollector, has_ended: bool = False) -> Evidence:
         still = _not_held(trainer)
