@@ -13,7 +13,7 @@ from torch import Tensor
 from downslope.gradients.norms import norms, part_norms, total_norm
 from downslope.gradients.steps import cosine, descent_ratio, effective_learning_rate, update_ratio
 from downslope.gradients.vectors import flat, num_elements
-from downslope.logs.tensorboard import Measurement, step_writer
+from downslope.logs.tensorboard import MANY, Measurement, step_writer
 from downslope.steps.due import check_count, is_due
 from downslope.steps.loss import BatchLoss, Loss, check_loss, said_off, why_no_loss_of_a_step
 from downslope.steps.observer import Observer, say_off
@@ -69,16 +69,18 @@ class LearningRateEffects(Observer):
         self.reset()
 
     def reset(self) -> None:
-        self._last: dict[str, tuple[list[str], Tensor]] = {}  # each optimizer's last gradient, and whose it was
+        self._last: dict[str, tuple[list[str], Tensor, Tensor]] = {}  # by optimizer its last gradient: whose, g, ‖g‖²
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            optimizer: {"parameters": names, "gradient": gradient.cpu()}
-            for optimizer, (names, gradient) in self._last.items()
+            optimizer: {"parameters": names, "gradient": gradient.cpu(), "square": square.cpu()}
+            for optimizer, (names, gradient, square) in self._last.items()
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._last = {optimizer: (last["parameters"], last["gradient"]) for optimizer, last in state_dict.items()}
+        self._last = {
+            optimizer: (last["parameters"], last["gradient"], last["square"]) for optimizer, last in state_dict.items()
+        }
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:
         self.listen_only()
@@ -87,7 +89,7 @@ class LearningRateEffects(Observer):
             return
         self._names = ParameterNames(module)
         self._last = move_data_to_device(self._last, module.device)
-        self._plans: dict[object, Measurement] = {}
+        self._plans: dict[object, tuple[Measurement, list[int]]] = {}
         self._window: list[BatchLoss] = []
         self._returned: list[Tensor] = []
         self._is_compared = False
@@ -169,30 +171,34 @@ class LearningRateEffects(Observer):
     def _keep_gradient(self, step: OptimizerStep) -> None:
         """For the cosine of the next one."""
         if step.moved:
-            self._last[step.name] = self._names.of(step.moved), step.flat_gradient
+            self._last[step.name] = self._names.of(step.moved), step.flat_gradient, step.gradient_square
 
     def _after(self, step: OptimizerStep) -> None:
         before, self._before_step = self._before_step, None
         if not step.moved or before is None:
             return
         names, gradient, square = self._names.of(step.moved), step.flat_gradient, step.gradient_square
-        known, last = self._last.pop(step.name, (None, gradient))
+        known, last, last_square = self._last.pop(step.name, (None, gradient, square))
         has_cosine, groups = known == names, step.optimizer.param_groups
-        products = [torch.dot(gradient, last), torch.dot(last, last)] if has_cosine else []
+        products = [torch.dot(gradient, last), last_square] if has_cosine else []
         del last  # of a large model there is no room for what is done with
         key = (step.name, has_cosine, len(groups), *names)
         if key not in self._plans:
             self._plans[key] = self._plan(step, names, has_cosine)
         rates = [math.nan if group.get("lr") is None else float(group["lr"]) for group in groups]
         change = flat(step.parameters).sub_(before)
-        self._writer.add(step.step, self._plans[key], rates, before, change, square, *products)
+        measurement, many = self._plans[key]
+        moved = [norms(each.split(many)) if many else each for each in (before, change)]
+        self._writer.add(step.step, measurement, rates, *moved, square, *products)
         if self._is_watched and any(map(math.isnan, rates)):
             self._leave_out_descent_ratio(ValueError("a parameter group has no learning rate"))
         elif self._is_watched:
             self._taken = Taken(step.step, step.parameters, before, change, _promise(step))
 
-    def _plan(self, step: OptimizerStep, names: list[str], has_cosine: bool) -> Measurement:
+    def _plan(self, step: OptimizerStep, names: list[str], has_cosine: bool) -> tuple[Measurement, list[int]]:
+        """What is measured, and how many elements each parameter has if norms are to be taken at once: of many."""
         suffix, sizes = step.suffix, [num_elements(each) for each in step.parameters]
+        is_long = sum(sizes) > MANY
         moved = {*map(id, step.moved)}
         shown = torch.tensor([index for index, each in enumerate(step.parameters) if id(each) in moved])
         shown = shown.to(step.moved[0].device)
@@ -204,7 +210,7 @@ class LearningRateEffects(Observer):
         tags += [f"learning_rate_effect/gradient_cosine{suffix}"] * has_cosine
 
         def derive(rates: Tensor, before: Tensor, change: Tensor, square: Tensor, *products: Tensor) -> Tensor:
-            changes, own = part_norms(change, sizes), part_norms(before, sizes)
+            own, changes = (each if is_long else part_norms(each, sizes) for each in (before, change))
             total, length = total_norm(changes), square.sqrt()
             columns = [
                 update_ratio(total, total_norm(own))[:, None],
@@ -216,7 +222,7 @@ class LearningRateEffects(Observer):
                 columns.append(cosine(products[0], length, products[1].sqrt())[:, None])
             return torch.cat(columns, dim=1)
 
-        return Measurement(tags, derive)
+        return Measurement(tags, derive), sizes if is_long else []
 
 
 class Taken(NamedTuple):

@@ -458,6 +458,20 @@ def test_every_figure_is_that_of_the_recorder(tmp_path: Path, name: str) -> None
         assert [step.index for step in module.recorder.steps] == [0, 1, *range(3, NUM_BATCHES)]
 
 
+@pytest.mark.parametrize(
+    "name", ["clipping by norm", "bf16-mixed", "frozen, unused, tied, empty", "sparse", "two optimizers"]
+)
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_every_figure_of_many_elements_is_that_of_the_recorder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for constant in ("gradient_monitor.MANY", "gradient_monitor.SMALL_MODEL", "learning_rate_effects.MANY"):
+        monkeypatch.setattr(f"downslope.callbacks.{constant}", 0)
+    kind, settings = SETTINGS[name]
+    module = fit(kind, observers(), TensorBoardLogger(tmp_path, name="", version=""), **settings())
+    compare_with_the_recorder(module, tmp_path)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_observing_changes_no_bit(tmp_path: Path, name: str) -> None:
