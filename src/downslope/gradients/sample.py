@@ -52,15 +52,17 @@ class Sample:
             >>> Sample([torch.zeros(3)], most=10).elements([torch.tensor([1.0, 2.0, 3.0])])
             tensor([1., 2., 3.])
         """
-        vector = flat([tensors[place] for place in self._small])
+        chosen = [tensors[place] for place in self._small]
         if self._large:  # views, in a single call: tensor by tensor it would take fifty times as long
-            device = tensors[0].device
-            blocks = torch.cat([self._blocks(tensors[place]).to(device) for place in self._large]).flatten()
-            vector = torch.cat([blocks, vector.to(device)])
+            with torch.no_grad():
+                blocks = [self._blocks(tensors[place]).to(tensors[0].device) for place in self._large]
+                chosen = [torch.cat(blocks), *chosen]
+        vector = flat(chosen)
         return vector if vector.dtype == torch.float64 else vector.float()
 
     def _blocks(self, tensor: Tensor) -> Tensor:
-        elements = real(tensor.detach().to_dense()).contiguous()
+        is_plain = tensor.layout == torch.strided and not tensor.is_complex()  # each call counts on a GPU
+        elements = (tensor if is_plain else real(tensor.detach().to_dense())).contiguous()
         num_blocks = len(range(0, elements.numel() // BLOCK, self._stride))
         return elements.as_strided((num_blocks, BLOCK), (BLOCK * self._stride, 1))
 
