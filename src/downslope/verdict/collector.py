@@ -84,8 +84,8 @@ class EvidenceCollector:
         self._losses, self._window = Losses(full_batch), Window()
         self._glances: list[Glance] = []
         self._rate = rate_of(optimizer)
-        self._leftover: Tensor | None = None
-        self._least_found: Tensor | None = None  # since the last step
+        self._leftover: Tensor | float | None = None
+        self._least_found: Tensor | float | None = None  # since the last step
         self._asked: Tensor | None = None  # sum of the losses that were differentiated since the last step
         self._differentiated: list[Tensor] = []  # … at each step of the window
         self._traces = LossTraces()  # of the first loss since the last judgement
@@ -171,8 +171,11 @@ class EvidenceCollector:
             loss: None where it may be another optimizer's, or was asked for before in this step.
         """
         left = [parameter.grad for parameter in self._held if parameter.grad is not None]
-        found = norms(left).sum() if left else torch.zeros((), device=self._held[0].device)
-        self._least_found = found if self._least_found is None else torch.minimum(self._least_found, found)
+        if not left or isinstance(self._least_found, float):
+            self._least_found = 0.0
+        else:
+            found = norms(left).sum()
+            self._least_found = found if self._least_found is None else torch.minimum(self._least_found, found)
         if loss is None:
             self._asked = None
             return
