@@ -78,7 +78,7 @@ class OptimizerStep:
 
     def look(self) -> None:
         """Finds `moved` and `gradients`, after the step."""
-        pairs = [(each, gradient) for each in self.parameters if (gradient := each.grad) is not None]
+        pairs = [(each, gradient) for each in held([self.optimizer]) if (gradient := each.grad) is not None]
         moved = tuple([each for each, _ in pairs])
         self.moved = self.moved if are_same(moved, self.moved) else moved
         self.gradients = [gradient for _, gradient in pairs]

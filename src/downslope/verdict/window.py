@@ -45,7 +45,7 @@ class Window:
         """Begins anew."""
         self.num_steps = 0
         self._waiting: list[tuple[Tensor, Tensor, list[float]]] = []  # gradient, parameters after the step, and decays
-        self._products: list[Tensor] = []
+        self._products: list[Tensor] = []  # row after row
         self._last: list[Tensor] = []  # the last two gradients, the last step, and the parameters after it
         self._largest: list[Tensor] = []
         self._changed: list[Tensor] = []  # of weights in half precision: how many changed, how many had a gradient
@@ -89,14 +89,15 @@ class Window:
                 self._changed.append(torch.stack([step.count_nonzero(), gradient.count_nonzero()]))
             pairs = [(gradient, gradient), (gradient, last), (gradient, before_last), (step, step), (start, start)]
             pairs += [(gradient, step), (gradient, last_step)]
-            self._products.append(torch.stack([one @ other for one, other in pairs]))
+            self._products += [torch.dot(one, other) for one, other in pairs]
             self._last = [gradient, last, step, parameters]
         self._waiting.clear()
 
     def rows(self) -> list[Row]:
         """Returns the products of each step, by one synchronisation."""
         self._multiply()
-        return [Row(*each) for each in torch.stack(self._products).cpu().double().tolist()] if self._products else []
+        products = torch.stack(self._products).cpu().double().tolist() if self._products else []
+        return [Row(*each) for each in zip(*[iter(products)] * len(Row._fields), strict=True)]
 
     def largest(self) -> list[float]:
         """Returns the largest element that each moved parameter's gradient had."""
