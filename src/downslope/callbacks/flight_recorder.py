@@ -53,9 +53,9 @@ class FlightRecorder(Observer):
       these are copied before each step, into as much memory again (3 times the parameters' under Adam), and on a GPU
       each judgement waits for the step. `trainer.global_step` counts the step that was taken back.
     - block: The same for 16 steps at a time: copied before the first, judged after the last, their batches kept until
-      then. Those before the one that diverged are taken again, and each loss has to be the same to the bit. Where one
-      is not, or a step takes more than one batch and `loss(batch)`, the weights stay the copy's, and the message says
-      so.
+      then. Those before the one that diverged are taken again, and their losses and norms have to be the same to the
+      bit. Where they are not, or a step takes more than one batch and `loss(batch)`, the weights stay the copy's, and
+      the message says so.
     - late: Nothing is copied, and nothing waited for: a step is judged when the next one is done, by its loss and its
       gradients, and by its weights before these are saved. They stay as the steps have left them, and the last
       checkpoint is one of before.
@@ -400,7 +400,7 @@ class FlightRecorder(Observer):
         self.is_taken_back = True
         self._restore()
         if self._replay and len(steps) > 1:
-            if self._replay.run(steps):
+            if self._replay.run(steps, self._norms):
                 return steps[-1].step
             self._restore()
         return steps[0].step if steps else None
@@ -431,7 +431,7 @@ class FlightRecorder(Observer):
             where += " The weights are those after that step; the last checkpoint is from before it."
         elif (record := self.flight_record) and record.restored_to_step not in (None, record.offending.step):
             where += f" The weights are those before step {record.restored_to_step}: the steps since "
-            where += "gave another loss when repeated." if self._replay else "need a `loss(batch)` to be repeated."
+            where += "came out differently when repeated." if self._replay else "need a `loss(batch)` to be repeated."
         message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
         if self.on_divergence == "raise":
             raise DivergenceError(message)
