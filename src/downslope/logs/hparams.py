@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.plugins.hparams import metadata
-from tensorboard.plugins.hparams.api_pb2 import DataType, Experiment, HParamInfo, MetricInfo, MetricName, Status
-from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData, SessionEndInfo, SessionStartInfo
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from torch.utils.tensorboard.summary import hparams
 
 from downslope.logs.event_files import EVENT_FILES, encoded
 
@@ -46,31 +45,17 @@ def hparams_line(asked: Mapping[str, Any], came: Mapping[str, float | None], ste
         step: Optimizer steps taken.
     """
     line = {name: value for name, value in asked.items() if value is not None}
-    start = SessionStartInfo()
-    for name, value in line.items():
-        if isinstance(value, int | float):
-            start.hparams[name].number_value = value
-        else:
-            start.hparams[name].string_value = str(value)
-    # The tab begins with five columns, those said to differ first; `data` can wait.
-    infos = [HParamInfo(name=name, type=_type(value), differs=name != "data") for name, value in line.items()]
-    metrics = [MetricInfo(name=MetricName(tag=tag)) for tag in came]
-    numbers = [Summary.Value(tag=tag, simple_value=value) for tag, value in came.items() if value is not None]
-    values = [
-        [_said(metadata.EXPERIMENT_TAG, experiment=Experiment(hparam_infos=infos, metric_infos=metrics))],
-        [_said(metadata.SESSION_START_INFO_TAG, session_start_info=start)],
-        [_said(metadata.SESSION_END_INFO_TAG, session_end_info=SessionEndInfo(status=Status.STATUS_SUCCESS))],
-        numbers,
-    ]
-    return encoded(Event(wall_time=time.time(), step=step, summary=Summary(value=each)) for each in values)
+    experiment, *session = hparams(line, dict.fromkeys(came, 0.0))
+    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in came.items() if value is not None]
+    summaries = [_in_sight(experiment), *session, Summary(value=values)]
+    return encoded(Event(wall_time=time.time(), step=step, summary=each) for each in summaries)
 
 
-def _type(value: Any) -> DataType:
-    return DataType.DATA_TYPE_FLOAT64 if isinstance(value, int | float) else DataType.DATA_TYPE_STRING
-
-
-def _said(tag: str, **content: Any) -> Summary.Value:
-    """What the tab reads. torch would write the same, and to import that takes longer than a small run's training."""
-    data = HParamsPluginData(version=metadata.PLUGIN_DATA_VERSION, **content)
-    plugin = SummaryMetadata.PluginData(plugin_name=metadata.PLUGIN_NAME, content=data.SerializeToString())
-    return Summary.Value(tag=tag, metadata=SummaryMetadata(plugin_data=plugin))
+def _in_sight(experiment: Summary) -> Summary:
+    """Marks what must be seen: the tab begins with five columns, those said to differ first; `data` can wait."""
+    plugin = experiment.value[0].metadata.plugin_data
+    data = HParamsPluginData.FromString(plugin.content)
+    for info in data.experiment.hparam_infos:
+        info.differs = info.name != "data"
+    plugin.content = data.SerializeToString()
+    return experiment

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
-from torch.utils.tensorboard.summary import hparams
 
 from downslope.logs.event_files import EVENT_FILES
 from downslope.logs.hparams import write_hparams
@@ -85,14 +84,3 @@ def test_what_cannot_be_written_is_warned_of(tmp_path: Path, caplog: pytest.LogC
     (tmp_path / "events.out.tfevents.1.a.b.0").mkdir()
     write_hparams(tmp_path, ASKED, CAME, step=7)
     assert "Cannot write the run's line for HPARAMS" in caplog.text
-
-
-def test_torch_would_write_the_same(tmp_path: Path) -> None:
-    write_curves(tmp_path, {})
-    write_hparams(tmp_path, ASKED, CAME, step=7)
-    experiment, start, end = hparams({k: v for k, v in ASKED.items() if v is not None}, dict.fromkeys(CAME, 0.0))
-    for tag, summary in {"experiment": experiment, "session_start_info": start, "session_end_info": end}.items():
-        expected = HParamsPluginData.FromString(summary.value[0].metadata.plugin_data.content)
-        for info in expected.experiment.hparam_infos:
-            info.differs = True  # so that the tab shows it
-        assert plugin_data(tmp_path, tag) == expected
