@@ -179,14 +179,16 @@ def diverges(place: Place) -> str:
     batches = [*torch.randn(10, 32, 64)]
     before = fit(place.device, lambda: Layers(3, 64), batches[:6])
     batches[6] = batches[6] * float("inf")
-    recorder = FlightRecorder(folder=str(place.folder), mode="exact")
-    taken_back = fit(place.device, lambda: Layers(3, 64), batches, recorder)
-    assert all(map(torch.equal, before.parameters(), taken_back.parameters())), "not the weights before the step"
+    for mode in ("exact", "block"):
+        recorder = FlightRecorder(folder=str(place.folder), mode=mode)
+        taken_back = fit(place.device, lambda: Layers(3, 64), batches, recorder)
+        same = map(torch.equal, before.parameters(), taken_back.parameters())
+        assert all(same), f"{mode}: not the weights before the step"
     late = FlightRecorder(folder=str(place.folder), mode="late")
     steps = fit(place.device, lambda: Layers(3, 64), batches, late).trainer.global_step
     assert late.diverged, "late: it was not seen"
     assert steps <= 8, f"late: ended after {steps} steps only"
-    return f"{word}; exact: the weights of step 6 to the bit; late: ended after {steps} of 10 steps"
+    return f"{word}; exact and block: the weights of step 6 to the bit; late: ended after {steps} of 10 steps"
 
 
 class Recorder(Callback):

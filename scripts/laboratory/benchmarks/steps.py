@@ -16,6 +16,7 @@ from torch.optim import SGD, Optimizer
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.report import MISSING, installed, print_report, show_progress
+from downslope.launch.quick_steps import quicken
 from downslope.tables.batches import Batch, Batches, ShuffledOrder
 from template.regression.manual import ManualLinearRegression
 from template.regression.model import LinearRegression
@@ -143,6 +144,8 @@ def _fit(module: Stopwatch, batches: Iterable[Batch], seconds: float) -> float:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    if isinstance(module, LinearRegression):
+        quicken(trainer, module)
     trainer.fit(module, batches)
     return module.num_samples / module.taken
 

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import warnings
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from math import inf, isfinite
 from pathlib import Path
@@ -21,6 +21,7 @@ from downslope.steps.due import check_count
 from downslope.steps.measured_step import MeasuredStep, Norms, StepNorms
 from downslope.steps.observer import Observer, say_off
 from downslope.steps.optimizer_steps import OptimizerStep, ParameterNames, each_batch_is_a_step, held, overrides
+from downslope.steps.replay import Replay, can_replay
 from downslope.steps.snapshot import Copies, Snapshot
 from downslope.steps.unclipped_gradients import may_be_clipped
 from downslope.verdict.flight_record import FILE_NAME, Diagnosis, FlightRecord, StepRecord, as_numbers, diagnose
@@ -28,10 +29,11 @@ from downslope.verdict.flight_record import FILE_NAME, Diagnosis, FlightRecord, 
 log = logging.getLogger(__name__)
 
 GROWN = 1.5  # how much parameters grow where a loss does so by them
+BLOCK = 16  # steps
 SMALL = 2**24  # elements that optimizers hold: more are copied before each step where that was asked for alone
 
 OnDivergence = Literal["stop", "raise", "continue"]
-Mode = Literal["exact", "late"]
+Mode = Literal["exact", "block", "late"]
 
 
 class DivergenceError(RuntimeError):
@@ -50,6 +52,10 @@ class FlightRecorder(Observer):
     - exact: The step is taken back: parameters, optimizer state and buffers are, to the bit, those before it. So all of
       these are copied before each step, into as much memory again (3 times the parameters' under Adam), and on a GPU
       each judgement waits for the step. `trainer.global_step` counts the step that was taken back.
+    - block: The same for 16 steps at a time: copied before the first, judged after the last, their batches kept until
+      then. Those before the one that diverged are taken again, and their losses and norms have to be the same to the
+      bit. Where they are not, or a step takes more than one batch and `loss(batch)`, the weights stay the copy's, and
+      the message says so.
     - late: Nothing is copied, and nothing waited for: a step is judged when the next one is done, by its loss and its
       gradients, and by its weights before these are saved. They stay as the steps have left them, and the last
       checkpoint is one of before.
@@ -64,10 +70,10 @@ class FlightRecorder(Observer):
         on_divergence: `stop`; `raise` a `DivergenceError` out of `fit`, the step taken back too; or `continue`, as if
             nobody watched, after the file is written.
         diverged_beyond: How much the loss may grow; infinity for any finite loss.
-        every_n_steps: Steps between two judgements; an epoch's end and a checkpoint wait for one, too. With more than 1
-            the weights go back by up to so many steps, and as many batches are kept in memory.
-        mode: `exact` or `late`; None for exact where the optimizers hold at most 16 million elements, and for late,
-            which is said, where they hold more.
+        every_n_steps: Steps between two judgements; an epoch's end and a checkpoint wait for one, too. More than 1 is
+            a block of so many.
+        mode: `exact`, `block` or `late`; None for exact where the optimizers hold at most 16 million elements, and for
+            late, which is said, where they hold more.
         max_batch_values: Of each tensor in the offending batch so many values at most are written, in whole rows.
 
     Attributes:
@@ -94,14 +100,14 @@ class FlightRecorder(Observer):
         if on_divergence not in get_args(OnDivergence):
             raise ValueError(f"`on_divergence` must be stop, raise or continue, got {on_divergence!r}.")
         if mode is not None and mode not in get_args(Mode):
-            raise ValueError(f"`mode` must be exact, late or null, got {mode!r}.")
+            raise ValueError(f"`mode` must be exact, block, late or null, got {mode!r}.")
         if not diverged_beyond > 1:
             raise ValueError(f"`diverged_beyond` must be a number greater than 1, got {diverged_beyond}.")
         self.num_steps = num_steps
         self.folder = folder
         self.on_divergence = on_divergence
         self.diverged_beyond = diverged_beyond
-        self.every_n_steps = every_n_steps
+        self.every_n_steps = BLOCK if mode == "block" and every_n_steps == 1 else every_n_steps
         self.mode = mode
         self.max_batch_values = max_batch_values
         self.reset()
@@ -141,6 +147,8 @@ class FlightRecorder(Observer):
         self._folder = Path(self.folder or trainer.log_dir or trainer.default_root_dir)
         self._is_late = self._mode(trainer) == "late"
         self._keeps = not self._is_late and self.on_divergence != "continue"
+        is_block = self.every_n_steps > 1
+        self._replay = Replay(trainer, module) if is_block and self._keeps and can_replay(trainer, module) else None
         with contextlib.suppress(OSError):  # then it says so where it has something to write
             self._folder.mkdir(parents=True, exist_ok=True)
         self._norms = StepNorms(ParameterNames(module), trainer.optimizers)
@@ -155,7 +163,7 @@ class FlightRecorder(Observer):
         self._is_blind = False
         self._mends = overrides(module, "on_before_optimizer_step", "configure_gradient_clipping")
         # Then there is nobody to agree with, and a step can be judged before its batch has ended.
-        self._is_quick = each_batch_is_a_step(trainer, module) and self.every_n_steps == 1 and not self._is_late
+        self._is_quick = each_batch_is_a_step(trainer, module) and not self._is_late
         self._sleep_where_nothing_is_to_see(may_be_clipped(trainer, module))
         steps = self.follow(trainer, self._before_step, self._after_step)
         if self._is_quick:
@@ -178,7 +186,7 @@ class FlightRecorder(Observer):
     def _sleep_where_nothing_is_to_see(self, clips: bool) -> None:
         """Each hook takes longer than all that is computed at a step."""
         needed = {
-            "on_train_batch_start": not self._is_quick,
+            "on_train_batch_start": not self._is_quick or self.every_n_steps > 1,
             "on_before_zero_grad": not self._automatic or self._scaler,
             "on_before_backward": not self._automatic,
             "on_after_backward": not self._automatic and not self._scaler,
@@ -193,8 +201,9 @@ class FlightRecorder(Observer):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._batch, self._measured, self._arrived = batch, None, None
-        with torch.no_grad():
-            self._keep()
+        if not self._is_quick:
+            with torch.no_grad():
+                self._keep()
 
     def _before_step(self, step: OptimizerStep) -> None:
         """Keeps what a step, of several in a batch the second, is taken back to."""
@@ -210,6 +219,8 @@ class FlightRecorder(Observer):
         self._snapshot.take_all()
         if self._buffered and buffers:  # batch normalization sees a batch before its loss is known
             self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
+        if self._replay:
+            self._replay.begin()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._loss = None  # here a window of accumulation begins, and each of LBFGS's trials
@@ -239,6 +250,8 @@ class FlightRecorder(Observer):
         rates = [float(group["lr"]) for group in step.optimizer.param_groups if group.get("lr") is not None]
         measured.optimizer, measured.learning_rate = step.name, rates[0] if len(rates) == 1 else rates or None
         measured.arrived, self._arrived = self._arrived, None
+        if self._replay:
+            self._replay.add()
         is_whole = not self._is_late or not step.count
         self._look(lambda: self._norms.measure(step, measured, parameters=is_whole))
         if self._is_quick or not self._automatic:  # otherwise it comes with what `training_step` returns
@@ -248,9 +261,13 @@ class FlightRecorder(Observer):
             if measured.loss is not None:
                 self._judge_if_due()
             return
-        measured.read()
-        if self._diagnose(measured):
+        if measured.loss is None:  # it was not the step of a batch
+            measured.batch = None
+        if self.every_n_steps == 1:
+            measured.read()
+        if self.every_n_steps > 1 or self._diagnose(measured):
             self._unjudged.append(measured)
+        if len(self._unjudged) >= self.every_n_steps:
             self.listen("on_train_batch_end")  # by then other observers have seen what is taken back
 
     def _new(self, step: int) -> MeasuredStep:
@@ -274,8 +291,8 @@ class FlightRecorder(Observer):
             return
         if self._is_quick:
             self.listen("on_train_batch_end", when=False)
-            for measured in self._unjudged:
-                measured.batch = batch if measured.loss is not None else None  # it was not the step of a batch
+            if self._unjudged and self._unjudged[-1].loss is not None:
+                self._unjudged[-1].batch = batch
             self.judge()
             return
         measured = self._measured or self._batch_without_a_step()
@@ -330,12 +347,13 @@ class FlightRecorder(Observer):
             if diagnosis := self._diagnose(measured):
                 break
         self.diverged, writes = self._agree(diagnosis)
-        if not self.diverged:
-            return
-        self._take_back()
-        if diagnosis:
-            self._record(measured, diagnosis, unjudged[0].step if self.is_taken_back else None, writes)
-        self._stop()
+        if self.diverged:
+            restored_to = self._take_back(unjudged[: unjudged.index(measured) + 1])
+            if diagnosis:
+                self._record(measured, diagnosis, restored_to, writes)
+            self._stop()
+        for measured in unjudged:
+            measured.batch = None
 
     def _diagnose(self, measured: MeasuredStep) -> Diagnosis | None:
         """Judges a step, and remembers a good one."""
@@ -346,7 +364,6 @@ class FlightRecorder(Observer):
             return diagnosis
         if name:
             self._steps.append(measured)
-            measured.batch = None
             if loss and isfinite(loss) and name not in self._first:
                 self._first[name] = (float(loss), measured.size())
         return None
@@ -376,11 +393,21 @@ class FlightRecorder(Observer):
         severities = self._trainer.strategy.all_gather(torch.tensor([severity], device=device)).flatten().tolist()
         return any(severities), severities.index(max(severities)) == self._trainer.global_rank
 
-    def _take_back(self) -> None:
-        if self._keeps:
-            self._snapshot.restore()
-            self._buffers.restore()
-            self.is_taken_back = True
+    def _take_back(self, steps: Sequence[MeasuredStep] = ()) -> int | None:
+        """Puts back what was kept, takes all steps since but the last again, and returns which is the next one now."""
+        if not self._keeps:
+            return None
+        self.is_taken_back = True
+        self._restore()
+        if self._replay and len(steps) > 1:
+            if self._replay.run(steps, self._norms):
+                return steps[-1].step
+            self._restore()
+        return steps[0].step if steps else None
+
+    def _restore(self) -> None:
+        self._snapshot.restore()
+        self._buffers.restore()
 
     def _record(self, measured: MeasuredStep, diagnosis: Diagnosis, restored_to_step: int | None, writes: bool) -> None:
         self.flight_record = FlightRecord(
@@ -402,6 +429,9 @@ class FlightRecorder(Observer):
         where = f"See {self._folder / FILE_NAME}."
         if self._is_late:
             where += " The weights are those after that step; the last checkpoint is from before it."
+        elif (record := self.flight_record) and record.restored_to_step not in (None, record.offending.step):
+            where += f" The weights are those before step {record.restored_to_step}: the steps since "
+            where += "came out differently when repeated." if self._replay else "need a `loss(batch)` to be repeated."
         message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
         if self.on_divergence == "raise":
             raise DivergenceError(message)

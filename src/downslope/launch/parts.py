@@ -14,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from downslope.launch.quick_steps import quicken
 from downslope.runs.configuration import has_target, show
 from downslope.runs.prepared import take
 
@@ -147,6 +148,7 @@ def make_trainer(config: DictConfig, module: LightningModule, loggers: list[Logg
         parts["default_root_dir"] = HydraConfig.get().runtime.output_dir  # not the folder one happens to stand in
     trainer: Trainer = instantiate(config.trainer, **parts, _convert_="all")
     _check_manual_optimization(config, module, trainer)
+    quicken(trainer, module)
     return trainer
 
 

@@ -235,7 +235,7 @@ class BatchLoss:
         trainer = _attached_trainer(self._module)
         if trainer:
             yield trainer.precision_plugin.train_step_context()  # its autocast; 16-true makes tensors in 16 bits
-        yield _silent(trainer, [part for _, part in self._parts if isinstance(part, LightningModule)], self._dtype)
+        yield silent(trainer, self._module.modules(), self._dtype)
         yield torch.compiler.set_stance("force_eager")
         if self._precise:
             yield sdpa_kernel(SDPBackend.MATH)
@@ -348,8 +348,9 @@ def _attached_trainer(module: nn.Module) -> Trainer | None:
 
 
 @contextmanager
-def _silent(trainer: Trainer | None, speakers: Sequence[nn.Module], dtype: torch.dtype | None) -> Iterator[None]:
+def silent(trainer: Trainer | None, parts: Iterable[nn.Module], dtype: torch.dtype | None = None) -> Iterator[None]:
     """Silences `self.log` and the loggers, and lets a tensor that the loss creates fit the precision of the copies."""
+    speakers = [part for part in parts if isinstance(part, LightningModule)]
     loggers, default = trainer.loggers if trainer else [], torch.get_default_dtype()
     for part in speakers:
         vars(part).update(log=_say_nothing, log_dict=_say_nothing)

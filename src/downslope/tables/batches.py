@@ -8,7 +8,15 @@ from torch import Tensor
 from downslope.gradients.least_squares import LeastSquares, least_squares
 from downslope.tables.randomness import Stream, generator
 
-Batch = tuple[Tensor, ...]  # features, target, and where there is one the weight
+
+class Batch(tuple[Tensor, ...]):
+    """Features, target and, where there is one, weight."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """Returns them on a device: what is there already Lightning would look through at every step."""
+        if all(each.device == device for each in self):
+            return self
+        return Batch(each.to(device, non_blocking=device.type == "cuda") for each in self)
 
 
 class ShuffledOrder:
@@ -95,9 +103,9 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         start, self.start = self.start * self.batch_size, 0
         if self._order is None and self.num_processes == 1:
-            yield from zip(*(each[start:].split(self.batch_size) for each in self.tensors), strict=True)
+            yield from map(Batch, zip(*(each[start:].split(self.batch_size) for each in self.tensors), strict=True))
             return
         order = self._order.rows() if self._order else torch.arange(len(self.tensors[0]))
         mine = order[self.rank : self.num_rows * self.num_processes : self.num_processes]
         for rows in mine[start:].split(self.batch_size):
-            yield tuple(each[rows] for each in self.tensors)
+            yield Batch(each[rows] for each in self.tensors)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from downslope.gradients.least_squares import LeastSquares, least_squares_of
 from downslope.tables.batches import Batch, ShuffledOrder
@@ -108,7 +109,7 @@ class StoredRows:
         """Yields all rows, some at a time."""
         return map(self.read, self.pieces)
 
-    def batch(self, piece: tuple[int, int]) -> Batch:
+    def batch(self, piece: tuple[int, int]) -> tuple[Tensor, ...]:
         """Returns a piece as tensors in the units of the model."""
         assert self.units is not None
         return self.units.apply(*self.read(piece))
@@ -199,7 +200,7 @@ class StoredBatches:
     def __iter__(self) -> Iterator[Batch]:
         skipped, self.start = self.start * self.batch_size, 0
         order = range(len(self.rows.pieces)) if self._order is None else self._order.rows().tolist()
-        left: Batch = ()
+        left: tuple[Tensor, ...] = ()
         for first in range(0, len(order), WINDOW):
             pieces = [self.rows.pieces[place] for place in order[first : first + WINDOW]]
             num_rows = sum(count for _, count in pieces)
@@ -216,10 +217,11 @@ class StoredBatches:
             window = tuple(each[skipped:] for each in window)
             window = tuple(map(torch.cat, zip(left, window, strict=True))) if left else window
             skipped, whole = 0, len(window[0]) // self.batch_size * self.batch_size
-            yield from zip(*(each[:whole].split(self.batch_size) for each in window), strict=True) if whole else ()
+            if whole:
+                yield from map(Batch, zip(*(each[:whole].split(self.batch_size) for each in window), strict=True))
             left = tuple(each[whole:] for each in window)
         if left and len(left[0]):
-            yield left
+            yield Batch(left)
 
 
 def free_memory() -> float:

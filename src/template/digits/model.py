@@ -1,6 +1,5 @@
 """A network with one hidden layer that tells which digit an image shows."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,9 +7,9 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from downslope.logs.mean_loss import MeanLoss
 from template.digits.data import Batch
 from template.schedules import schedulers
 
@@ -42,9 +41,9 @@ class DigitClassifier(LightningModule):
         self.lr = getattr(optimizer, "keywords", {}).get("lr")  # where LearningRateFinder looks for it
         self.scheduler = scheduler
         # They add up over an epoch, its batches and processes; a checkpoint keeps them, so that an epoch resumed in
-        # its middle ends with the right mean. NaN counts as NaN: MeanMetric would leave it out.
-        self.train_loss = MeanMetric(nan_strategy=math.nan)
-        self.held_out_loss = MeanMetric(nan_strategy=math.nan)
+        # its middle ends with the right mean.
+        self.train_loss = MeanLoss()
+        self.held_out_loss = MeanLoss()
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")  # over images, not over classes
 
     def forward(self, images: Tensor) -> Tensor:

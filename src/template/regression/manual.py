@@ -67,8 +67,7 @@ class ManualLinearRegression(LinearRegression):
         self._step_scheduler("epoch")
 
     def _step_scheduler(self, interval: str) -> None:
-        scheduler = self.lr_schedulers()
-        if scheduler is None or self.scheduler["interval"] != interval:
+        if self.scheduler.get("interval") != interval or (scheduler := self.lr_schedulers()) is None:
             return
         if interval == "epoch" and (self.current_epoch + 1) % self.scheduler.get("frequency", 1):
             return

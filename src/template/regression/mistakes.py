@@ -73,7 +73,7 @@ class UnnormalisedAccumulation(ManualLinearRegression):
         optimizer.zero_grad()
         losses = []
         for part in zip(*(rows.chunk(self.NUM_PARTS) for rows in batch), strict=True):
-            loss = self.loss(part)
+            loss = self.loss(Batch(part))
             # MISTAKE: should be `loss / NUM_PARTS`; a sum of means is not the mean.
             self.manual_backward(loss)
             losses.append(loss.detach())

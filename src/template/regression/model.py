@@ -1,15 +1,15 @@
 """Linear regression y = Wx + b under the mean squared error, trained by Lightning."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning import LightningModule
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import MeanAbsoluteError, MeanMetric, MeanSquaredError, MetricCollection, R2Score
+from torchmetrics import MeanAbsoluteError, MeanSquaredError, MetricCollection, R2Score
 
 from downslope.gradients.least_squares import LeastSquares, loss_of_lines
+from downslope.logs.mean_loss import MeanLoss
 from downslope.logs.tensorboard import write_scalars
 from downslope.tables.batches import Batch
 from template.schedules import schedulers
@@ -37,7 +37,7 @@ class LinearRegression(LightningModule):
         self.make_optimizer = optimizer
         self.lr = getattr(optimizer, "keywords", {}).get("lr")  # where LearningRateFinder looks for it
         self.scheduler = scheduler
-        self.train_loss = MeanMetric(nan_strategy=math.nan)  # a loss that is not a number is to be seen
+        self.train_loss = MeanLoss()
         self.val_metrics = _metrics("val/")
         self.test_metrics = _metrics("test/")
 

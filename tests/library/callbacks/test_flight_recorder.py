@@ -676,6 +676,109 @@ def test_judging_less_often_goes_back_to_the_last_good_copy(tmp_path: Path) -> N
     assert all(torch.equal(*pair) for pair in pairs)
 
 
+class Stochastic(LightningModule):
+    """One with all that a step may depend on: dropout, batch normalization, an LSTM's list of weights, a schedule."""
+
+    def __init__(self, optimizer: str) -> None:
+        super().__init__()
+        self.memory = nn.LSTM(3, 8)
+        self.net = nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
+        self.optimizer = OPTIMIZERS[optimizer]
+
+    def loss(self, batch: Any) -> Tensor:
+        self.log("inner", 1.0, batch_size=8)
+        return nn.functional.mse_loss(self.net(self.memory(batch["x"])[0]).squeeze(-1), batch["more"][0])
+
+    def training_step(self, batch: Any) -> Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any) -> None:
+        self.loss(batch)
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return batches(2)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.optimizer(self.parameters())
+        schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+BROKEN = 21  # of 40 batches
+
+
+def state_after(
+    mode: str, optimizer: str, folder: Path, *callbacks: Callback, says: str = "", **settings: Any
+) -> dict[str, Tensor]:
+    """The weights, buffers and optimizer state of a run that diverged at its 22nd step."""
+    seed_everything(0, verbose=False)
+    module = Stochastic(optimizer)
+    settings = {"max_epochs": 1, "gradient_clip_val": 0.5, "data": batches(40, broken=BROKEN)} | settings
+    with pytest.warns(UserWarning, match=f"Diverged.*{says}"):
+        trainer = fit(module, *callbacks, FlightRecorder(folder=str(folder), mode=mode), **settings)  # type: ignore[arg-type]
+    assert read(folder)["step"] == BROKEN
+    return state(module, trainer)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        *((optimizer, {}) for optimizer in OPTIMIZERS),
+        ("adam", {"precision": "bf16-mixed"}),
+        ("adam", {"gradient_clip_algorithm": "value"}),
+        ("momentum", {"val_check_interval": 25}),  # the block is judged when validation begins
+    ],
+)
+def test_a_block_is_repeated_to_the_step_that_diverged(
+    tmp_path: Path, optimizer: str, settings: dict[str, Any]
+) -> None:
+    block = state_after("block", optimizer, tmp_path, **settings)
+    assert read(tmp_path)["restored_to_step"] == BROKEN
+    exact = state_after("exact", optimizer, tmp_path, **settings)
+    assert block.keys() == exact.keys()
+    assert all(torch.equal(block[name], exact[name]) for name in block)
+
+
+class Draws(Callback):
+    """Somebody else who uses the run's random numbers."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        torch.rand(1)
+
+
+def test_a_block_that_cannot_be_repeated_goes_back_to_its_beginning_and_says_so(tmp_path: Path) -> None:
+    says = "The weights are those before step 16: the steps since came out differently when repeated."
+    block = state_after("block", "adam", tmp_path, Draws(), says=says)
+    assert read(tmp_path)["restored_to_step"] == 16
+    seed_everything(0, verbose=False)
+    witness = Stochastic("adam")
+    trainer = fit(witness, Draws(), data=batches(40, broken=BROKEN), max_steps=16, gradient_clip_val=0.5)
+    wanted = state(witness, trainer)  # type: ignore[arg-type]
+    assert all(torch.equal(block[name], wanted[name]) for name in wanted)
+
+
+def test_repeating_a_block_leaves_no_trace(tmp_path: Path) -> None:
+    """Random numbers, modes and settings are as they would be without it."""
+
+    class Last(Callback):
+        def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.seen = (
+                torch.rand(3),
+                [each.training for each in pl_module.modules()],
+                trainer.optimizers[0].param_groups[0]["lr"],
+            )
+
+    found = []
+    for kind in (Stochastic, type("Bare", (Stochastic,), {"loss": None, "training_step": Stochastic.loss})):
+        seed_everything(0, verbose=False)
+        last, recorder = Last(), FlightRecorder(folder=str(tmp_path), mode="block")
+        with pytest.warns(UserWarning, match="Diverged"):
+            fit(kind("sgd"), recorder, last, data=batches(40, broken=BROKEN), max_epochs=1, limit_val_batches=0)
+        found.append((last.seen[0].tolist(), *last.seen[1:], read(tmp_path)["restored_to_step"]))
+    assert found[0][:-1] == found[1][:-1]
+    assert [each[-1] for each in found] == [BROKEN, 16]
+
+
 @pytest.mark.parametrize("mode", MODES[:3])  # a raw optimizer leaves `global_step` where it is
 @pytest.mark.parametrize("reason", PLANTS)
 def test_late_a_run_ends_one_step_later_and_nothing_is_copied(tmp_path: Path, mode: str, reason: str) -> None:
@@ -828,7 +931,7 @@ def test_a_disk_that_takes_nothing_stops_nothing_else(tmp_path: Path) -> None:
     [
         ({"num_steps": 0}, "`num_steps` must be a whole number of at least 1, got 0"),
         ({"every_n_steps": 0}, "`every_n_steps` must be a whole number of at least 1, got 0"),
-        ({"mode": "block"}, "`mode` must be exact, late or null, got 'block'"),
+        ({"mode": "blocks"}, "`mode` must be exact, block, late or null, got 'blocks'"),
         ({"on_divergence": "panic"}, "`on_divergence` must be stop, raise or continue, got 'panic'"),
         ({"diverged_beyond": math.nan}, "`diverged_beyond` must be a number greater than 1, got nan"),
     ],

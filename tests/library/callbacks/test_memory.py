@@ -89,6 +89,7 @@ def others(folder: Path) -> list[Callback]:
 
 CASES: dict[str, tuple[Callable[[Path], list[Callback]], float, float]] = {
     "FlightRecorder, exact: parameters and Adam's two states": (lambda _: [FlightRecorder(mode="exact")], 2.99, 3.05),
+    "FlightRecorder, block: the same": (lambda _: [FlightRecorder(mode="block")], 2.99, 3.15),
     "FlightRecorder, late": (lambda _: [FlightRecorder(mode="late")], 0.0, 0.05),
     "all others together: SharpnessMonitor's eigenvector": (others, 0.99, 1.15),
 }

@@ -1,6 +1,5 @@
 """The model of your_task."""
 
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,8 +7,8 @@ from lightning import LightningModule
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 
+from downslope.logs.mean_loss import MeanLoss
 from template.schedules import schedulers
 
 Batch = tuple[Tensor, Tensor]  # what your data serve: features (rows, columns) and target (rows)
@@ -38,7 +37,7 @@ class YourTaskModel(LightningModule):
         self.make_optimizer = optimizer
         self.lr = getattr(optimizer, "keywords", {}).get("lr")  # where LearningRateFinder looks for it
         self.scheduler = scheduler
-        self.train_loss = MeanMetric(nan_strategy=math.nan)  # right after a resume too, and NaN stays NaN
+        self.train_loss = MeanLoss()  # of an epoch, right after a resume too
 
     def forward(self, features: Tensor) -> Tensor:
         """Maps features (rows, columns) to predictions (rows)."""
