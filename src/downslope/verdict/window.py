@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from downslope.gradients.norms import HALF, norms, part_norms
+from downslope.gradients.norms import HALF, norms
 from downslope.gradients.sample import Sample
 
 MOST = 2**18  # elements: of more a cosine is known to a few thousandths
@@ -47,7 +47,7 @@ class Window:
         self._waiting: list[tuple[Tensor, Tensor, list[float]]] = []  # gradient, parameters after the step, and decays
         self._products: list[Tensor] = []  # row after row
         self._last: list[Tensor] = []  # the last two gradients, the last step, and the parameters after it
-        self._largest: list[Tensor] = []
+        self._largest: list[Tensor] = []  # none or one: of each element of a gradient, or of a sample's each parameter
         self._changed: list[Tensor] = []  # of weights in half precision: how many changed, how many had a gradient
 
     def add(self, held: Sequence[Parameter], decays: Sequence[float]) -> None:
@@ -66,7 +66,7 @@ class Window:
             return
         gradients = [parameter.grad for parameter in moved if parameter.grad is not None]
         if not self.is_whole:
-            self._largest.append(norms(gradients, math.inf))
+            self._keep_largest(norms(gradients, math.inf))
         pairs = zip(decays, held, strict=True) if any(decays) else ()
         of_moved = [decay for decay, each in pairs if each.grad is not None]
         gradient, parameters = self._sample.weighted(gradients), self._sample.weighted(moved)
@@ -76,10 +76,9 @@ class Window:
 
     def _multiply(self) -> None:
         """Works on the steps that wait: of few elements on a whole window at once, while all that takes is at hand."""
-        if self._waiting and self.is_whole:
-            vectors = torch.stack([gradient for gradient, *_ in self._waiting])
-            self._largest.append(part_norms(vectors, self._sample.sizes, math.inf).amax(0))
         for gradient, parameters, decays in self._waiting:
+            if self.is_whole:
+                self._keep_largest(gradient.abs())
             last, before_last, last_step, start = self._last or [*3 * [torch.zeros_like(gradient)], parameters]
             step = parameters - start
             if decays:
@@ -93,6 +92,9 @@ class Window:
             self._last = [gradient, last, step, parameters]
         self._waiting.clear()
 
+    def _keep_largest(self, values: Tensor) -> None:
+        self._largest = [torch.maximum(self._largest[0], values) if self._largest else values]
+
     def rows(self) -> list[Row]:
         """Returns the products of each step, by one synchronisation."""
         self._multiply()
@@ -102,7 +104,9 @@ class Window:
     def largest(self) -> list[float]:
         """Returns the largest element that each moved parameter's gradient had."""
         self._multiply()
-        return torch.stack(self._largest).amax(0).tolist() if self._largest else []
+        if self._largest and self.is_whole:
+            return norms(self._largest[0].split(self._sample.sizes), math.inf).tolist()
+        return self._largest[0].tolist() if self._largest else []
 
     def share_changed(self) -> float | None:
         """Returns how many of the weights that have a gradient a step changed: half precision may be too coarse."""
