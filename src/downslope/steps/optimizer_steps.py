@@ -45,8 +45,8 @@ class OptimizerStep:
     suffix: str
     moved: tuple[Parameter, ...] = ()
     gradients: list[Tensor] = field(default_factory=list)
-    due: tuple["OptimizerSteps", ...] = ()
-    coming: list[tuple["OptimizerSteps", ...]] = field(default_factory=list)
+    due: list["OptimizerSteps"] = field(default_factory=list)
+    coming: list[list["OptimizerSteps"]] = field(default_factory=list)
     _parameters: list[Parameter] = field(default_factory=list)
     _flat: Tensor | None = None
     _square: Tensor | None = None
@@ -189,16 +189,11 @@ class _Hooks:
             state.coming.clear()
             state.due = self._due(state)
 
-    def _due(self, state: OptimizerStep) -> tuple[OptimizerSteps, ...]:
-        """Those to whom the coming step is due; the same tuple while they are the same.
-
-        Everybody is asked for many steps at once: step by step that takes four times as long.
-        """
+    def _due(self, state: OptimizerStep) -> list[OptimizerSteps]:
+        """Those to whom the coming step is due: asked for many steps at once, because one by one it takes longer."""
         if not state.coming:
-            known: dict[tuple[OptimizerSteps, ...], tuple[OptimizerSteps, ...]] = {}
-            for count in reversed(range(state.count, state.count + AHEAD)):
-                due = tuple([each for each in self.observers if each.due is None or each.due(count)])
-                state.coming.append(known.setdefault(due, due))
+            counts = reversed(range(state.count, state.count + AHEAD))
+            state.coming = [[each for each in self.observers if each.due is None or each.due(n)] for n in counts]
         return state.coming.pop()
 
     def _before(self, state: OptimizerStep, _: Optimizer, __: object, named: dict[str, Any]) -> None:
@@ -230,7 +225,7 @@ class _Hooks:
         self._num_steps = state.step + 1
         state.count += 1
         state.due = self._due(state)
-        for observer in due if state.due is due else self.observers:
+        for observer in due if due == state.due else self.observers:
             if observer.on_next and (observer in due or observer in state.due):
                 observer.on_next()
 
