@@ -53,9 +53,9 @@ class FlightRecorder(Observer):
       these are copied before each step, into as much memory again (3 times the parameters' under Adam), and on a GPU
       each judgement waits for the step. `trainer.global_step` counts the step that was taken back.
     - block: The same for 16 steps at a time: copied before the first, judged after the last, their batches kept until
-      then. Those before the one that diverged are taken again, and their losses and norms have to be the same to the
-      bit. Where they are not, or a step takes more than one batch and `loss(batch)`, the weights stay the copy's, and
-      the message says so.
+      then. Those before the one that diverged are taken again, and have to come out as they were, to the bit. Where
+      they do not, or a step takes more than one batch and `loss(batch)`, the weights stay the copy's, and the message
+      says so. What no optimizer holds, averages or a target network, may have seen the steps since.
     - late: Nothing is copied, and nothing waited for: a step is judged when the next one is done, by its loss and its
       gradients, and by its weights before these are saved. They stay as the steps have left them, and the last
       checkpoint is one of before.
@@ -209,6 +209,8 @@ class FlightRecorder(Observer):
         """Keeps what a step, of several in a batch the second, is taken back to."""
         if self._is_quick:
             self._keep()
+            if self._replay:
+                self._replay.before_step()
         elif self._measured and not self._automatic:
             self._judge_if_due()
             self._keep(buffers=False)
@@ -216,11 +218,14 @@ class FlightRecorder(Observer):
     def _keep(self, buffers: bool = True) -> None:
         if not self._keeps or self._unjudged or self.diverged:
             return
+        self._copy(buffers)
+        if self._replay:
+            self._replay.begin()
+
+    def _copy(self, buffers: bool = True) -> None:
         self._snapshot.take_all()
         if self._buffered and buffers:  # batch normalization sees a batch before its loss is known
             self._buffers.take([each for part in self._buffered for each in part.values() if each is not None])
-        if self._replay:
-            self._replay.begin()
 
     def on_before_zero_grad(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         self._loss = None  # here a window of accumulation begins, and each of LBFGS's trials
@@ -251,7 +256,7 @@ class FlightRecorder(Observer):
         measured.optimizer, measured.learning_rate = step.name, rates[0] if len(rates) == 1 else rates or None
         measured.arrived, self._arrived = self._arrived, None
         if self._replay:
-            self._replay.add()
+            self._replay.after_step()
         is_whole = not self._is_late or not step.count
         self._look(lambda: self._norms.measure(step, measured, parameters=is_whole))
         if self._is_quick or not self._automatic:  # otherwise it comes with what `training_step` returns
@@ -319,6 +324,15 @@ class FlightRecorder(Observer):
         if measured.optimizer and self._loss is not None:
             measured.loss, self._loss = self._loss, None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if trainer.world_size == 1:  # of several only this one may have failed
+            with contextlib.suppress(DivergenceError):
+                self.judge()  # what was raised may have come of it
+        super().on_exception(trainer, pl_module, exception)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self.judge()  # its weights are the module's own: what is taken back is so there, too
+
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.judge()  # whoever saves the best weights does it after this
 
@@ -351,9 +365,10 @@ class FlightRecorder(Observer):
             restored_to = self._take_back(unjudged[: unjudged.index(measured) + 1])
             if diagnosis:
                 self._record(measured, diagnosis, restored_to, writes)
+        for each in unjudged:
+            each.batch = None
+        if self.diverged:
             self._stop()
-        for measured in unjudged:
-            measured.batch = None
 
     def _diagnose(self, measured: MeasuredStep) -> Diagnosis | None:
         """Judges a step, and remembers a good one."""
@@ -400,7 +415,8 @@ class FlightRecorder(Observer):
         self.is_taken_back = True
         self._restore()
         if self._replay and len(steps) > 1:
-            if self._replay.run(steps, self._norms):
+            if self._replay.run([each.batch for each in steps]):
+                self._copy()  # for a step that the module still takes
                 return steps[-1].step
             self._restore()
         return steps[0].step if steps else None
@@ -428,10 +444,14 @@ class FlightRecorder(Observer):
     def _stop(self) -> None:
         where = f"See {self._folder / FILE_NAME}."
         if self._is_late:
-            where += " The weights are those after that step; the last checkpoint is from before it."
+            where += " The weights are those after that step; the last checkpoint from before it has good ones."
         elif (record := self.flight_record) and record.restored_to_step not in (None, record.offending.step):
             where += f" The weights are those before step {record.restored_to_step}: the steps since "
-            where += "came out differently when repeated." if self._replay else "need a `loss(batch)` to be repeated."
+            where += (
+                "came out differently when repeated."
+                if self._replay
+                else ("can only be repeated where each is one batch's, and the module has a method `loss(batch)`.")
+            )
         message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
         if self.on_divergence == "raise":
             raise DivergenceError(message)

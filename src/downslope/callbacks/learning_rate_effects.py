@@ -73,13 +73,14 @@ class LearningRateEffects(Observer):
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            optimizer: {"parameters": names, "gradient": gradient.cpu(), "square": square.cpu()}
-            for optimizer, (names, gradient, square) in self._last.items()
+            optimizer: {"parameters": names, "gradient": gradient.cpu()}
+            for optimizer, (names, gradient, _) in self._last.items()
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._last = {
-            optimizer: (last["parameters"], last["gradient"], last["square"]) for optimizer, last in state_dict.items()
+            optimizer: (last["parameters"], last["gradient"], torch.dot(last["gradient"], last["gradient"]))
+            for optimizer, last in state_dict.items()
         }
 
     def attach(self, trainer: Trainer, module: LightningModule) -> None:

@@ -21,5 +21,5 @@ class MeanLoss(MeanMetric):
 
     def update(self, value: Tensor, weight: int) -> None:  # type: ignore[override]
         """Takes the mean loss of a batch, one number, and its rows."""
-        self.mean_value.add_(value, alpha=weight)
+        self.mean_value.add_(value.reshape(()), alpha=weight)
         self.weight.add_(weight)

@@ -352,6 +352,7 @@ def silent(trainer: Trainer | None, parts: Iterable[nn.Module], dtype: torch.dty
     """Silences `self.log` and the loggers, and lets a tensor that the loss creates fit the precision of the copies."""
     speakers = [part for part in parts if isinstance(part, LightningModule)]
     loggers, default = trainer.loggers if trainer else [], torch.get_default_dtype()
+    own = [{name: each for name, each in vars(part).items() if name in ("log", "log_dict")} for part in speakers]
     for part in speakers:
         vars(part).update(log=_say_nothing, log_dict=_say_nothing)
     if trainer:
@@ -363,8 +364,9 @@ def silent(trainer: Trainer | None, parts: Iterable[nn.Module], dtype: torch.dty
         torch.set_default_dtype(default)
         if trainer:
             trainer.loggers = loggers
-        for part in speakers:
+        for part, methods in zip(speakers, own, strict=True):
             del vars(part)["log"], vars(part)["log_dict"]
+            vars(part).update(methods)
 
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None: ...

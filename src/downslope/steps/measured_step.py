@@ -138,16 +138,6 @@ class StepNorms:
             values = step.gradient_norms
             measured.applied = Norms(names, values if all(kept) else values[torch.tensor(kept, device=values.device)])
 
-    def are_again(self, measured: MeasuredStep) -> bool:
-        """Tells whether gradients and parameters have, to the bit, the norms that were measured in a step."""
-        moved, kept, _, norms = self._rows[measured.optimizer or ""]
-        gradients = [each.grad for each in moved if each.grad is not None]
-        if len(gradients) < len(moved):
-            return False
-        values = norms.of([*compress(gradients, kept), *compress(moved, kept)])
-        values = values.tolist() if isinstance(values, Tensor) else values
-        return values == [*measured.applied.values, *measured.parameters.values]
-
     def look_again(self, measured: MeasuredStep) -> None:
         """Looks at what moved in a step, as it is now, where it was not asked for then."""
         if measured.optimizer and not measured.parameters.names:

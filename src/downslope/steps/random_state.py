@@ -29,8 +29,12 @@ class RandomState:
         self._python: Any = random.getstate()
         self._numpy: Any = None
         if "numpy" in sys.modules:
-            name, words, *rest = sys.modules["numpy"].random.get_state()
-            self._numpy = (name, words.tolist(), *rest)  # NumPy puts back its own array in twenty times the time
+            state = self._numpy = sys.modules["numpy"].random.get_state(legacy=False)
+            if (
+                name := state["bit_generator"]
+            ) == "MT19937":  # put back from NumPy's own array it takes twenty times as long
+                words, place = state["state"]["key"].tolist(), state["state"]["pos"]
+                self._numpy = (name, words, place, state["has_gauss"], state["gauss"])
         self._cpu: Tensor = torch.get_rng_state()
         has_cuda = torch.cuda.is_initialized()  # to ask for more would start it
         self._cuda: Any = torch.cuda.get_rng_state_all() if has_cuda else None
@@ -39,7 +43,10 @@ class RandomState:
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the process-wide states as plain tensors and plain data."""
-        python, numpy = (state and (state[0], _packed(state[1]), *state[2:]) for state in (self._python, self._numpy))
+        python, numpy = (
+            (state[0], _packed(state[1]), *state[2:]) if isinstance(state, tuple) else state
+            for state in (self._python, self._numpy)
+        )
         return {"python": python, "numpy": numpy, "cpu": self._cpu, "cuda": self._cuda, "mps": self._mps}
 
     @classmethod
@@ -48,7 +55,7 @@ class RandomState:
         self = cls.__new__(cls)
         self._generators = []
         for name, value in state.items():
-            setattr(self, f"_{name}", tuple(map(_plain, value)) if name in ("python", "numpy") and value else value)
+            setattr(self, f"_{name}", tuple(map(_plain, value)) if isinstance(value, tuple) else value)
         return self
 
     def restore(self) -> None:

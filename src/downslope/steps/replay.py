@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,9 +10,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from downslope.steps.loss import silent, why_no_loss_of_a_step
-from downslope.steps.measured_step import MeasuredStep, StepNorms
 from downslope.steps.optimizer_steps import each_batch_is_a_step, overrides
 from downslope.steps.random_state import RandomState, own_generators, random_state
+from downslope.steps.snapshot import fingerprint, held_and_states
 
 log = logging.getLogger(__name__)
 
@@ -33,9 +32,9 @@ def can_replay(trainer: Trainer, module: LightningModule) -> bool:
 class Replay:
     """Takes the steps of a run again, by the module's `loss(batch)`, on the module itself.
 
-    Whatever else has a say in a step (somebody's hook, random numbers that a data set draws, an operation that is not
-    deterministic) shows in its figures: only where the loss and all norms of each step are the same to the bit, the
-    steps are those of the run.
+    Whatever else has a say in a run (somebody's hook or callback, random numbers that a data set draws, an operation
+    that is not deterministic) shows in its weights: only where parameters, optimizer state and buffers come out as they
+    were, by a `fingerprint` of their bits, the steps are those of the run.
 
     Args:
         trainer: Has one optimizer; `can_replay` told so.
@@ -51,11 +50,63 @@ class Replay:
         """Remembers what the first step is to begin with, before its batch's forward."""
         self._start = RandomState(*self._generators)
         self._training = self._modes()
+        self._fingerprints: list[list[Tensor]] = []
         self._settings: list[list[dict[str, Any]]] = []
 
-    def add(self) -> None:
-        """Remembers the settings of the step that was just taken, which a schedule may change."""
+    def before_step(self) -> None:
+        """Remembers what a step finds."""
+        self._fingerprints.append(self._fingerprint())
+
+    def after_step(self) -> None:
+        """Remembers the settings that it was taken with, which a schedule may change."""
         self._settings.append(self._settings_now())
+
+    def run(self, batches: Sequence[Any]) -> bool:
+        """Takes a step for each batch but the last again, and tells whether the last one would find what it found.
+
+        Parameters, optimizer state and buffers have to be those of the beginning; where it returns False they are
+        neither those nor these.
+
+        Args:
+            batches: All since the beginning.
+        """
+        settings, modes = self._settings_now(), self._modes()
+        try:
+            with (
+                random_state(self._generators),
+                torch.inference_mode(False),
+                torch.enable_grad(),
+                silent(self._trainer, self._module.modules()),
+            ):
+                self._start.restore()
+                _set_training(self._training)  # validation is told of before it begins
+                for batch, taken_with in zip(batches[:-1], self._settings, strict=False):
+                    self._step(batch, taken_with)
+            pairs = zip(self._fingerprint(), self._fingerprints[len(batches) - 1], strict=True)
+            return all(now.item() == then.item() for now, then in pairs)
+        except Exception as error:  # an optimizer that asks for a closure, say
+            log.debug("The steps could not be repeated", exc_info=error)
+            return False
+        finally:
+            _set_training(modes)
+            self._set(settings)
+
+    def _step(self, batch: Any, settings: Sequence[dict[str, Any]]) -> None:
+        self._optimizer.zero_grad()
+        with self._trainer.precision_plugin.train_step_context():
+            loss: Tensor = self._module.loss(batch)  # type: ignore[operator]
+        loss.backward()
+        self._module.clip_gradients(
+            self._optimizer, self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm
+        )
+        step = type(self._optimizer).step
+        step = getattr(step, "__wrapped__", step) if hasattr(step, "hooked") else step  # without anybody's hooks
+        with torch.no_grad():
+            self._set(settings)
+            step(self._optimizer)
+
+    def _fingerprint(self) -> list[Tensor]:
+        return fingerprint([*held_and_states([self._optimizer]), *self._module.buffers()])
 
     def _modes(self) -> list[tuple[nn.Module, bool]]:
         return [(part, part.training) for part in self._module.modules()]
@@ -77,50 +128,6 @@ class Replay:
                     group[name].copy_(value)  # a schedule holds the same one
                 else:
                     group[name] = value
-
-    def run(self, steps: Sequence[MeasuredStep], norms: StepNorms) -> bool:
-        """Takes all steps but the last again, and tells whether they were the same.
-
-        Parameters, optimizer state and buffers have to be those of the beginning; where it returns False they are
-        neither those nor these.
-
-        Args:
-            steps: All since the beginning, with their batches and losses.
-            norms: Which measured them.
-        """
-        settings, modes = self._settings_now(), self._modes()
-        try:
-            with (
-                random_state(self._generators),
-                torch.inference_mode(False),
-                torch.enable_grad(),
-                silent(self._trainer, self._module.modules()),
-            ):
-                self._start.restore()
-                _set_training(self._training)  # validation is told of before it begins
-                return all(map(partial(self._is_repeated, norms), steps[:-1], self._settings))
-        except Exception as error:  # an optimizer that asks for a closure, say
-            log.debug("The steps could not be repeated", exc_info=error)
-            return False
-        finally:
-            _set_training(modes)
-            self._set(settings)
-
-    def _is_repeated(self, norms: StepNorms, measured: MeasuredStep, settings: Sequence[dict[str, Any]]) -> bool:
-        """Takes a step, and tells whether its loss, its gradients and what it made of the parameters are the same."""
-        self._optimizer.zero_grad()
-        with self._trainer.precision_plugin.train_step_context():
-            loss: Tensor = self._module.loss(measured.batch)  # type: ignore[operator]
-        loss.backward()
-        self._module.clip_gradients(
-            self._optimizer, self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm
-        )
-        step = type(self._optimizer).step
-        step = getattr(step, "__wrapped__", step) if hasattr(step, "hooked") else step  # without anybody's hooks
-        with torch.no_grad():
-            self._set(settings)
-            step(self._optimizer)
-            return loss.sum().item() == measured.loss and norms.are_again(measured)
 
 
 def _set_training(modes: Sequence[tuple[nn.Module, bool]]) -> None:

@@ -37,6 +37,38 @@ class Copies:
             copy(originals, copies)
 
 
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by the bytes of an element
+FEW = 2**16  # elements: larger tensors are worked on alone, in four times their memory
+
+
+def fingerprint(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Returns numbers that tell whether any bit is another: Σᵢ bᵢ(bᵢ + 2i + 1), the bits bᵢ taken as whole numbers.
+
+    It neither copies a large tensor nor waits for the device. By chance it misses one change in 2³² or so.
+    """
+    kinds: dict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    large = []
+    for each in tensors:
+        vector = each.detach().reshape(-1)
+        kinds[each.device, each.dtype].append(vector) if len(vector) <= FEW else large.append(vector)
+    return [_sum_of_bits(each) for each in (*map(torch.cat, kinds.values()), *large)]
+
+
+def _sum_of_bits(vector: Tensor) -> Tensor:
+    bits = vector.view(INTEGERS[vector.element_size()])
+    bits = bits if bits.element_size() > 2 else bits.int()
+    return (bits * (bits + torch.arange(1, 2 * len(bits) + 1, 2, dtype=bits.dtype, device=bits.device))).sum()
+
+
+def held_and_states(optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """Returns all that a step changes: parameters, and the tensors in the states of their optimizers."""
+    tensors: list[Tensor] = [*held(optimizers)]
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            _outline(state, tensors)
+    return tensors
+
+
 class Snapshot(Copies):
     """A copy of parameters and optimizer states: frozen parameters, which no optimizer holds, stay as they are anyway.
 
@@ -48,6 +80,9 @@ class Snapshot(Copies):
         super().__init__()
         self._optimizers = optimizers
         self._states: list[dict[Any, Any]] = []
+        # Schedule-free and its like keep a state among their settings.
+        self._foreign = [each for each in optimizers if not type(each).__module__.startswith("torch.optim.")]
+        self._settings: list[dict[str, Any]] = []
 
     def take_all(self) -> None:
         """Remembers how everything is now."""
@@ -57,10 +92,14 @@ class Snapshot(Copies):
             for optimizer in self._optimizers
         ]
         self.take(tensors)
+        self._settings = [{**group} for optimizer in self._foreign for group in optimizer.param_groups]
 
     def restore(self) -> None:
         """Makes everything as it was at the last `take_all`."""
         super().restore()
+        groups = [group for optimizer in self._foreign for group in optimizer.param_groups]
+        for group, settings in zip(groups, self._settings, strict=False):
+            group.update(settings)
         for optimizer, states in zip(self._optimizers, self._states, strict=False):
             optimizer.state.clear()
             for parameter, state in states.items():

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import register_pytree_node
 
 from downslope.gradients.least_squares import LeastSquares, least_squares
 from downslope.tables.randomness import Stream, generator
@@ -12,11 +13,15 @@ from downslope.tables.randomness import Stream, generator
 class Batch(tuple[Tensor, ...]):
     """Features, target and, where there is one, weight."""
 
-    def to(self, device: torch.device) -> "Batch":
+    def to(self, device: torch.device | str) -> "Batch":
         """Returns them on a device: what is there already Lightning would look through at every step."""
         if all(each.device == device for each in self):
             return self
-        return Batch(each.to(device, non_blocking=device.type == "cuda") for each in self)
+        return Batch(each.to(device, non_blocking=torch.device(device).type == "cuda") for each in self)
+
+
+# For torch.func a batch is the tuple that it is.
+register_pytree_node(Batch, lambda batch: ([*batch], None), lambda tensors, _: Batch(tensors))
 
 
 class ShuffledOrder:

@@ -144,6 +144,8 @@ class Window:
         )
         if any(len(vector) != sum(self._sample.sizes) for vector in self._last):
             raise ValueError("the gradients are of other elements")
+        if any(each.ndim for each in self._products):  # rows, as they once were: this window begins anew
+            self.clear()
 
 
 def cosine(rows: Sequence[Row], lag: int) -> float | None:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from lightning import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
@@ -755,6 +756,59 @@ def test_a_block_that_cannot_be_repeated_goes_back_to_its_beginning_and_says_so(
     trainer = fit(witness, Draws(), data=batches(40, broken=BROKEN), max_steps=16, gradient_clip_val=0.5)
     wanted = state(witness, trainer)  # type: ignore[arg-type]
     assert all(torch.equal(block[name], wanted[name]) for name in wanted)
+
+
+class Aftermath(Callback):
+    """Somebody who changes the weights between two steps, once, and as little as can be."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step == self.number:
+            weight = pl_module.net[2].bias
+            weight.copy_(torch.nextafter(weight, weight + 1))
+
+
+@pytest.mark.parametrize("number", [18, BROKEN])
+def test_a_single_bit_that_is_another_is_seen(tmp_path: Path, number: int) -> None:
+    says = "The weights are those before step 16: the steps since came out differently when repeated."
+    state_after("block", "adam", tmp_path, Aftermath(number), says=says)
+    state_after("exact", "adam", tmp_path, Aftermath(number))
+
+
+def test_a_step_after_the_end_finds_what_was_repeated(tmp_path: Path) -> None:
+    class OneMore(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            trainer.optimizers[0].step()
+
+    block = state_after("block", "adam", tmp_path, OneMore())
+    exact = state_after("exact", "adam", tmp_path, OneMore())
+    assert all(torch.equal(block[name], exact[name]) for name in block)
+
+
+def test_what_raises_because_of_a_divergence_does_not_hide_it(tmp_path: Path) -> None:
+    class Raises(Callback):
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> None:
+            if index == BROKEN + 2:
+                raise KeyError("of NaN weights, say")
+
+    seed_everything(0, verbose=False)
+    module, recorder = Stochastic("adam"), FlightRecorder(folder=str(tmp_path), mode="block")
+    with pytest.warns(UserWarning, match="Diverged"), pytest.raises(KeyError, match="of NaN weights"):
+        fit(module, recorder, Raises(), data=batches(40, broken=BROKEN), max_epochs=1)
+    assert recorder.diverged
+    assert read(tmp_path)["restored_to_step"] == BROKEN
+    assert all(bool(torch.isfinite(each).all()) for each in module.state_dict().values())
+
+
+def test_a_checkpoint_of_lightnings_own_holds_what_was_taken_back(tmp_path: Path) -> None:
+    saves = ModelCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1)
+    state_after("block", "adam", tmp_path, saves, enable_checkpointing=True)
+    for file in (tmp_path / "checkpoints").glob("*.ckpt"):
+        weights = torch.load(file, weights_only=True)["state_dict"].values()
+        assert all(bool(torch.isfinite(each).all()) for each in weights), file.name
 
 
 def test_repeating_a_block_leaves_no_trace(tmp_path: Path) -> None:

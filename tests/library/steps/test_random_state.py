@@ -71,3 +71,15 @@ def test_a_state_that_came_out_of_a_checkpoint_can_be_saved_again() -> None:
     drawn = random.random(), np.random.rand(), torch.rand(1).item()
     again.restore()
     assert drawn == (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+def test_another_bit_generator_of_numpys_is_put_back_too() -> None:
+    usual = np.random.get_bit_generator()
+    np.random.set_bit_generator(np.random.PCG64(3))
+    try:
+        state = RandomState()
+        first = draw()
+        state.restore()
+        assert draw() == first
+    finally:
+        np.random.set_bit_generator(usual)

@@ -55,3 +55,10 @@ def test_the_random_state_of_the_process_is_left_alone() -> None:
     before = torch.get_rng_state()
     list(batches(20, 3))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_batch_is_the_tuple_that_it_is() -> None:
+    batch = next(iter(Batches(torch.ones(4, 2), torch.zeros(4), 4)))
+    assert batch.to(torch.device("cpu")) is batch
+    assert batch.to("meta")[0].device.type == "meta"
+    assert torch.func.vmap(lambda pair: pair[0].sum() + pair[1])(batch).tolist() == [2.0] * 4
