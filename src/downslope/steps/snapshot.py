@@ -55,6 +55,7 @@ def fingerprint(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _sum_of_bits(vector: Tensor) -> Tensor:
+    vector = vector.view(torch.float64) if vector.dtype == torch.complex128 else vector
     bits = vector.view(INTEGERS[vector.element_size()])
     bits = bits if bits.element_size() > 2 else bits.int()
     return (bits * (bits + torch.arange(1, 2 * len(bits) + 1, 2, dtype=bits.dtype, device=bits.device))).sum()

@@ -31,7 +31,8 @@ def up_and_down(tensor: Tensor) -> None:
 def test_a_fingerprint_sees_a_single_bit(change: Callable[[Tensor], None], length: int, dtype: torch.dtype) -> None:
     for seed in range(20):
         tensor = torch.randn(length, generator=torch.Generator().manual_seed(seed), dtype=dtype)
-        others = [torch.ones(3, dtype=torch.bfloat16), torch.tensor(7), torch.zeros(0)]
+        others = [torch.ones(3, dtype=kind) for kind in (torch.bfloat16, torch.bool, torch.complex128)]
+        others += [torch.tensor(7), torch.zeros(0)]
         before = [*map(int, fingerprint([tensor, *others]))]
         assert [*map(int, fingerprint([tensor.clone(), *others]))] == before
         change(tensor)
