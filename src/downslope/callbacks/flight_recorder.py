@@ -57,8 +57,8 @@ class FlightRecorder(Observer):
       they do not, or a step takes more than one batch and `loss(batch)`, the weights stay the copy's, and the message
       says so. What no optimizer holds, averages or a target network, may have seen the steps since.
     - late: Nothing is copied, and nothing waited for: a step is judged when the next one is done, by its loss and its
-      gradients, and by its weights before these are saved. They stay as the steps have left them, and the last
-      checkpoint is one of before.
+      gradients, and by its weights before `Checkpoints` saves them. They stay as the steps have left them, and its
+      last checkpoint is one of before; another callback may save the step that diverged.
 
     It is judged when the step is done, because a finite gradient can still overflow a weight, and LBFGS tries several.
     With several processes a judgement is one exchange: `every_n_steps` makes them rarer. A step that a GradScaler skips
