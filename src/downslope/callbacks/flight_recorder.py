@@ -446,12 +446,9 @@ class FlightRecorder(Observer):
         if self._is_late:
             where += " The weights are those after that step; the last checkpoint from before it has good ones."
         elif (record := self.flight_record) and record.restored_to_step not in (None, record.offending.step):
-            where += f" The weights are those before step {record.restored_to_step}: the steps since "
-            where += (
-                "came out differently when repeated."
-                if self._replay
-                else ("can only be repeated where each is one batch's, and the module has a method `loss(batch)`.")
-            )
+            reason = "can only be repeated where each is one batch's, and the module has a method `loss(batch)`"
+            reason = "came out differently when repeated" if self._replay else reason
+            where += f" The weights are those before step {record.restored_to_step}: the steps since {reason}."
         message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
         if self.on_divergence == "raise":
             raise DivergenceError(message)

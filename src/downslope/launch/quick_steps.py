@@ -12,15 +12,15 @@ NOTHING = nullcontext()
 class NoProfiler(PassThroughProfiler):
     """Profiles nothing, as the one it replaces, which enters and leaves a generator 30 times a step to do so."""
 
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # the name, which nobody asks for, is left out
         """Returns a context that does nothing."""
         return NOTHING
 
 
 def quicken(trainer: Trainer, module: LightningModule) -> None:
     """Takes a twentieth off the smallest step: what is computed stays the same."""
-    if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]
-        trainer.profiler = NoProfiler()  # type: ignore[attr-defined]
+    if type(trainer.profiler) is PassThroughProfiler:  # type: ignore[attr-defined]  # a connector sets it
+        trainer.profiler = NoProfiler()  # type: ignore[attr-defined]  # the same
     step = type(module).training_step
     if inspect.isfunction(step):  # Lightning asks for its signature at every step: so it finds it made
-        step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]
+        step.__signature__ = inspect.signature(step)  # type: ignore[attr-defined]  # as PEP 362 has it

@@ -19,7 +19,7 @@ class MeanLoss(MeanMetric):
         tensor(2.)
     """
 
-    def update(self, value: Tensor, weight: int) -> None:  # type: ignore[override]
+    def update(self, value: Tensor, weight: int) -> None:  # type: ignore[override]  # tensors and rows alone
         """Takes the mean loss of a batch, one number, and its rows."""
         self.mean_value.add_(value.reshape(()), alpha=weight)
         self.weight.add_(weight)

@@ -30,11 +30,9 @@ class RandomState:
         self._numpy: Any = None
         if "numpy" in sys.modules:
             state = self._numpy = sys.modules["numpy"].random.get_state(legacy=False)
-            if (
-                name := state["bit_generator"]
-            ) == "MT19937":  # put back from NumPy's own array it takes twenty times as long
+            if state["bit_generator"] == "MT19937":  # NumPy puts back its own array in twenty times the time
                 words, place = state["state"]["key"].tolist(), state["state"]["pos"]
-                self._numpy = (name, words, place, state["has_gauss"], state["gauss"])
+                self._numpy = ("MT19937", words, place, state["has_gauss"], state["gauss"])
         self._cpu: Tensor = torch.get_rng_state()
         has_cuda = torch.cuda.is_initialized()  # to ask for more would start it
         self._cuda: Any = torch.cuda.get_rng_state_all() if has_cuda else None

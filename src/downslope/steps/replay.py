@@ -94,7 +94,7 @@ class Replay:
     def _step(self, batch: Any, settings: Sequence[dict[str, Any]]) -> None:
         self._optimizer.zero_grad()
         with self._trainer.precision_plugin.train_step_context():
-            loss: Tensor = self._module.loss(batch)  # type: ignore[operator]
+            loss: Tensor = self._module.loss(batch)  # type: ignore[operator]  # it has one: `can_replay`
         loss.backward()
         self._module.clip_gradients(
             self._optimizer, self._trainer.gradient_clip_val, self._trainer.gradient_clip_algorithm

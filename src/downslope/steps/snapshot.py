@@ -64,9 +64,7 @@ def _sum_of_bits(vector: Tensor) -> Tensor:
 def held_and_states(optimizers: Sequence[Optimizer]) -> list[Tensor]:
     """Returns all that a step changes: parameters, and the tensors in the states of their optimizers."""
     tensors: list[Tensor] = [*held(optimizers)]
-    for optimizer in optimizers:
-        for state in optimizer.state.values():
-            _outline(state, tensors)
+    _outlines(optimizers, tensors)
     return tensors
 
 
@@ -88,10 +86,7 @@ class Snapshot(Copies):
     def take_all(self) -> None:
         """Remembers how everything is now."""
         tensors: list[Tensor] = [*held(self._optimizers)]
-        self._states = [
-            {parameter: _outline(state, tensors) for parameter, state in optimizer.state.items()}
-            for optimizer in self._optimizers
-        ]
+        self._states = _outlines(self._optimizers, tensors)
         self.take(tensors)
         self._settings = [{**group} for optimizer in self._foreign for group in optimizer.param_groups]
 
@@ -105,6 +100,14 @@ class Snapshot(Copies):
             optimizer.state.clear()
             for parameter, state in states.items():
                 optimizer.state[parameter] = _outline(state, [])  # the outline itself stays whole for another time
+
+
+def _outlines(optimizers: Sequence[Optimizer], tensors: list[Tensor]) -> list[dict[Any, Any]]:
+    """The outline of each optimizer's states, by parameter."""
+    return [
+        {parameter: _outline(state, tensors) for parameter, state in optimizer.state.items()}
+        for optimizer in optimizers
+    ]
 
 
 def _outline(value: Any, tensors: list[Tensor]) -> Any:

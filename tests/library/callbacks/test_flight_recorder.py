@@ -106,7 +106,7 @@ def read(folder: Path) -> dict[str, Any]:
     return record
 
 
-def state(module: Foreign, trainer: Trainer) -> dict[str, Tensor]:
+def state(module: LightningModule, trainer: Trainer) -> dict[str, Tensor]:
     tensors = dict(module.state_dict())
     for index, values in trainer.optimizers[0].state_dict()["state"].items():
         tensors |= {f"{index}.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
@@ -559,7 +559,7 @@ def four_batches(net: nn.Module) -> DataLoader[Any]:
     first = next(net.parameters())
     embeds = isinstance(next(net.children()), nn.Embedding)
     rows = torch.tensor([3, 3, 7]) if embeds else torch.randn(3, first.shape[-1]).to(first.dtype)
-    return DataLoader([rows] * 4, batch_size=None)  # type: ignore[arg-type]
+    return DataLoader([rows] * 4, batch_size=None)  # type: ignore[arg-type]  # a list is a dataset
 
 
 NETS: dict[str, Callable[[], nn.Module]] = {
@@ -709,16 +709,16 @@ BROKEN = 21  # of 40 batches
 
 
 def state_after(
-    mode: str, optimizer: str, folder: Path, *callbacks: Callback, says: str = "", **settings: Any
+    mode: flight_recorder.Mode, optimizer: str, folder: Path, *callbacks: Callback, says: str = "", **settings: Any
 ) -> dict[str, Tensor]:
     """The weights, buffers and optimizer state of a run that diverged at its 22nd step."""
     seed_everything(0, verbose=False)
     module = Stochastic(optimizer)
     settings = {"max_epochs": 1, "gradient_clip_val": 0.5, "data": batches(40, broken=BROKEN)} | settings
     with pytest.warns(UserWarning, match=f"Diverged.*{says}"):
-        trainer = fit(module, *callbacks, FlightRecorder(folder=str(folder), mode=mode), **settings)  # type: ignore[arg-type]
+        trainer = fit(module, *callbacks, FlightRecorder(folder=str(folder), mode=mode), **settings)
     assert read(folder)["step"] == BROKEN
-    return state(module, trainer)  # type: ignore[arg-type]
+    return state(module, trainer)
 
 
 @pytest.mark.parametrize(
@@ -754,7 +754,7 @@ def test_a_block_that_cannot_be_repeated_goes_back_to_its_beginning_and_says_so(
     seed_everything(0, verbose=False)
     witness = Stochastic("adam")
     trainer = fit(witness, Draws(), data=batches(40, broken=BROKEN), max_steps=16, gradient_clip_val=0.5)
-    wanted = state(witness, trainer)  # type: ignore[arg-type]
+    wanted = state(witness, trainer)
     assert all(torch.equal(block[name], wanted[name]) for name in wanted)
 
 

@@ -43,7 +43,7 @@ def test_a_state_among_an_optimizers_settings_is_put_back() -> None:
     class ScheduleFree(SGD):
         """Counts in its group, as schedule-free optimizers do."""
 
-        def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch has overloads
             super().step(closure)
             self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
 
