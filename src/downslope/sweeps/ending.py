@@ -44,7 +44,7 @@ class Ending:
         self.folder = Path(config.hydra.sweep.dir).absolute()
         self._before = self._stamps()
         self._number = 0  # of the first signal that came
-        self._times = 0
+        self._leaves = False  # whether the next handler raises
         self._stop_file = self.folder / f".stop-{secrets.token_hex(4)}"  # two processes may share a sweep
         command = shlex.join(command_line())
         config.hydra.job.env_set[COMMAND] = command  # for the report, from multirun.yaml
@@ -76,18 +76,19 @@ class Ending:
             threading.Thread(target=self._pass_on, args=[here], daemon=True).start()
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        self._times += 1
-        if self._times > 1:
+        if self._leaves:
+            self._leaves = False  # raised once: a launcher that is killing its processes must not be interrupted
             raise Interrupted(self._number)
 
     def _pass_on(self, numbers: socket.socket) -> None:
         """Reads every signal that has come, whatever the main thread waits for, and wakes it for the second."""
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        woken = False
         for (number,) in iter(lambda: numbers.recv(1), b""):
-            if number in SIGNALS and self._number:
+            if number in SIGNALS and self._number and not woken:
+                woken = self._leaves = True
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-                return
-            if number in SIGNALS:
+            elif number in SIGNALS and not self._number:
                 self._number = number
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._stop_file.write_text(str(int(number)))
