@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 from downslope.launch.gate import Gate
 from downslope.runs import console
 from downslope.runs.folder import is_main_process
+from downslope.runs.signals import end_on_signals
 from downslope.sweeps.job import run_job
 
 
@@ -48,3 +49,4 @@ def command(main: Callable[[], Any], folder: Path, config_name: str = "train") -
         raise SystemExit(code) from None
     finally:
         Gate.let_go()
+        end_on_signals()

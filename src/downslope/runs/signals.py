@@ -1,5 +1,6 @@
 """SIGINT and SIGTERM: at once where nothing can be lost, else at the next step that training can be resumed from."""
 
+import math
 import os
 import signal
 import threading
@@ -9,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+ECHO = 0.2  # seconds
 STOP_FILE = "DOWNSLOPE_STOP_FILE"  # where a sweep's jobs, in processes of their own, find the signal that it was sent
 
 
@@ -25,14 +27,43 @@ class Interrupted(SystemExit):
         self.saved = saved
 
 
+class Echo:
+    """Knows a signal that was there before: launchers, and `timeout`, pass on what every process has heard already."""
+
+    came_at = -math.inf
+
+    @classmethod
+    def is_one(cls) -> bool:
+        """Whether the signal that has just come is one; asked once for each."""
+        now = time.monotonic()
+        if now - cls.came_at < ECHO:
+            return True
+        cls.came_at = now
+        return False
+
+
 def exit_on_signals() -> None:
-    """Leaves on a signal at once, without a traceback."""
+    """Leaves on a signal at once, without a traceback; a second one does not wait for what is still tidied up."""
 
     def leave(number: int, frame: FrameType | None) -> None:
-        raise Interrupted(number)
+        if not Echo.is_one():
+            end_on_signals()
+            raise Interrupted(number)
 
     for number in SIGNALS:
         signal.signal(number, leave)
+
+
+def end_on_signals() -> None:
+    """Dies of the next signal without a word, as a process does that never heard of any: nothing is left to lose."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        if not Echo.is_one():
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    for number in SIGNALS:
+        signal.signal(number, end)
 
 
 def signal_from_the_sweep() -> int:
@@ -74,7 +105,8 @@ class StopRequest:
             self._before = {number: signal.signal(number, self._take) for number in SIGNALS}
 
     def _take(self, number: int, frame: FrameType | None) -> None:
-        if self._number and number == signal.SIGINT:
+        is_echo = Echo.is_one()
+        if self._number and number == signal.SIGINT and not is_echo:
             raise Interrupted(number)
         self._number = self._number or number
 

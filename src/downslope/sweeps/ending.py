@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from downslope.runs.command_line import COMMAND, command_line
 from downslope.runs.console import explain, one_line, say
 from downslope.runs.result import FILE_NAME
-from downslope.runs.signals import SIGNALS, STOP_FILE, Interrupted
+from downslope.runs.signals import SIGNALS, STOP_FILE, Echo, Interrupted
 from downslope.sweeps.grid import sources_digest
 from downslope.sweeps.job import SOURCES, is_running, result_of
 
@@ -85,10 +85,12 @@ class Ending:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
         woken = False
         for (number,) in iter(lambda: numbers.recv(1), b""):
-            if number in SIGNALS and self._number and not woken:
+            if number not in SIGNALS or woken or Echo.is_one():
+                continue
+            if self._number:
                 woken = self._leaves = True
                 signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-            elif number in SIGNALS and not self._number:
+            else:
                 self._number = number
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._stop_file.write_text(str(int(number)))

@@ -189,7 +189,9 @@ def test_a_signal_stops_a_run_that_can_be_gone_on_with(tmp_path: Path, number: s
     while not (tmp_path / "run" / "checkpoints").exists():
         time.sleep(0.05)
         assert process.poll() is None
-    process.send_signal(number)
+    for _ in range(2):  # as `timeout` sends one, to the process and to its group
+        process.send_signal(number)
+        time.sleep(0.02)
     out, _ = process.communicate(timeout=60)
     assert process.returncode == code
     assert "resume    python scripts/train.py resume=run" in out

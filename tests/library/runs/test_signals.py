@@ -77,6 +77,33 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_good_checkpoint(
     assert json.loads((tmp_path / "run" / "result.json").read_text())["status"] == "interrupted"
 
 
+TIDYING = """
+import time
+from downslope.runs.signals import exit_on_signals
+exit_on_signals()
+try:
+    print("here", flush=True)
+    time.sleep(60)
+finally:
+    print("tidying", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_signal_passed_on_twice_is_one_and_a_second_does_not_wait_for_the_tidying() -> None:
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", TIDYING], **streams) as process:
+        assert process.stdout.readline() == "here\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "tidying\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
+
+
 @pytest.mark.slow
 def test_killed_in_a_write_with_the_temporary_folder_on_another_disk_a_run_goes_on_from_the_last_good_checkpoint(
     tmp_path: Path, start: Start, script: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch

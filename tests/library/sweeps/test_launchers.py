@@ -122,7 +122,9 @@ def test_a_signal_stops_every_job_where_it_can_be_gone_on_with(
     )
     sweep = start(tmp_path, *arguments)
     wait_for(lambda: len(list(tmp_path.glob("s/*/events.out.tfevents.*"))) >= 2)
-    (os.killpg if everywhere else os.kill)(sweep.pid, number)
+    for _ in range(2):  # as `timeout` sends one, to the process and to its group
+        (os.killpg if everywhere else os.kill)(sweep.pid, number)
+        time.sleep(0.02)
     output, _ = sweep.communicate(timeout=120)
     assert sweep.returncode == 128 + number, output
     assert "stopping: running jobs save" in output
