@@ -73,7 +73,7 @@ def main(arguments: Sequence[str]) -> int:
     elif options.benchmark == "sweep":
         from benchmarks.sweep import at_once, sweep
 
-        at_once(*((16, 1, 4) if options.quick or options.rounds else (1024, 3, 64)))
+        at_once(*((16, 1, 4, ["diabetes, SGD"]) if options.quick or options.rounds else (1024, 3, 64)))
         sweep(jobs=options.rounds or (10 if options.quick else 1000))
     else:
         from benchmarks.steps import steps

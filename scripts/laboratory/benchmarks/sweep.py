@@ -62,10 +62,11 @@ COLUMNS = ("case", "jobs", "seconds at once", "one run", "ratio", "CPU at once",
            "worst difference", "of members", "diverged aside", "chaotic aside")  # fmt: skip
 
 
-def at_once(jobs: int, rounds: int, sampled: int) -> None:
+def at_once(jobs: int, rounds: int, sampled: int, cases: Iterable[str] = CASES) -> None:
     """Trains a dense sweep at once, in turn with one run, and holds sampled members against runs of their own."""
     rows = []
-    for name, task in CASES.items():
+    for name in cases:
+        task = CASES[name]
         num = jobs if "diabetes" in name else max(4, jobs // 16)
         with tempfile.TemporaryDirectory() as text:
             folder, many, one = Path(text), [], []
