@@ -216,6 +216,8 @@ class FlightRecorder(Observer):
             self._keep(buffers=False)
 
     def _keep(self, buffers: bool = True) -> None:
+        if self._keeps and self._unjudged and not self._snapshot.is_complete():
+            self.judge()  # a parameter has come or gone: here a block begins
         if not self._keeps or self._unjudged or self.diverged:
             return
         self._copy(buffers)

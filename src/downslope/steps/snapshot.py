@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from downslope.gradients.vectors import copy
@@ -78,14 +79,20 @@ class Snapshot(Copies):
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         super().__init__()
         self._optimizers = optimizers
+        self._parameters: list[Parameter] = []
         self._states: list[dict[Any, Any]] = []
         # Schedule-free and its like keep a state among their settings.
         self._foreign = [each for each in optimizers if not type(each).__module__.startswith("torch.optim.")]
         self._settings: list[dict[str, Any]] = []
 
+    def is_complete(self) -> bool:
+        """Tells whether the optimizers hold the parameters that they held at the last `take_all`, and no others."""
+        return are_same(held(self._optimizers), self._parameters)
+
     def take_all(self) -> None:
         """Remembers how everything is now."""
-        tensors: list[Tensor] = [*held(self._optimizers)]
+        self._parameters = held(self._optimizers)
+        tensors: list[Tensor] = [*self._parameters]
         self._states = _outlines(self._optimizers, tensors)
         self.take(tensors)
         self._settings = [{**group} for optimizer in self._foreign for group in optimizer.param_groups]

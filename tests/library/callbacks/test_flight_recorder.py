@@ -788,6 +788,26 @@ def test_a_step_after_the_end_finds_what_was_repeated(tmp_path: Path) -> None:
     assert all(torch.equal(block[name], exact[name]) for name in block)
 
 
+class Unfreezes(Callback):
+    """Lets the optimizer have a parameter late, as fine-tuning does."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        (group,) = trainer.optimizers[0].param_groups
+        self.late = group["params"].pop()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 18:
+            trainer.optimizers[0].add_param_group({"params": [self.late]})
+
+
+def test_a_parameter_that_comes_in_mid_block_is_taken_back_too(tmp_path: Path) -> None:
+    block = state_after("block", "adam", tmp_path, Unfreezes())
+    assert read(tmp_path)["restored_to_step"] == BROKEN
+    exact = state_after("exact", "adam", tmp_path, Unfreezes())
+    assert block.keys() == exact.keys()
+    assert all(torch.equal(block[name], exact[name]) for name in block)
+
+
 def test_what_raises_because_of_a_divergence_does_not_hide_it(tmp_path: Path) -> None:
     class Raises(Callback):
         def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, index: int) -> None:
