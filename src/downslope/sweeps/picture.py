@@ -18,6 +18,7 @@ MOST_CURVES = 12
 MANY = 60  # points that are a curve, and not marks
 NEARLY = 1.05  # times the best objective, which is as good
 SYMBOLS = {"diverged": "X", "failed": "s", "interrupted": "D", "not run": "o"}
+ON_PAPER = {"facecolor": PAPER, "edgecolor": "none", "pad": 1}  # a text that no line may cross
 
 
 def lines_of(jobs: Sequence[Job]) -> dict[str, list[Job]]:
@@ -192,7 +193,7 @@ def _draw_limit(axes: "Axes", rate: float, words: str, style: str) -> None:
     axes.axvline(rate, color=QUIET, linestyle=style, linewidth=1.4)
     axes.annotate(
         words, (rate, 0.96), (-5, 0), xycoords=axes.get_xaxis_transform(), textcoords="offset points", rotation=90,
-        ha="right", va="top", color=QUIET, bbox={"facecolor": PAPER, "edgecolor": "none", "pad": 1},
+        ha="right", va="top", color=QUIET, bbox=ON_PAPER,
     )  # fmt: skip
 
 
@@ -203,7 +204,7 @@ def _draw_best(axes: "Axes", learning_rate: float | None, objective: float, rate
     if rate:
         axes.plot(rate, 0.0, "^", transform=axes.get_xaxis_transform(), color=INK, markersize=11, clip_on=False)
         axes.annotate(f"try {rate:.3g}", (rate, 0.0), (9, 6), xycoords=axes.get_xaxis_transform(),
-                      textcoords="offset points", color=INK)  # fmt: skip
+                      textcoords="offset points", color=INK, bbox=ON_PAPER)  # fmt: skip
 
 
 def _headline(jobs: Sequence[Job], averages: Sequence[Average], objective: str) -> str:
