@@ -32,7 +32,7 @@ def test_a_terminal_shows_one_bar_with_loss_and_gradient_norm(tmp_path: Path) ->
                 break
         elif process.poll() is not None:
             break
-    assert process.wait(timeout=30) == 0
+    assert process.wait(timeout=120) == 0
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", shown.decode())
     assert re.search(r"epoch \d+/40 ━+.* \d+/240 steps +loss \d\.\d+ +‖gradient‖ \d", text)
     assert re.search(r"epoch 40/40 ━+ 240/240 steps", text)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from downslope.runs.checkpoints import load_checkpoint
+from downslope.runs.signals import ECHO
 from tests.conftest import ROOT, Outcome, read_json, run_process
 from tests.witness import until
 
@@ -67,9 +68,9 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_good_checkpoint(
     if write:
         (tmp_path / "step.go").touch()
         until((tmp_path / "write").exists)
-    time.sleep(0.3)  # two that come at once are one
+    time.sleep(2 * ECHO)  # two that come at once are one
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)  # the witness would wait for 120 seconds
+    out, err = process.communicate(timeout=60)  # the witness would wait for 120 seconds
     assert (process.returncode, err) == (130, "")
     assert "stopped   at step 5, not saved" in out
     assert step_of(tmp_path) == 4
@@ -79,14 +80,15 @@ def test_a_second_interrupt_stops_at_once_and_leaves_the_last_good_checkpoint(
 
 TIDYING = """
 import time
-from downslope.runs.signals import exit_on_signals
-exit_on_signals()
+from downslope.runs import signals
+signals.ECHO = 2
+signals.exit_on_signals()
 try:
     print("here", flush=True)
-    time.sleep(60)
+    time.sleep(120)
 finally:
     print("tidying", flush=True)
-    time.sleep(60)
+    time.sleep(120)
 """
 
 
@@ -97,10 +99,10 @@ def test_a_signal_passed_on_twice_is_one_and_a_second_does_not_wait_for_the_tidy
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "tidying\n"
         process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        time.sleep(2.5)
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=20)
+        out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err) == (-signal.SIGINT, "", "")
 
 

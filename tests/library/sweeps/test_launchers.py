@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from downslope.runs.signals import ECHO
 from tests.conftest import ROOT, read_json, run_process
 
 pytestmark = pytest.mark.slow
@@ -144,7 +145,7 @@ def test_a_second_signal_leaves_at_once_and_a_third_does_not_get_in_the_way(tmp_
     need("joblib")
     sweep = start(tmp_path, *JOBLIB, "lr=0.01,0.1", "trainer.max_epochs=100000", *SMALL)  # whose jobs do not save
     wait_for(lambda: len(list(tmp_path.glob("s/*/events.out.tfevents.*"))) >= 2)
-    for pause in (0.5, 0.05, 0):  # the third while joblib kills its processes: no exception may end that
+    for pause in (2 * ECHO, 0.05, 0):  # the third while joblib kills its processes: no exception may end that
         os.kill(sweep.pid, signal.SIGINT)
         time.sleep(pause)
     output, _ = sweep.communicate(timeout=60)
