@@ -60,7 +60,8 @@ def wait_for(condition: Callable[[], bool]) -> None:
 def start(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "-m", *arguments]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=folder, start_new_session=True, **output)
+    environment = {**os.environ, "RAY_worker_niceness": "0"}  # not 15: they would wait for the tests beside them
+    return subprocess.Popen(command, cwd=folder, start_new_session=True, env=environment, **output)
 
 
 @pytest.mark.parametrize(("extra", "launcher"), [("joblib", JOBLIB), ("submitit", SUBMITIT)])
