@@ -87,6 +87,7 @@ class Checkpoints(Checkpoint):
         self._best_weights: dict[str, Any] | None = None  # not written yet
         self._seconds_before = 0.0
         self._batch: int | None = None  # to begin with after a resume; known while this callback saves
+        self._validated_at: int | None = None  # the optimizer step of the last validation
         self._resumed: Progress | None = None
         self._new_settings: list[dict[str, Any]] | None = None  # of the groups of an optimizer whose schedule is new
         self._sums: dict[str, dict[str, Any]] = {}  # of what was logged in the epoch that is resumed in its middle
@@ -133,7 +134,7 @@ class Checkpoints(Checkpoint):
     def _go_on(self, trainer: Trainer, module: LightningModule, progress: Progress) -> None:
         self._resumed = None
         mine = progress["processes"][trainer.global_rank]
-        self._seconds_before = progress["seconds"]
+        self._seconds_before, self._validated_at = progress["seconds"], progress.get("validated_at")
         for name, state in mine["metrics"].items():
             _restore(module.get_submodule(name), state, module.device)
         self._sums = mine.get("sums", {})
@@ -172,6 +173,7 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking and trainer.state.fn == TrainerFn.FITTING:
+            self._validated_at = trainer.global_step
             self._keep_best(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -272,6 +274,7 @@ class Checkpoints(Checkpoint):
             "schedulers": [name_of(each) for each in _schedulers(trainer)],
             "settings": [_settings(optimizer) for optimizer in trainer.optimizers],
             "event_files": event_files(trainer),
+            "validated_at": self._validated_at,
             "unlogged": _unlogged(trainer) if self._batch else None,
         }
 

@@ -110,6 +110,7 @@ class Run:
             with what_a_run_saves(self.checkpoint):
                 metrics = {str(name): float(value) for name, value in progress["metrics"].items()}
             self.result.seconds, self.result.metrics = progress["seconds"], metrics
+            self._outside.validated_at = progress.get("validated_at")
             if trainer.is_global_zero:
                 for partial in (self.folder / LAST).parent.glob(f"*{PARTIAL}"):  # of a process that was killed
                     partial.unlink()

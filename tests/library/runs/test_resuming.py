@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from downslope.runs.checkpoints import load_checkpoint, write_checkpoint
 from downslope.runs.folder import LOCK
-from tests.conftest import ROOT, Outcome, read_json
+from tests.conftest import ROOT, Outcome, read_json, scalars
 
 Script = Callable[..., Outcome]
 LAST = Path("checkpoints/last.ckpt")
@@ -179,6 +179,17 @@ def test_a_run_killed_before_it_wrote_its_result_writes_it_when_gone_on_with(scr
     assert script("train", "resume=run").code == 0
     assert read_json(stopped)["status"] == "completed"
     assert read_json(stopped)["metrics"]["train/loss"] > 0
+
+
+def test_a_run_killed_when_its_training_was_done_is_not_validated_again(script: Script, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert script("train", "hydra.run.dir=run", "trainer.max_epochs=2").code == 0
+    before = {tag: scalars(run, tag) for tag in ("val/loss", "test/loss", "Loss/log10_val")}
+    assert [step for step, _ in before["val/loss"]] == [6, 12]
+    (run / "result.json").unlink()
+    assert script("train", "resume=run").code == 0
+    assert {tag: scalars(run, tag) for tag in before} == before
+    assert read_json(run)["metrics"]["val/loss"] == pytest.approx(before["val/loss"][-1][1])
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
