@@ -114,7 +114,8 @@ def test_the_printed_command_runs_the_same_configuration_from_where_the_user_sta
     assert (python, Path(train).name) == ("python", "train.py")
     again = script("train", *arguments)
     assert again.code == 0, again.err
-    runs = sorted((tmp_path / "outputs" / "runs").iterdir())
+    runs = [*(tmp_path / "outputs" / "runs").iterdir()]
+    runs.sort(key=lambda run: (run / "result.json").stat().st_mtime_ns)  # their names have whole seconds
     assert [read_json(run)["seed"] for run in runs] == [3, 3]
     assert read_json(runs[0])["learning_rate"] == 0.001
     assert read_json(runs[1])["learning_rate"] != 0.001
