@@ -216,9 +216,11 @@ class FlightRecorder(Observer):
             self._keep(buffers=False)
 
     def _keep(self, buffers: bool = True) -> None:
-        if self._keeps and self._unjudged and not self._snapshot.is_complete():
+        if not self._keeps:
+            return
+        if self._unjudged and not self._snapshot.is_complete():
             self.judge()  # a parameter has come or gone: here a block begins
-        if not self._keeps or self._unjudged or self.diverged:
+        if self._unjudged or self.diverged:
             return
         self._copy(buffers)
         if self._replay:
@@ -448,8 +450,11 @@ class FlightRecorder(Observer):
         if self._is_late:
             where += " The weights are those after that step; the last checkpoint from before it has good ones."
         elif (record := self.flight_record) and record.restored_to_step not in (None, record.offending.step):
-            reason = "can only be repeated where each is one batch's, and the module has a method `loss(batch)`"
-            reason = "came out differently when repeated" if self._replay else reason
+            reason = (
+                "came out differently when repeated"
+                if self._replay
+                else "can only be repeated where each is one batch's, and the module has a method `loss(batch)`"
+            )
             where += f" The weights are those before step {record.restored_to_step}: the steps since {reason}."
         message = f"Diverged: {self.flight_record.sentence()}. {where}" if self.flight_record else f"Diverged. {where}"
         if self.on_divergence == "raise":

@@ -12,7 +12,7 @@ NOTHING = nullcontext()
 class NoProfiler(PassThroughProfiler):
     """Profiles nothing, as the one it replaces, which enters and leaves a generator 30 times a step to do so."""
 
-    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # the name, which nobody asks for, is left out
+    def profile(self, action_name: str) -> AbstractContextManager[None]:  # type: ignore[override]  # nor is it a generator's
         """Returns a context that does nothing."""
         return NOTHING
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-ECHO = 0.5  # seconds
+ECHO = 0.5  # seconds after a signal in which another one is the same
 STOP_FILE = "DOWNSLOPE_STOP_FILE"  # where a sweep's jobs, in processes of their own, find the signal that it was sent
 
 

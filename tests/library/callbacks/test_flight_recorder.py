@@ -721,6 +721,14 @@ def state_after(
     return state(module, trainer)
 
 
+def assert_block_is_exact(optimizer: str, folder: Path, *callbacks: type[Callback], **settings: Any) -> None:
+    block = state_after("block", optimizer, folder, *(make() for make in callbacks), **settings)
+    assert read(folder)["restored_to_step"] == BROKEN
+    exact = state_after("exact", optimizer, folder, *(make() for make in callbacks), **settings)
+    assert block.keys() == exact.keys()
+    assert all(torch.equal(block[name], exact[name]) for name in block)
+
+
 @pytest.mark.parametrize(
     ("optimizer", "settings"),
     [
@@ -733,11 +741,7 @@ def state_after(
 def test_a_block_is_repeated_to_the_step_that_diverged(
     tmp_path: Path, optimizer: str, settings: dict[str, Any]
 ) -> None:
-    block = state_after("block", optimizer, tmp_path, **settings)
-    assert read(tmp_path)["restored_to_step"] == BROKEN
-    exact = state_after("exact", optimizer, tmp_path, **settings)
-    assert block.keys() == exact.keys()
-    assert all(torch.equal(block[name], exact[name]) for name in block)
+    assert_block_is_exact(optimizer, tmp_path, **settings)
 
 
 class Draws(Callback):
@@ -783,9 +787,7 @@ def test_a_step_after_the_end_finds_what_was_repeated(tmp_path: Path) -> None:
         def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             trainer.optimizers[0].step()
 
-    block = state_after("block", "adam", tmp_path, OneMore())
-    exact = state_after("exact", "adam", tmp_path, OneMore())
-    assert all(torch.equal(block[name], exact[name]) for name in block)
+    assert_block_is_exact("adam", tmp_path, OneMore)
 
 
 class Unfreezes(Callback):
@@ -801,11 +803,7 @@ class Unfreezes(Callback):
 
 
 def test_a_parameter_that_comes_in_mid_block_is_taken_back_too(tmp_path: Path) -> None:
-    block = state_after("block", "adam", tmp_path, Unfreezes())
-    assert read(tmp_path)["restored_to_step"] == BROKEN
-    exact = state_after("exact", "adam", tmp_path, Unfreezes())
-    assert block.keys() == exact.keys()
-    assert all(torch.equal(block[name], exact[name]) for name in block)
+    assert_block_is_exact("adam", tmp_path, Unfreezes)
 
 
 def test_what_raises_because_of_a_divergence_does_not_hide_it(tmp_path: Path) -> None:

@@ -70,11 +70,11 @@ def test_jobs_run_at_once_and_those_that_failed_are_listed(
 ) -> None:
     need(extra)
     outcome = run_process(
-        tmp_path, "train", "-m", *launcher, "lr=0.01", "device=cpu,gpu", "trainer.max_epochs=2", *SMALL
+        tmp_path, "train", "-m", *launcher, "lr=0.01,0.1", "device=cpu,gpu", "trainer.max_epochs=2", *SMALL
     )
     assert outcome.returncode == 1, outcome.stderr
-    assert "1 failed:" in outcome.stdout
-    assert statuses(tmp_path / "s") == {"completed": 1, "failed": 1}
+    assert "2 failed:" in outcome.stdout
+    assert statuses(tmp_path / "s") == {"completed": 2, "failed": 2}
 
 
 def test_joblib_that_lost_a_worker_tells_which_jobs_died_and_the_same_command_runs_them(tmp_path: Path) -> None:

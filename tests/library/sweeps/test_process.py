@@ -154,7 +154,7 @@ def test_a_rank_that_dies_ends_its_job_and_the_sweep_goes_on(tmp_path: Path) -> 
         "100000": "failed",
         "1": "completed",
     }
-    assert jobs["100000"].stat().st_mtime - killed < 60  # Lightning looks every 5 s, and this machine may be busy
+    assert jobs["100000"].stat().st_mtime - killed < 30  # Lightning looks every 5 s, and this machine may be busy
     assert read_json(jobs["100000"].parent)["error"]["message"]
     assert "1 failed:" in out
 
